@@ -1,0 +1,60 @@
+# Two commands matter: `make demo` (tilt a real flow, read the verdict) and `make test`.
+# Everything runs from .venv, which `make setup` builds once from nothing but a Python >= 3.11.
+
+PYTHON ?= python3
+# For a machine whose default torch is a CUDA build of several GB:
+#   make setup TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+TORCH_INDEX_URL ?=
+OMP_NUM_THREADS ?= 2
+export OMP_NUM_THREADS
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+STAMP := $(VENV)/.installed
+
+# The main job, and the benchmark: what `make demo` and `make bench` pass to tiltflow.
+DEMO ?= finetune --base digits --reward thickness --out runs/demo --overwrite
+BENCH ?= bench tilt
+
+.PHONY: setup demo test test-all bench docs lint clean clean-venv
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "tiltflow needs Python 3.11 or newer: make setup PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools
+ifneq ($(strip $(TORCH_INDEX_URL)),)
+	$(PIP) --no-deps --index-url $(TORCH_INDEX_URL) torch
+endif
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/tiltflow $(DEMO)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/tiltflow $(BENCH)
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+clean:
+	rm -rf site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+clean-venv:
+	rm -rf $(VENV)

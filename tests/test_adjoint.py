@@ -1,0 +1,216 @@
+"""Adjoints against autograd through the simulation, and what Adjoint Matching converges to."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tiltflow.adjoint import full_adjoint, lean_adjoint
+from tiltflow.chain import DriftChain, at, euler_maruyama, memoryless_chain, residual_variance, uniform_grid
+from tiltflow.control import FineTuned, NetworkControl, tilted
+from tiltflow.cost import RewardCost
+from tiltflow.errors import TiltflowError
+from tiltflow.fit import FitSettings, fit
+from tiltflow.loss import QuantileMask, reduce_terms
+from tiltflow.methods import State
+from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.nn.mlp import MLP
+from tiltflow.noise import Constant
+from tiltflow.problems import GaussianMixture, LinearQuadratic, QuadraticReward, TiltProblem, mixture2d
+from tiltflow.simulate import event_sum, sample, simulate
+
+
+def setting(running=None, steps=12):
+    problem = mixture2d()
+    generator = torch.Generator().manual_seed(5)
+    t = uniform_grid(steps)
+    x1 = problem.base.sample(2_000, generator)
+    chain = memoryless_chain(problem.process(), t, residual_variance(problem.process(), t, x1, generator))
+    torch.manual_seed(1)
+    net = MLP(2, 16, 2)
+    torch.nn.init.normal_(net.last.weight, std=0.3)
+    control = FineTuned(tilted(problem.process(), net))
+    cost = RewardCost(problem.reward, 1.7, running=running)
+    path = simulate(chain, control, chain.source(6, generator), generator)
+    return chain, control, cost, path
+
+
+def future_cost(chain, control, cost, path, k, lean):
+    """Σ_{j≥k} (½‖u_j‖² + h f) + g as a function of x_k with the path's own noise and, if lean, its own controls."""
+    start = path.x[k].clone().requires_grad_(True)
+    x, total = start, torch.zeros(start.shape[0])
+    for j in range(k, len(path.mean)):
+        std = at(chain.std, j, x)
+        base = chain.base_mean(j, x)
+        noise = path.x[j + 1] - path.mean[j]
+        if cost.running is not None:
+            total = total + float(chain.t[j + 1] - chain.t[j]) * cost.running(x, chain.t[j].expand(len(x)))
+        if lean:
+            x = base + (path.mean[j] - chain.base_mean(j, path.x[j])).detach() + noise
+        else:
+            mean = control.mean(chain, j, x)
+            total = total + 0.5 * event_sum(((mean - base) / std) ** 2)
+            x = mean + noise
+    total = total - cost.strength * cost.reward(x)
+    return torch.autograd.grad(total.sum(), start)[0]
+
+
+def bump(x, t):
+    return (1 + t) * x.square().sum(1).sin()
+
+
+@pytest.mark.parametrize("running", [None, bump], ids=["f=0", "f"])
+@pytest.mark.parametrize("kind", ["lean", "full"])
+def test_adjoint_equals_autograd_along_the_path(kind, running):
+    chain, control, cost, path = setting(running)
+    if kind == "lean":
+        a = lean_adjoint(chain, path, cost).a
+    else:
+        a = full_adjoint(chain, control, path, cost).a
+    for k in range(len(path.mean)):
+        exact = future_cost(chain, control, cost, path, k, kind == "lean")
+        assert (a[k] - exact).abs().max() < 1e-8 * max(1.0, float(exact.abs().max()))
+
+
+def test_sign_of_the_adjoint():
+    """ã_K = +∇g = −λ∇r: a control that follows −ã climbs the reward."""
+    chain, _, cost, path = setting()
+    a = lean_adjoint(chain, path, cost).a
+    assert torch.allclose(a[-1], -1.7 * torch.tensor([-0.4, -0.3]).expand_as(a[-1]))
+
+
+def test_drift_free_adjoint_is_constant(generator):
+    chain = DriftChain.build(
+        lambda x, t: torch.zeros_like(x), lambda n, g: torch.zeros(n, 2), uniform_grid(10), Constant(1.0)
+    )
+    path = simulate(chain, None, chain.source(5, generator), generator)
+    a = lean_adjoint(chain, path, RewardCost(lambda x: -(x**2).sum(1))).a
+    assert torch.equal(a, a[-1:].expand_as(a))
+
+
+def tilt_1d(variance=0.25, slope=1.0):
+    return TiltProblem(
+        "gaussian", GaussianMixture.gaussian([0.5], [[variance]]), QuadraticReward.of_direction([slope])
+    )
+
+
+def trained(problem, chain, seed, iterations=150, cost=None, **kw):
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    control = FineTuned(tilted(problem.process(), MLP(1, 32, 2)))
+    method = AdjointMatching(chain, cost or RewardCost(problem.reward), batch=128, **kw)
+    fit(method, State(control, generator), FitSettings(iterations, learning_rate=1e-2, ema=0.95))
+    return control, generator
+
+
+def chain_1d(problem, generator, steps=20):
+    t = uniform_grid(steps)
+    x1 = problem.base.sample(4_000, generator)
+    return memoryless_chain(problem.process(), t, residual_variance(problem.process(), t, x1, generator))
+
+
+def end_mean(chain, control, generator):
+    return float(sample(chain, control, chain.source(8_000, generator), generator).x.mean())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_adjoint_matching_reaches_the_tilt_and_its_bad_twins_do_not(seed, generator):
+    problem = tilt_1d()  # N(.5, .25) tilted by e^x is N(.75, .25)
+    chain = chain_1d(problem, generator)
+    exact, tolerance = 0.75, 0.03  # standard error of the mean .0056, training noise about .01
+    control, g = trained(problem, chain, seed)
+    assert end_mean(chain, control, g) == pytest.approx(exact, abs=tolerance)
+    flipped, g = trained(problem, chain, seed, cost=RewardCost(lambda x: -problem.reward(x)))
+    assert end_mean(chain, flipped, g) < 0.4  # the sign of the adjoint flipped
+    half = replace(chain, std=chain.std / 2**0.5)  # the memoryless factor 2 dropped
+    weak, g = trained(problem, half, seed)
+    assert abs(end_mean(chain, weak, g) - exact) > 3 * tolerance
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_constant_noise_is_biased(seed, generator):
+    """σ = 1 remembers X_0: the tilt reaches only part of the way, whatever the training."""
+    problem = tilt_1d(variance=1.0)  # the exact tilt is N(1.5, 1); corr(X_0, X_1) = .46 leaves 1 − .46² of the shift
+    chain = euler_maruyama(problem.process(), uniform_grid(40), Constant(1.0))
+    control, g = trained(problem, chain, seed)
+    assert end_mean(chain, control, g) == pytest.approx(0.5 + 1 - 0.46**2, abs=0.07)
+    assert end_mean(chain, control, g) < 1.4
+
+
+def test_importance_weights_full_adjoint_and_subsets_reach_the_tilt_too(generator):
+    problem = tilt_1d()
+    chain = chain_1d(problem, generator)
+    for kw in (
+        {"importance": True},
+        {"adjoint": "full"},
+        {"last_steps": 5, "random_steps": 5},
+        {"mask": QuantileMask(0.95)},
+        {"clip": 50.0},
+    ):
+        control, g = trained(problem, chain, 0, **kw)
+        assert end_mean(chain, control, g) == pytest.approx(0.75, abs=0.04), kw
+
+
+def test_linear_quadratic_control_is_learned(generator):
+    """Explicit control, state cost f ≠ 0, no interpolant: against the Riccati solution."""
+    problem = LinearQuadratic(torch.tensor([[0.2]]), torch.tensor([[1.0]]), torch.tensor([[1.0]]), sigma=1.0)
+    chain = DriftChain.build(
+        lambda x, t: x @ problem.drift.to(x).T,
+        lambda n, g: torch.randn(n, 1, generator=g),
+        uniform_grid(40),
+        Constant(1.0),
+    )
+    cost = RewardCost(lambda x: -x.square().sum(1), running=lambda x, t: x.square().sum(1))
+    torch.manual_seed(0)
+    control = NetworkControl(MLP(1, 32, 2))
+    method = AdjointMatching(chain, cost, batch=128)
+    fit(method, State(control, generator), FitSettings(200, learning_rate=1e-2, ema=0.95))
+    x = torch.linspace(-1, 1, 9)[:, None]
+    for t in (0.0, 0.5, 0.9):
+        u = control.module(x, torch.full((9,), t)).detach()
+        assert (u - problem.control(x, t)).abs().max() < 0.25  # u* is up to 2.5
+        assert (u - 0.5 * problem.control(x, t)).abs().max() > 0.3  # and far from half of it
+    runs = sample(chain, control, chain.source(8_000, generator), generator, cost.running)
+    total = runs.kl + runs.running + cost.value(runs.x)
+    expected = float(problem.value(torch.ones(1, 1), 0.0))  # E x² = 1: E V(X_0) = V(1)
+    assert float(total.mean()) == pytest.approx(expected, abs=0.1)
+
+
+def test_zero_strength_has_no_gradient(generator):
+    chain, control, _, _ = setting()
+    torch.nn.init.zeros_(control.module.net.last.weight)
+    method = AdjointMatching(chain, RewardCost(mixture2d().reward, 0.0), batch=8)
+    loss = method.loss(control, method.collect(State(control, generator)).material)
+    loss.backward()
+    assert all(p.grad is None or p.grad.abs().max() < 1e-12 for p in control.module.parameters())
+
+
+def test_terms_are_clipped_before_the_mean_and_masked():
+    terms = torch.tensor([1.0, 2.0, 100.0])
+    assert float(reduce_terms(terms, clip=5.0)) == pytest.approx(8 / 3)
+    mask = QuantileMask(0.6)
+    assert float(reduce_terms(terms, mask=mask)) < 2
+    other = QuantileMask()
+    other.load_state_dict(mask.state_dict())
+    assert torch.equal(other.threshold, mask.threshold)
+
+
+def test_misuse(generator):
+    problem = tilt_1d()
+    chain = chain_1d(problem, generator, 5)
+    with pytest.raises(TiltflowError, match="negate the reward"):
+        RewardCost(problem.reward, -1.0)
+    with pytest.raises(TiltflowError, match="5 controlled"):
+        AdjointMatching(chain, RewardCost(problem.reward), last_steps=4, random_steps=4)
+    with pytest.raises(TiltflowError, match=r"nn\.Module"):
+        FineTuned(problem.process())
+    x = torch.zeros(3, 1)
+    for reward, message in (
+        (lambda x: x, "one number per sample"),
+        (lambda x: x.sum(), "one number per sample"),
+        (lambda x: x.detach().sum(1), "detached"),
+        (lambda x: x.sum(1) / 0, "NaN or infinite"),
+        (lambda x: x.sum(1).sqrt(), "gradient is NaN"),
+    ):
+        with pytest.raises(TiltflowError, match=message):
+            RewardCost(reward).grad(x)

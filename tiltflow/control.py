@@ -1,0 +1,97 @@
+r"""Controls: what is learned. A control shifts the mean of a chain, mean_u = mean_base + s_k u_k, u_k = √h u(x_k, t_k).
+
+* :class:`FineTuned` (implicit): a fine-tuned process; u = √(2/η)(v_finetuned − v_base) for the memoryless schedule, and in
+  a chain u_k = (B_k/s_k)(X̂_1 finetuned − X̂_1 base).
+* :class:`NetworkControl` (explicit): u = σ(t) net(x, t), so the optimal network is −∇V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from tiltflow.chain import Chain, Index, InterpolantChain, at, times
+from tiltflow.errors import TiltflowError
+from tiltflow.process import Process, expand
+
+
+class Control(Protocol):
+    """``module`` holds the trained weights."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def mean(
+        self, chain: Any, k: Index, x: Tensor, base_mean: Tensor | None = None, **condition: Any
+    ) -> Tensor:
+        """mean_u(k, x); ``base_mean`` saves a base evaluation when the caller has it."""
+        ...
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """The implicit control of a fine-tuned process on the chain of its base.
+
+    Raises:
+        TiltflowError: its model is not an ``nn.Module``.
+    """
+
+    process: Process
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.process.model, nn.Module):
+            raise TiltflowError(
+                f"cannot fine-tune {type(self.process.model).__name__}: only an nn.Module has weights. "
+                "Wrap the base with tiltflow.control.tilted(base, net) to train a correction of a closed-form model."
+            )
+
+    @property
+    def module(self) -> nn.Module:
+        """The fine-tuned network."""
+        assert isinstance(self.process.model, nn.Module)
+        return self.process.model
+
+    def mean(
+        self, chain: InterpolantChain, k: Index, x: Tensor, base_mean: Tensor | None = None, **condition: Any
+    ) -> Tensor:
+        """A_k x + B_k X̂_1 of the fine-tuned process."""
+        return chain.mean(k, x, self.process.x1(x, times(chain, k, x), **condition))
+
+
+@dataclass(frozen=True)
+class NetworkControl:
+    """u = σ(t) net(x, t): mean_u = mean_base + s_k² net(x, t_k)."""
+
+    module: nn.Module
+
+    def mean(
+        self, chain: Chain, k: Index, x: Tensor, base_mean: Tensor | None = None, **condition: Any
+    ) -> Tensor:
+        """mean_base + s_k² net(x, t_k, **condition)."""
+        if base_mean is None:
+            base_mean = chain.base_mean(k, x, **condition)
+        return base_mean + at(chain.std, k, x) ** 2 * self.module(x, times(chain, k, x), **condition)
+
+
+class Tilt(nn.Module):
+    """X̂_1 = base X̂_1 + β_t² net(x, t): a trainable correction of a base without weights of its own.
+
+    The optimum is net = (X̂_1* − X̂_1)/β² = −∇V/α, which is smooth on all of [0, 1] and equals ∇r at t = 1. With a
+    zero-initialised last layer it starts at the base. Use as ``Process(base.interpolant, Tilt(base, net), "x1", …)``.
+    """
+
+    def __init__(self, base: Process, net: nn.Module) -> None:
+        super().__init__()
+        self.base, self.net = base, net
+
+    def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        """X̂_1 of the tilted process."""
+        beta = expand(self.base.interpolant.beta(t), x)
+        return self.base.x1(x, t, **condition) + beta**2 * self.net(x, t, **condition)
+
+
+def tilted(base: Process, net: nn.Module) -> Process:
+    """The process whose model is :class:`Tilt` (base, net)."""
+    return Process(base.interpolant, Tilt(base, net), "x1", base.event_shape)

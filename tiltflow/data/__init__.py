@@ -1,0 +1,1 @@
+"""Data sets: real ones, read from packages the user has installed."""

@@ -1,0 +1,148 @@
+r"""Adjoint Matching: regress the control on the lean adjoint along its own paths.
+
+    min_u E ∫ ½‖u(X_t, t) + σ(t) ã(t; X)‖² dt,   X ~ p^ū,  ū = stopgrad(u)
+
+Domingo-Enrich, Drozdzal, Karrer, Chen 2025, arXiv:2409.08861. On a memoryless chain the only critical point (in continuous
+time) is the control whose end law is p_base · e^{−g}. ``adjoint="full"`` gives basic Adjoint Matching, whose gradient is
+that of the discrete adjoint path by path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tiltflow.adjoint import full_adjoint, lean_adjoint
+from tiltflow.buffer import Material
+from tiltflow.chain import Chain, at
+from tiltflow.control import Control
+from tiltflow.cost import Cost
+from tiltflow.errors import TiltflowError
+from tiltflow.loss import QuantileMask, matching_terms, reduce_terms
+from tiltflow.methods import Round, State
+from tiltflow.simulate import event_sum, simulate
+
+Conditions = Callable[[int, torch.Generator], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class AdjointMatching:
+    """One round: ``batch`` paths, their adjoints, and the steps to regress on.
+
+    Args:
+        chain: the base as a Gaussian chain; memoryless for fine-tuning.
+        cost: g, e.g. ``RewardCost(reward, strength)``.
+        batch: paths per round.
+        last_steps, random_steps: regress on the last ``last_steps`` controlled steps and ``random_steps`` others drawn
+            without replacement each round (None: on all). The paper: 10 and 10 of 40.
+        clip: per-term bound on the loss; the paper: 1.6 λ².
+        mask: a :class:`QuantileMask`, also named in ``State.auxiliary`` so that its average survives a resume.
+        time_weight: w(t) → weights of the steps.
+        importance: weight each path by its self-normalised path weight (targets the chain's p* without bias).
+        adjoint: "lean" (Adjoint Matching) or "full" (basic Adjoint Matching).
+        conditions: draws one condition row per path, ``(n, generator) -> {name: (n, …)}``.
+
+    Raises:
+        TiltflowError: more steps asked for than the chain has.
+    """
+
+    chain: Chain
+    cost: Cost
+    batch: int = 64
+    last_steps: int | None = None
+    random_steps: int = 0
+    clip: float | None = None
+    mask: QuantileMask | None = None
+    time_weight: Callable[[Tensor], Tensor] | None = None
+    importance: bool = False
+    adjoint: Literal["lean", "full"] = "lean"
+    conditions: Conditions | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self._controlled())
+        if self.last_steps is not None and self.last_steps + self.random_steps > n:
+            raise TiltflowError(
+                f"last_steps + random_steps = {self.last_steps + self.random_steps}, but the chain has {n} controlled "
+                "steps; ask for fewer or use more simulation steps."
+            )
+
+    def _controlled(self) -> list[int]:
+        return [k for k, s in enumerate(self.chain.std) if bool((s > 0).all())]
+
+    def _steps(self, generator: torch.Generator) -> list[int]:
+        steps = self._controlled()
+        if self.last_steps is None:
+            return steps
+        split = len(steps) - self.last_steps
+        drawn = torch.randperm(split, generator=generator)[: self.random_steps].tolist()
+        return sorted(steps[i] for i in drawn) + steps[split:]
+
+    def collect(self, state: State) -> Round:
+        """Simulate, run the adjoint, and lay out the chosen (x_k, k, ã_{k+1}) as rows."""
+        generator = state.generator
+        condition: dict[str, Any] = self.conditions(self.batch, generator) if self.conditions else {}
+        x0 = self.chain.source(self.batch, generator)
+        path = simulate(self.chain, state.control, x0, generator, **condition)
+        if self.adjoint == "lean":
+            adjoint = lean_adjoint(self.chain, path, self.cost, **condition)
+        else:
+            adjoint = full_adjoint(self.chain, state.control, path, self.cost, **condition)
+        steps = torch.tensor(self._steps(generator))
+        n = len(steps) * self.batch
+        weight = torch.ones(self.batch, dtype=path.x.dtype)
+        cost = self.cost.value(path.x[-1], **condition).detach()
+        if self.importance:
+            weight = self._path_weights(path.x, path.mean, adjoint.base_mean, cost)
+        rows = weight.repeat(len(steps))
+        if self.time_weight is not None:
+            rows = rows * self.time_weight(self.chain.t[steps]).to(rows.dtype).repeat_interleave(self.batch)
+
+        def pick(v: Tensor) -> Tensor:
+            return v[steps].reshape(n, *v.shape[2:])
+
+        material: Material = {
+            "x": pick(path.x[:-1]),
+            "k": steps.repeat_interleave(self.batch),
+            "a_next": pick(adjoint.a[1:]),
+            "base_mean": pick(adjoint.base_mean),
+            "weight": rows,
+            **{f"condition.{name}": v.repeat(len(steps), *(1,) * (v.ndim - 1)) for name, v in condition.items()},
+        }
+        strength = getattr(self.cost, "strength", 1.0) or 1.0
+        kl = sum(
+            0.5 * event_sum(((path.mean[k] - adjoint.base_mean[k]) / at(self.chain.std, k, path.x[k])) ** 2).mean()
+            for k in self._controlled()
+        )
+        norms = adjoint.a.reshape(len(adjoint.a), self.batch, -1).norm(dim=2).mean(1)
+        metrics = {"reward": float(-cost.mean() / strength), "kl": float(kl)}
+        return Round(material, metrics, {"adjoint_norm": norms.tolist()})
+
+    def _path_weights(self, x: Tensor, mean: Tensor, base_mean: Tensor, cost: Tensor) -> Tensor:
+        log_w = -cost
+        for k in self._controlled():
+            std = at(self.chain.std, k, x[k])
+            log_w = log_w + event_sum(
+                0.5 * ((x[k + 1] - mean[k]) / std) ** 2 - 0.5 * ((x[k + 1] - base_mean[k]) / std) ** 2
+            )
+            if self.cost.running is not None:
+                h = float(self.chain.t[k + 1] - self.chain.t[k])
+                log_w = log_w - h * self.cost.running(x[k], self.chain.t[k].to(x.dtype).expand(x.shape[1]))
+        return torch.softmax(log_w.double(), 0).to(x.dtype) * len(log_w)
+
+    def loss(self, control: Control, material: Material) -> Tensor:
+        """The matching loss of a batch of rows."""
+        condition = {name[10:]: v for name, v in material.items() if name.startswith("condition.")}
+        terms = matching_terms(
+            control,
+            self.chain,
+            material["x"],
+            material["k"],
+            material["a_next"],
+            material["base_mean"],
+            **condition,
+        )
+        return reduce_terms(terms, material["weight"], self.clip, self.mask)

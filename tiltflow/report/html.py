@@ -1,0 +1,140 @@
+"""One self-contained HTML page for a run: verdict first, then the samples, then the numbers.
+
+The page loads nothing: pictures are inlined, styles are its own, and a content-security policy forbids the
+rest. Every string is escaped. Numbers appear rounded, with the full value in the markup (``<data value=…>``).
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tiltflow.errors import TiltflowError
+from tiltflow.report import plots
+from tiltflow.report.record import STATUSES, RunRecord, Status, is_images
+
+SEVERITY: tuple[Status, ...] = ("fail", "cannot tell", "warn", "pass")
+CURVES = (  # history key, heading, ordinate, logarithmic, caption
+    ("reward", "Reward", "mean reward", False, "Mean over the samples each iteration drew."),
+    ("judge", "Held-out judge", "mean judge score", False, "Training never saw it: it should rise too."),
+    ("kl", "KL to the base", "KL (nats)", False, "E[∫ ½‖u‖² dt] over the sampled paths."),
+    ("diversity", "Diversity", "diversity", False, "How different samples are from each other."),
+    ("loss", "Loss", "matching loss", True, "Its floor is the variance of the adjoint, not zero."),
+    ("grad_norm", "Gradient norm", "gradient norm", True, "Before clipping."),
+)
+
+
+def write_report(folder: Path, record: RunRecord) -> Path:
+    """Write ``folder/report.html`` for a fine-tuning run, atomically, and return its path.
+
+    Raises:
+        TiltflowError: if the folder is missing, or matplotlib or jinja2 is not installed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise TiltflowError(f"no folder {str(folder)!r} to put the report in; create it first.")
+    target = folder / "report.html"
+    partial = folder / f".report.{os.getpid()}.tmp"
+    try:
+        partial.write_text(render(record), encoding="utf-8")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def render(record: RunRecord) -> str:
+    """The page as a string."""
+    jinja2 = plots.require("jinja2")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    environment.filters["exact"] = lambda value: (
+        value if isinstance(value, (str, int)) else repr(float(value))
+    )
+    source = resources.files("tiltflow.report").joinpath("run.html.j2").read_text(encoding="utf-8")
+    columns = list(dict.fromkeys(key for row in record.history for key in row))
+    return environment.from_string(source).render(
+        run=record,
+        worst_first=sorted(record.verdict, key=lambda line: SEVERITY.index(line.status)),
+        tally=[(status, sum(line.status == status for line in record.verdict)) for status in STATUSES],
+        galleries=_galleries(record),
+        figures=_figures(record),
+        columns=columns,
+    )
+
+
+def number(value: Any) -> str:
+    """A number for the eye: four significant digits; None is a dash, NaN and infinities are named.
+
+    >>> [number(v) for v in (0.123456, 12345.6, 3, None, float("nan"), float("-inf"), 1.5e-7, -2.0)]
+    ['0.1235', '12346', '3', '–', 'NaN', '−∞', '1.5e-07', '−2']
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, (bool, str)):
+        return str(value)
+    value = float(value)
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    text = f"{value:.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.4g}"
+    return "−" + text[1:] if text.startswith("-") else text
+
+
+def _galleries(record: RunRecord) -> list[dict[str, str]]:
+    sets: list[tuple[str, Tensor | None, str]] = [
+        ("Before", record.before, plots.BEFORE),
+        ("After", record.after, plots.AFTER),
+        ("Reference", record.reference, plots.REFERENCE),
+    ]
+    given = [(name, samples, color) for name, samples, color in sets if samples is not None]
+    if is_images(record.before):
+        pictures = [plots.image_grid(samples, value_range=record.value_range) for _, samples, _ in given]
+    else:
+        limits = plots.limits2d(*(samples for _, samples, _ in given))
+        pictures = [plots.scatter2d(samples, limits, color) for _, samples, color in given]
+    names = (name for name, _, _ in given)
+    return [{"name": name, "src": _data_uri(data)} for name, data in zip(names, pictures, strict=True)]
+
+
+def _figures(record: RunRecord) -> list[dict[str, str]]:
+    levels: Mapping[str, float | None] = {}
+    for row in record.summary:
+        if row.name.lower() in ("reward", "mean reward"):
+            levels = {"before": row.before, "reference": row.reference}
+    figures: list[tuple[str, str, bytes]] = []
+    for key, name, unit, log, caption in CURVES:
+        steps, values = _series(record.history, key)
+        if values:
+            lines = levels if key == "reward" else None
+            picture = plots.curve(steps, {key: values}, "iteration", unit, lines, log)
+            figures.append((name, caption, picture))
+    if any("kl" in row and "reward" in row for row in record.history):
+        both = [row for row in record.history if "kl" in row and "reward" in row]
+        picture = plots.reward_against_kl(_series(both, "kl")[1], _series(both, "reward")[1], levels)
+        figures.insert(1, ("Reward against KL", "What each nat of distance from the base bought.", picture))
+    if len(record.adjoint_t):
+        caption = "Solved backwards from t = 1; an explosion towards t = 0 drowns the target in noise."
+        picture = plots.adjoint_norms(record.adjoint_t, record.adjoint_norm)
+        figures.append(("Adjoint norm over t", caption, picture))
+    return [{"name": name, "caption": caption, "src": _data_uri(data)} for name, caption, data in figures]
+
+
+def _series(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
+    """(iterations, values) of the rows that have ``key``; rows without "iteration" are counted from 0."""
+    rows = [(index, row) for index, row in enumerate(history) if row.get(key) is not None]
+    return [float(row.get("iteration", index)) for index, row in rows], [float(row[key]) for _, row in rows]
+
+
+def _data_uri(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")

@@ -1,0 +1,149 @@
+r"""Rewards on 28x28 digits, x in [−1, 1] (1 is ink), and for each a judge that no training ever sees.
+
+    reward                      what it says                             judge
+    stroke_thickness            2 · area / outline of the ink, pixels    thickness_judge: distance transform,
+    ridge digit_log_probability       log p(digit | x), shipped classifier     digit_judge: another network,
+    other images inpainting_log_likelihood   log p(o | x), o = M x + noise            agreement_judge,
+    completion_error
+
+Rewards are differentiable, (x (B, 1, 28, 28), **condition) -> (B,), and tolerate samples that overshoot the
+range. Judges return (B,) too, without gradients.
+"""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiltflow.assets import load_network, shipped
+from tiltflow.data.digits import load_digits
+from tiltflow.errors import TiltflowError
+
+__all__ = [
+    "OBSERVATION_STD",
+    "Observations",
+    "agreement_judge",
+    "completion_error",
+    "digit_judge",
+    "digit_log_probability",
+    "draw_observations",
+    "inpainting_log_likelihood",
+    "observe",
+    "stroke_thickness",
+    "thickness_judge",
+]
+
+SHARPNESS = 8.0
+"""Slope of the soft threshold ink = sigmoid(SHARPNESS · x): faint grey background hardly counts."""
+BLANK = 4.0
+"""Outline, in pixels, added to every image's own, so that a blank page is thin rather than 0/0."""
+OBSERVATION_STD = 0.2
+"""Standard deviation of the noise on each observed block average."""
+
+
+class Observations(NamedTuple):
+    """`observation` (n, 8), what is known; `image` (n, 1, 28, 28) and `label` (n,), what it was made from."""
+
+    observation: Tensor
+    image: Tensor
+    label: Tensor
+
+
+def stroke_thickness(x: Tensor, **condition: object) -> Tensor:
+    r"""Mean stroke width in pixels, 2A / (P + 4), of m = sigmoid(8x): area A = Σ m, outline P = Σ |∇m|.
+
+    A stroke of width w and length l ≫ w has A = wl and P = 2l. The gradient's norm is smoothed, so that flat
+    regions are differentiable.
+    """
+    ink = F.pad(torch.sigmoid(SHARPNESS * x), (1, 1, 1, 1))
+    dx = 0.5 * (ink[..., 1:, 1:] + ink[..., :-1, 1:] - ink[..., 1:, :-1] - ink[..., :-1, :-1])
+    dy = 0.5 * (ink[..., 1:, 1:] - ink[..., :-1, 1:] + ink[..., 1:, :-1] - ink[..., :-1, :-1])
+    outline = ((dx**2 + dy**2 + 1e-4).sqrt() - 1e-2).flatten(1).sum(1)
+    return 2 * ink.flatten(1).sum(1) / (outline + BLANK)
+
+
+@torch.no_grad()
+def thickness_judge(x: Tensor, **condition: object) -> Tensor:
+    """Stroke width in pixels by other means: threshold, distance to paper, its mean along the ridge.
+
+    The image is first enlarged two-fold (bilinear). A blank image has width 0. Needs SciPy.
+    """
+    try:
+        from scipy.ndimage import distance_transform_edt, maximum_filter
+    except ModuleNotFoundError as error:
+        raise TiltflowError(
+            "thickness_judge needs SciPy; install it with `pip install tiltflow[report]`"
+        ) from error
+    zoom = 2
+    ink = F.interpolate(x.detach().float(), scale_factor=zoom, mode="bilinear")[:, 0] > 0
+    apart = (1e6, 1.0, 1.0)  # one transform for the whole stack: the images are far from each other
+    padded = F.pad(ink, (1, 1, 1, 1)).cpu().numpy()
+    distance = distance_transform_edt(padded, sampling=apart)
+    ridge = torch.from_numpy((distance == maximum_filter(distance, size=(1, 3, 3))) & padded)
+    width = (2 * torch.from_numpy(distance) - 0.5) / zoom  # widths 2n and 2n - 1 share the ridge n
+    total = (width * ridge).flatten(1).sum(1) / ridge.flatten(1).sum(1).clamp(min=1)
+    return total.to(x)
+
+
+@cache
+def _network(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    return load_network(shipped(name), dtype)[0].to(device)
+
+
+def _log_probability(name: str, x: Tensor, digit: int | Tensor) -> Tensor:
+    log_p = _network(name, x.dtype, x.device)(x).log_softmax(1)
+    index = torch.as_tensor(digit, device=x.device).expand(len(x))
+    return log_p.gather(1, index[:, None])[:, 0]
+
+
+def digit_log_probability(x: Tensor, digit: int | Tensor = 3, **condition: object) -> Tensor:
+    """log p(digit | x) in nats by the shipped reward classifier; digit is one class or (B,) of them.
+
+    The classifier was trained with label smoothing, so the value lives in about [−7, 0] and its gradient does
+    not die.
+    """
+    return _log_probability("digits-classifier", x, digit)
+
+
+@torch.no_grad()
+def digit_judge(x: Tensor, digit: int | Tensor = 3, **condition: object) -> Tensor:
+    """p(digit | x) by the held-out judge: a network of another make, trained on other images."""
+    return _log_probability("digits-judge", x, digit).exp()
+
+
+def observe(x: Tensor) -> Tensor:
+    """M x: the averages of the eight 7x7 blocks of the image's upper half, (B, 8)."""
+    return F.avg_pool2d(x[..., :14, :], 7).flatten(1)
+
+
+def inpainting_log_likelihood(x: Tensor, observation: Tensor, **condition: object) -> Tensor:
+    r"""log p(o | x) = log N(o; M x, s² I) in nats, with M = `observe`, s = `OBSERVATION_STD`; o is (B, 8).
+
+    Tilting the base by it at λ = 1 samples the posterior p(x | o), amortised over o.
+    """
+    residual = (observation - observe(x)) / OBSERVATION_STD
+    normaliser = 0.5 * math.log(2 * math.pi) + math.log(OBSERVATION_STD)
+    return -(0.5 * residual**2 + normaliser).sum(1)
+
+
+def draw_observations(n: int, generator: torch.Generator, split: str = "train") -> Observations:
+    """n noisy observations of real digits from a split of `load_digits` ("held_out": unseen ones)."""
+    digits = load_digits(split)
+    index = torch.randint(len(digits.labels), (n,), generator=generator)
+    clean = observe(digits.images[index])
+    noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
+    return Observations(clean + OBSERVATION_STD * noise, digits.images[index], digits.labels[index])
+
+
+def agreement_judge(x: Tensor, label: Tensor, **condition: object) -> Tensor:
+    """Judge's probability that a completed digit is of the class of the digit the observation came from."""
+    return digit_judge(x, label)
+
+
+@torch.no_grad()
+def completion_error(x: Tensor, image: Tensor, **condition: object) -> Tensor:
+    """Mean squared error on the unobserved lower half against the digit the observation came from."""
+    return (x - image)[..., 14:, :].square().flatten(1).mean(1)

@@ -1,0 +1,96 @@
+"""Run folders: config.json, checkpoint, metrics.json, weights, samples, report. One folder belongs to one process."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from tiltflow.errors import TiltflowError
+from tiltflow.store import write_text
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class RunFolder:
+    """Opens ``path`` for writing, as a context manager.
+
+    A folder that holds a finished or interrupted run is refused unless ``resume`` (same config, continue) or ``overwrite``
+    (start again; only files of a run are removed) is given. A folder in use by another process is always refused.
+
+    Raises:
+        TiltflowError: the folder is in use, holds something else, or its config differs from the resumed one.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
+        self.path, self.config, self.resume, self.overwrite = Path(path), config, resume, overwrite
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        if self.path.exists() and not self.path.is_dir():
+            raise TiltflowError(f"{self.path} is a file; give a folder for the run.")
+        known = (self.path / "config.json").is_file()
+        foreign = self.path.is_dir() and not known and any(p.name != ".lock" for p in self.path.iterdir())
+        if foreign:
+            raise TiltflowError(f"{self.path} holds files that are not a run's; give a new folder.")
+        if self.resume and not known:
+            raise TiltflowError(f"nothing to resume in {self.path}: it has no config.json.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise TiltflowError(f"{self.path} is in use by another run; wait for it or give another folder.") from error
+        try:
+            self._claim(known)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _claim(self, known: bool) -> None:
+        if self.resume:
+            saved = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            wanted = json.loads(json.dumps(self.config))
+            differing = sorted(k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k))
+            if differing:
+                was = ", ".join(f"{k}: {saved.get(k)!r} then, {wanted.get(k)!r} now" for k in differing)
+                raise TiltflowError(f"cannot resume {self.path} with other settings ({was}). Give the original ones.")
+            return
+        if known and not self.overwrite:
+            raise TiltflowError(
+                f"{self.path} already holds a run. Give another folder, --resume to continue it, or --overwrite to lose it."
+            )
+        for p in self.path.iterdir():
+            if p.name != ".lock":
+                shutil.rmtree(p) if p.is_dir() else p.unlink()
+        self.write_json("config.json", self.config)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where training state is kept."""
+        return self.path / CHECKPOINT
+
+    def write_json(self, name: str, document: Any) -> None:
+        """Write a JSON file into the folder, atomically; NaN and infinities become null."""
+        write_text(self.path / name, json.dumps(finite(document), indent=1) + "\n")
+
+
+def finite(document: Any) -> Any:
+    """The document with every non-finite number replaced by None, so that it is valid JSON."""
+    if isinstance(document, float):
+        return document if document == document and abs(document) != float("inf") else None
+    if isinstance(document, dict):
+        return {k: finite(v) for k, v in document.items()}
+    return [finite(v) for v in document] if isinstance(document, (list, tuple)) else document

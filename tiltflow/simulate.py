@@ -1,0 +1,193 @@
+r"""Simulation: walks along a chain, controlled or not, and the probability-flow ODE.
+
+One walk serves paths (for adjoints), end points (for samples) and path weights. With ε_k ~ N(0, I):
+
+    x_{k+1} = mean_u(k, x_k) + s_k ε_k,        s_k u_k = mean_u − mean_base
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tiltflow.chain import Chain, InterpolantChain, at, times, uniform_grid
+from tiltflow.control import Control
+from tiltflow.errors import TiltflowError
+from tiltflow.process import Process
+
+
+class Step(NamedTuple):
+    """One transition; ``u`` (scaled: √h times the control) is None when the base mean was not asked for."""
+
+    k: int
+    x: Tensor
+    noise: Tensor
+    x_next: Tensor
+    mean: Tensor
+    u: Tensor | None
+
+
+class Path(NamedTuple):
+    """States (K+1, B, *event) and, per step, the mean the walk used (K, B, *event)."""
+
+    x: Tensor
+    mean: Tensor
+
+
+class Samples(NamedTuple):
+    """End points with what their paths say of them, each (B,).
+
+    log_ratio: log dP_base/dP_u of the chain, Σ_k −(½‖u_k‖² + u_k·ε_k).
+    kl: Σ_k ½‖u_k‖², whose mean estimates KL(P^u ‖ P_base).
+    running: Σ_k h f(x_k, t_k) of the cost's state part (zeros without one).
+    log_kernel_ratio: Σ_k log q(x_k|x_{k+1}) − log p_0(x_0) − Σ_k log N(x_{k+1}; mean_u, s_k²), or None where the chain
+    is not memoryless or ends noiselessly.
+    """
+
+    x: Tensor
+    log_ratio: Tensor
+    kl: Tensor
+    running: Tensor
+    log_kernel_ratio: Tensor | None
+
+
+def event_sum(x: Tensor) -> Tensor:
+    """Sum over all axes but the first."""
+    return x.reshape(x.shape[0], -1).sum(1)
+
+
+def normal_log_prob(x: Tensor, mean: Tensor | float, std: Tensor) -> Tensor:
+    """log N(x; mean, std²) summed over the event, (B,); std broadcasts against x."""
+    z = (x - mean) / std
+    return event_sum(-0.5 * z**2 - (std.log() + 0.9189385332046727).expand_as(x))
+
+
+def walk(
+    chain: Chain,
+    control: Control | None,
+    x0: Tensor,
+    generator: torch.Generator,
+    with_base: bool = False,
+    **condition: Any,
+) -> Iterator[Step]:
+    """The transitions of one batch of paths from ``x0``. A step with std 0 is the base's own, noiseless.
+
+    ``control`` None walks the base. ``with_base`` also evaluates the base mean, hence u.
+    """
+    x = x0
+    for k in range(len(chain.t) - 1):
+        std = at(chain.std, k, x)
+        if control is None or not bool((chain.std[k] > 0).all()):
+            mean = chain.base_mean(k, x, **condition)
+            u = torch.zeros_like(x) if with_base else None
+        else:
+            base_mean = chain.base_mean(k, x, **condition) if with_base else None
+            mean = control.mean(chain, k, x, base_mean=base_mean, **condition)
+            u = (mean - base_mean) / std if base_mean is not None else None
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        x_next = mean + std * noise
+        yield Step(k, x, noise, x_next, mean, u)
+        x = x_next
+
+
+@torch.no_grad()
+def simulate(
+    chain: Chain, control: Control | None, x0: Tensor, generator: torch.Generator, **condition: Any
+) -> Path:
+    """Whole paths from ``x0`` (B, *event), without gradients: one network evaluation per step."""
+    steps = list(walk(chain, control, x0, generator, **condition))
+    return Path(torch.stack([x0, *(s.x_next for s in steps)]), torch.stack([s.mean for s in steps]))
+
+
+@torch.no_grad()
+def sample(
+    chain: Chain,
+    control: Control | None,
+    x0: Tensor,
+    generator: torch.Generator,
+    running: Callable[[Tensor, Tensor], Tensor] | None = None,
+    **condition: Any,
+) -> Samples:
+    """End points and path log-ratios from ``x0``; paths are not kept. Two network evaluations per step if controlled.
+
+    ``running`` is the state cost f(x, t) → (B,), if the problem has one.
+    """
+    kernel = isinstance(chain, InterpolantChain) and chain.memoryless and bool((chain.std > 0).all())
+    log_ratio, kl, state_cost = (x0.new_zeros(len(x0)) for _ in range(3))
+    log_kernel = -normal_log_prob(x0, 0.0, torch.ones_like(x0[:1])) if kernel else None
+    x = x0
+    for s in walk(chain, control, x0, generator, with_base=True, **condition):
+        x = s.x_next
+        assert s.u is not None
+        energy = 0.5 * event_sum(s.u**2)
+        kl = kl + energy
+        log_ratio = log_ratio - energy - event_sum(s.u * s.noise)
+        if running is not None:
+            h = float(chain.t[s.k + 1] - chain.t[s.k])
+            state_cost = state_cost + h * running(s.x, times(chain, s.k, s.x))
+        if log_kernel is not None:
+            assert isinstance(chain, InterpolantChain)
+            rho, variance = chain.noising_kernel(s.k)
+            if float(variance) > 0:  # a point source (Föllmer) has no density to compare at x_0
+                log_kernel = log_kernel + normal_log_prob(s.x, rho.to(x.dtype) * x, variance.sqrt().to(x.dtype))
+            else:
+                log_kernel = torch.zeros_like(log_kernel)
+            log_kernel = log_kernel - normal_log_prob(x, s.mean, at(chain.std, s.k, x))
+    return Samples(x, log_ratio, kl, state_cost, log_kernel)
+
+
+@torch.no_grad()
+def ode(
+    process: Process,
+    x0: Tensor,
+    steps: int | Tensor = 40,
+    method: str = "euler",
+    tolerance: float = 1e-5,
+    **condition: Any,
+) -> Tensor:
+    """Solve dx/dt = v(x, t) from t = 0 to 1.
+
+    Args:
+        process: base or fine-tuned; x0: (B, *event) source samples.
+        steps: number of uniform steps, or a (K+1,) grid.
+        method: "euler", "heun" (the last step is Euler's: some velocities are 0/0 at t = 1), or the name of an adaptive
+            solver of torchdiffeq such as "dopri5" (stops at t = 1 − 1e-4 and finishes with one Euler step).
+        tolerance: absolute and relative tolerance of the adaptive solvers.
+
+    Raises:
+        TiltflowError: unknown method, or torchdiffeq is missing.
+    """
+    t = uniform_grid(steps) if isinstance(steps, int) else steps
+
+    def velocity(time: Tensor, x: Tensor) -> Tensor:
+        return process.velocity(x, time.to(x.dtype).expand(len(x)), **condition)
+
+    if method not in ("euler", "heun"):
+        x0 = _adaptive(velocity, x0, method, tolerance)
+        t = torch.tensor([1 - 1e-4, 1.0], dtype=torch.float64)
+        method = "euler"
+    x = x0
+    for k, (s, e) in enumerate(zip(t[:-1].to(x.device), t[1:].to(x.device), strict=True)):
+        h = float(e - s)
+        v = velocity(s, x)
+        if method == "heun" and k < len(t) - 2:
+            v = 0.5 * (v + velocity(e, x + h * v))
+        x = x + h * v
+    return x
+
+
+def _adaptive(velocity: Any, x0: Tensor, method: str, tolerance: float) -> Tensor:
+    try:
+        from torchdiffeq import odeint
+        from torchdiffeq._impl.odeint import SOLVERS
+    except ImportError as error:
+        raise TiltflowError(
+            f"method {method!r} needs torchdiffeq: pip install 'tiltflow[ode]' (or use 'euler' or 'heun')."
+        ) from error
+    if method not in SOLVERS:
+        raise TiltflowError(f"unknown ODE method {method!r}: use 'euler', 'heun' or one of {sorted(SOLVERS)}.")
+    span = torch.tensor([0.0, 1 - 1e-4], dtype=x0.dtype, device=x0.device)
+    return odeint(velocity, x0, span, method=method, rtol=tolerance, atol=tolerance)[-1]
