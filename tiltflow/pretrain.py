@@ -44,7 +44,7 @@ def pretrain_digits(
     kwargs = {"hidden": 480, "blocks": 3, "embedding": 64} | (network or {})
     digits = load_digits("train")
     torch.manual_seed(seed)  # the initial weights; everything later draws from the generator
-    model = DigitNet(**kwargs)
+    model = DigitNet(**kwargs).to(digits.images.dtype)
     process = Process(Linear(), model, "x1", EVENT)
 
     def draw(n: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

@@ -68,7 +68,10 @@ def load_state(path: Path) -> dict[str, Any]:
         raise TiltflowError(f"{path} is damaged or not a safetensors file: {error}.") from error
     if header is None:
         raise TiltflowError(f"{path} is a safetensors file, but not a state that tiltflow wrote.")
-    return _decode(json.loads(header), tensors)
+    try:
+        return _decode(json.loads(header), tensors)
+    except (ValueError, LookupError, TypeError) as error:
+        raise TiltflowError(f"{path} is damaged: its header does not describe its tensors ({error}).") from error
 
 
 def load_weights(path: Path, module: torch.nn.Module) -> None:

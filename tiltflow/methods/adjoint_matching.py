@@ -78,7 +78,7 @@ class AdjointMatching:
         if self.last_steps is None:
             return steps
         split = len(steps) - self.last_steps
-        drawn = torch.randperm(split, generator=generator)[: self.random_steps].tolist()
+        drawn = torch.randperm(split, generator=generator, device=generator.device)[: self.random_steps].tolist()
         return sorted(steps[i] for i in drawn) + steps[split:]
 
     def collect(self, state: State) -> Round:
@@ -93,13 +93,13 @@ class AdjointMatching:
             adjoint = full_adjoint(self.chain, state.control, path, self.cost, **condition)
         steps = torch.tensor(self._steps(generator))
         n = len(steps) * self.batch
-        weight = torch.ones(self.batch, dtype=path.x.dtype)
+        weight = torch.ones_like(path.x[0].reshape(self.batch, -1)[:, 0])
         cost = self.cost.value(path.x[-1], **condition).detach()
         if self.importance:
             weight = self._path_weights(path.x, path.mean, adjoint.base_mean, cost)
         rows = weight.repeat(len(steps))
         if self.time_weight is not None:
-            rows = rows * self.time_weight(self.chain.t[steps]).to(rows.dtype).repeat_interleave(self.batch)
+            rows = rows * self.time_weight(self.chain.t[steps]).to(rows).repeat_interleave(self.batch)
 
         def pick(v: Tensor) -> Tensor:
             return v[steps].reshape(n, *v.shape[2:])

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CLASSES", "DigitNet", "Guided", "JudgeClassifier", "ObservationAdapter", "RewardClassifier"]
+from tiltflow.errors import TiltflowError
+
+__all__ = ["CLASSES", "DigitNet", "Guided", "JudgeClassifier", "Labelled", "ObservationAdapter", "RewardClassifier"]
 
 SIDE = 28
 PIXELS = SIDE * SIDE
@@ -181,3 +183,17 @@ class JudgeClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(self.features(x))
+
+
+class Labelled(nn.Module):
+    """A class-conditional net with its label fixed, guided by ``scale`` (see :class:`Guided`)."""
+
+    def __init__(self, net: nn.Module, label: int, scale: float = 1.0) -> None:
+        super().__init__()
+        if not 0 <= label < CLASSES:
+            raise TiltflowError(f"label {label} is not a digit; use 0 to {CLASSES - 1}.")
+        self.guided, self.label = Guided(net, scale), label
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x̂_1 of the fixed class."""
+        return self.guided(x, t, torch.full(t.shape, self.label, device=t.device))

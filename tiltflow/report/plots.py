@@ -113,6 +113,23 @@ def scatter2d(points: Tensor, limits: Limits | None = None, color: str = AFTER) 
     return png(fig)
 
 
+def panels2d(panels: Mapping[str, Tensor]) -> bytes:
+    """Several 2-D samples side by side on the same axes, each under its name."""
+    limits = limits2d(*panels.values())
+    width = 2.3 * len(panels)
+    fig = require("matplotlib.figure").Figure(figsize=(width, 2.6), dpi=_DPI, layout="constrained")
+    for axes, (name, points) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        axes.scatter(*points.double().T.tolist(), s=1.5, alpha=0.4, linewidths=0, color=AFTER, rasterized=True)
+        axes.set_title(name, fontsize=9)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_aspect("equal")
+        if limits is not None:
+            axes.set_xlim(*limits[:2])
+            axes.set_ylim(*limits[2:])
+    return png(fig)
+
+
 def limits2d(*samples: Tensor) -> Limits | None:
     """Limits that hold the 0.1…99.9 % range of all point sets, with a margin; None if nothing is finite."""
     xy = np.concatenate([s.detach().float().cpu().numpy() for s in samples])

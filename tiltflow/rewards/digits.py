@@ -40,12 +40,15 @@ SHARPNESS = 8.0
 """Slope of the soft threshold ink = sigmoid(SHARPNESS · x): faint grey background hardly counts."""
 BLANK = 4.0
 """Outline, in pixels, added to every image's own, so that a blank page is thin rather than 0/0."""
-OBSERVATION_STD = 0.2
-"""Standard deviation of the noise on each observed block average."""
+OBSERVATION_STD = 0.5
+"""Standard deviation of the noise on each observed block average: small enough to say something about the digit,
+large enough that importance resampling of base samples (the exact answer) keeps an ESS of a few per cent."""
+OBSERVED_ROWS = 16
+"""Rows the observation covers; the 12 below are unseen."""
 
 
 class Observations(NamedTuple):
-    """`observation` (n, 8), what is known; `image` (n, 1, 28, 28) and `label` (n,), what it was made from."""
+    """`observation` (n, 28), what is known; `image` (n, 1, 28, 28) and `label` (n,), what it was made from."""
 
     observation: Tensor
     image: Tensor
@@ -115,12 +118,12 @@ def digit_judge(x: Tensor, digit: int | Tensor = 3, **condition: object) -> Tens
 
 
 def observe(x: Tensor) -> Tensor:
-    """M x: the averages of the eight 7x7 blocks of the image's upper half, (B, 8)."""
-    return F.avg_pool2d(x[..., :14, :], 7).flatten(1)
+    """M x: the averages of the 4x4 blocks of the image's upper 16 rows, (B, 28)."""
+    return F.avg_pool2d(x[..., :OBSERVED_ROWS, :], 4).flatten(1)
 
 
 def inpainting_log_likelihood(x: Tensor, observation: Tensor, **condition: object) -> Tensor:
-    r"""log p(o | x) = log N(o; M x, s² I) in nats, with M = `observe`, s = `OBSERVATION_STD`; o is (B, 8).
+    r"""log p(o | x) = log N(o; M x, s² I) in nats, with M = `observe`, s = `OBSERVATION_STD`; o is (B, 28).
 
     Tilting the base by it at λ = 1 samples the posterior p(x | o), amortised over o.
     """
@@ -145,5 +148,5 @@ def agreement_judge(x: Tensor, label: Tensor, **condition: object) -> Tensor:
 
 @torch.no_grad()
 def completion_error(x: Tensor, image: Tensor, **condition: object) -> Tensor:
-    """Mean squared error on the unobserved lower half against the digit the observation came from."""
-    return (x - image)[..., 14:, :].square().flatten(1).mean(1)
+    """Mean squared error on the unobserved rows against the digit the observation came from."""
+    return (x - image)[..., OBSERVED_ROWS:, :].square().flatten(1).mean(1)

@@ -1,0 +1,146 @@
+"""The verdict on samplers that are right, and on samplers that are wrong on purpose: each wrong one must fail.
+
+It is told samples, base samples, cost and path weights, nothing else.
+"""
+
+import pytest
+import torch
+
+from tiltflow.bench import chain_of, mode_weights
+from tiltflow.chain import euler_maruyama, times, uniform_grid
+from tiltflow.control import FineTuned
+from tiltflow.cost import RewardCost
+from tiltflow.errors import TiltflowError
+from tiltflow.metrics.distance import total_variation
+from tiltflow.noise import Constant
+from tiltflow.problems import mixture2d
+from tiltflow.simulate import sample
+from tiltflow.verdict import graded, judge_samples, overall
+
+N = 20_000
+PROBLEM = mixture2d()
+COST = RewardCost(PROBLEM.reward)
+
+
+class Optimal:
+    """The exact control, as far as a chain can follow it."""
+
+    module = None
+
+    def mean(self, chain, k, x, base_mean=None, **condition):
+        return chain.mean(k, x, PROBLEM.optimal().x1(x, times(chain, k, x)))
+
+
+def draw(chain, control, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    runs = sample(chain, control, chain.source(N, generator), generator)
+    return runs.x, PROBLEM.reward(runs.x) + runs.log_ratio
+
+
+@pytest.fixture(scope="module")
+def chain():
+    torch.set_default_dtype(torch.float64)
+    return chain_of(PROBLEM, 40, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def base_samples(chain):
+    return draw(chain, None, seed=2)[0]
+
+
+def judged(samples, log_weights, base_samples, exact, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    truth = PROBLEM.target.sample(N, generator) if exact else None
+    return judge_samples(samples, base_samples, COST, log_weights, generator, truth=truth)
+
+
+def exact_tv(x):
+    return total_variation(mode_weights(PROBLEM, x), PROBLEM.target.weights)
+
+
+@pytest.fixture(scope="module")
+def cases(chain):
+    """name → (samples, log path weights)."""
+    torch.set_default_dtype(torch.float64)
+    honest = draw(chain, Optimal())
+    keep = PROBLEM.target.component(honest[0]) != 0
+    flipped = RewardCost(lambda x: -PROBLEM.reward(x))
+    generator = torch.Generator().manual_seed(3)
+    wrong_sign = train_twin(flipped, 60, generator, chain)
+    half = train_twin(COST, 15, torch.Generator().manual_seed(4), chain)
+    remembering = euler_maruyama(PROBLEM.process(), uniform_grid(40), Constant(1.0))
+    biased = train_twin(COST, 150, torch.Generator().manual_seed(5), remembering)
+    return {
+        "honest": honest,
+        "mode dropped": (honest[0][keep], honest[1][keep]),
+        "sign flipped": draw(chain, wrong_sign),
+        "half trained": draw(chain, half),
+        "sigma 1": draw(remembering, biased),
+    }
+
+
+def train_twin(cost, iterations, generator, chain):
+    from tiltflow.control import tilted
+    from tiltflow.fit import FitSettings, fit
+    from tiltflow.methods import State
+    from tiltflow.methods.adjoint_matching import AdjointMatching
+    from tiltflow.nn.mlp import MLP
+
+    torch.manual_seed(0)
+    control = FineTuned(tilted(PROBLEM.process(), MLP(2, 32, 2)))
+    method = AdjointMatching(chain, cost, batch=128)
+    fit(method, State(control, generator), FitSettings(iterations, learning_rate=8e-3, ema=0.9))
+    return control
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["closed form", "base weights only"])
+def test_honest_sampler_passes(cases, base_samples, exact):
+    assert exact_tv(cases["honest"][0]) < 0.02
+    verdict = judged(*cases["honest"], base_samples, exact)
+    assert verdict.status in ("pass", "warn"), verdict
+    assert verdict.status == "pass", verdict
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["mode dropped", "sign flipped", "half trained", "sigma 1"])
+def test_wrong_samplers_fail(cases, base_samples, name, seed):
+    samples, log_weights = cases[name]
+    if name == "half trained":
+        assert exact_tv(samples) >= 0.1  # else it is not the case we mean
+    with_truth = judged(samples, log_weights, base_samples, True, seed)
+    assert with_truth.status == "fail", (name, exact_tv(samples), with_truth)
+    for weights in (log_weights, None):
+        without = judged(samples, weights, base_samples, False, seed)
+        assert without.status in ("fail", "cannot tell"), (name, exact_tv(samples), without)
+
+
+def test_few_samples_cannot_tell(cases, base_samples):
+    samples, log_weights = cases["honest"]
+    verdict = judged(samples[:60], log_weights[:60], base_samples[:300], False)
+    assert verdict.status == "cannot tell"
+
+
+def test_a_poor_reference_cannot_tell():
+    strong = RewardCost(lambda x: 8 * PROBLEM.reward(x))
+    generator = torch.Generator().manual_seed(0)
+    x = PROBLEM.base.sample(2_000, generator)
+    assert judge_samples(x, x, strong, None, generator).lines[0].status == "cannot tell"
+
+
+def test_grades():
+    assert graded("d", 0.01, 0.01, 0.05, 0.1, "").status == "pass"
+    assert graded("d", 0.07, 0.005, 0.05, 0.1, "").status == "warn"
+    assert graded("d", 0.20, 0.01, 0.05, 0.1, "").status == "fail"
+    assert graded("d", 0.10, 0.05, 0.05, 0.1, "").status == "cannot tell"
+    assert graded("d", float("nan"), 0.05, 0.05, 0.1, "").status == "cannot tell"
+    lines = [graded("d", v, 0.001, 0.05, 0.1, "") for v in (0.01, 0.07)]
+    assert overall(lines) == "warn" and overall(lines[:1]) == "pass"
+
+
+def test_non_finite_samples_are_refused(base_samples):
+    bad = base_samples.clone()
+    bad[3, 0] = float("nan")
+    with pytest.raises(TiltflowError, match="1 of them not finite"):
+        judge_samples(bad, base_samples, COST, None, torch.Generator())
+
+
