@@ -284,13 +284,14 @@ def demo() -> None:
 @demo.command("memoryless")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/memoryless"), show_default=True)
 @click.option("--iterations", default=300, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
 @common
-def memoryless_command(out: Path, iterations: int, seed: int, device: str, as_json: bool) -> None:
+def memoryless_command(out: Path, iterations: int, overwrite: bool, seed: int, device: str, as_json: bool) -> None:
     """The same 2-D problem fine-tuned with σ = 0.2, σ = 1 and the memoryless noise, beside the exact tilt."""
     from tiltflow.demo import memoryless_demo
 
     bars = Bars()
-    rows, picture = memoryless_demo(out, seed, iterations, bars)
+    rows, picture = memoryless_demo(out, seed, iterations, bars, overwrite)
     bars.close()
     text = table(rows, ["noise", "residual_correlation", "mode_tv", "w2", "w2_floor"])
     finish(document(seed, device, rows, None), as_json, f"{text}\npicture: {picture}")

@@ -84,12 +84,14 @@ class RewardCost:
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             r = self.reward_of(x, **condition)
-            if not r.requires_grad:
+            grad = None
+            if r.requires_grad:  # with trainable weights it may, and still not depend on x
+                (grad,) = torch.autograd.grad(-self.strength * r.sum(), x, allow_unused=True)
+            if grad is None:
                 raise TiltflowError(
                     "the reward is detached from its input: no gradient reaches x. Remove .detach(), .item(), .numpy(), "
                     "torch.no_grad() and integer casts from it."
                 )
-            (grad,) = torch.autograd.grad(-self.strength * r.sum(), x)
         bad = int((~torch.isfinite(grad)).flatten(1).any(1).sum())
         if bad:
             raise TiltflowError(

@@ -27,53 +27,56 @@ STEPS, SAMPLES, SHOWN = 40, 20_000, 1_500
 
 
 def memoryless_demo(
-    out: Path, seed: int, iterations: int, progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    out: Path,
+    seed: int,
+    iterations: int,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    overwrite: bool = False,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Fine-tune `mixture2d` with three noise schedules; rows of distances to the exact tilt, and the picture's path."""
-    problem = mixture2d()
-    schedules: dict[str, NoiseSchedule] = {
-        "σ = 0.2": Constant(0.2),
-        "σ = 1": Constant(1.0),
-        "memoryless": Memoryless(problem.interpolant),
-    }
-    generator = torch.Generator().manual_seed(seed)
-    truth = problem.target.sample(SAMPLES, generator)
-    floor = mean_w2(truth, problem.target.sample(SAMPLES, generator), 1_000, 5, generator)
-    panels = {"base": problem.base.sample(SHOWN, generator), "exact tilt": truth[:SHOWN]}
-    rows: list[dict[str, Any]] = []
-    for name, schedule in schedules.items():
-        chain: InterpolantChain
-        if name == "memoryless":
-            chain = chain_of(problem, STEPS, generator)
-        else:
-            chain = euler_maruyama(problem.process(), uniform_grid(STEPS), schedule)
-        torch.manual_seed(seed)
-        control = FineTuned(tilted(problem.process(), MLP(2, 64, 3)))
-        method = AdjointMatching(chain, RewardCost(problem.reward), batch=256)
-
-        def advance(row: dict[str, Any], name: str = name) -> None:
-            progress(name, row["iteration"] + 1, iterations)
-
-        fit(
-            method,
-            State(control, generator),
-            FitSettings(iterations, learning_rate=4e-3),
-            callback=advance,
-        )
-        x = sample(chain, control, chain.source(SAMPLES, generator), generator).x
-        panels[name] = x[:SHOWN]
-        rows.append(
-            {
-                "noise": name,
-                "residual_correlation": memoryless_residual(problem.interpolant, schedule),
-                "mode_tv": total_variation(mode_weights(problem, x), problem.target.weights),
-                "w2": mean_w2(x, truth, 1_000, 5, generator),
-                "w2_floor": floor,
-            }
-        )
     config = {"command": "demo memoryless", "seed": seed, "iterations": iterations}
-    with RunFolder(out, config, overwrite=(out / "config.json").is_file()) as folder:
+    with RunFolder(out, config, overwrite=overwrite) as folder:
+        problem = mixture2d()
+        schedules: dict[str, NoiseSchedule] = {
+            "σ = 0.2": Constant(0.2),
+            "σ = 1": Constant(1.0),
+            "memoryless": Memoryless(problem.interpolant),
+        }
+        generator = torch.Generator().manual_seed(seed)
+        truth = problem.target.sample(SAMPLES, generator)
+        floor = mean_w2(truth, problem.target.sample(SAMPLES, generator), 1_000, 5, generator)
+        panels = {"base": problem.base.sample(SHOWN, generator), "exact tilt": truth[:SHOWN]}
+        rows: list[dict[str, Any]] = []
+        for name, schedule in schedules.items():
+            chain: InterpolantChain
+            if name == "memoryless":
+                chain = chain_of(problem, STEPS, generator)
+            else:
+                chain = euler_maruyama(problem.process(), uniform_grid(STEPS), schedule)
+            torch.manual_seed(seed)
+            control = FineTuned(tilted(problem.process(), MLP(2, 64, 3)))
+            method = AdjointMatching(chain, RewardCost(problem.reward), batch=256)
+
+            def advance(row: dict[str, Any], name: str = name) -> None:
+                progress(name, row["iteration"] + 1, iterations)
+
+            fit(
+                method,
+                State(control, generator),
+                FitSettings(iterations, learning_rate=4e-3),
+                callback=advance,
+            )
+            x = sample(chain, control, chain.source(SAMPLES, generator), generator).x
+            panels[name] = x[:SHOWN]
+            rows.append(
+                {
+                    "noise": name,
+                    "residual_correlation": memoryless_residual(problem.interpolant, schedule),
+                    "mode_tv": total_variation(mode_weights(problem, x), problem.target.weights),
+                    "w2": mean_w2(x, truth, 1_000, 5, generator),
+                    "w2_floor": floor,
+                }
+            )
         folder.write_json("metrics.json", {"rows": rows})
-        picture = folder.path / "memoryless.png"
-        picture.write_bytes(plots.panels2d(panels))
-    return rows, picture
+        (folder.path / "memoryless.png").write_bytes(plots.panels2d(panels))
+    return rows, out / "memoryless.png"

@@ -129,7 +129,7 @@ def trainable_copy(base: Process, rank: int | None = None, generator: torch.Gene
             f"the base model is a {type(base.model).__name__} without weights of its own; fine-tuning needs an nn.Module. "
             "Pass `tuned=tiltflow.tilted(base, net)` to train a correction `net` instead."
         )
-    model = copy.deepcopy(base.model).requires_grad_(True)
+    model = copy.deepcopy(base.model).eval().requires_grad_(True)  # dropout would draw unrecorded noise
     if rank is not None:
         add_low_rank(model, rank, generator or torch.Generator().manual_seed(0))
     return Process(base.interpolant, model, base.predicts, base.event_shape)
@@ -151,7 +151,7 @@ def finetune(
     """Fine-tune ``base`` so that it samples p_base(x)·exp(strength · reward(x)), normalised.
 
     Args:
-        base: the pretrained process; its weights are not touched.
+        base: the pretrained process, in evaluation mode; its weights are not touched.
         reward: ``(x (B, *event), **condition) -> (B,)``, differentiable.
         strength: λ ≥ 0. 0 returns an exact copy.
         settings: budget and options (defaults: :class:`FinetuneSettings`).

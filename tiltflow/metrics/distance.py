@@ -2,6 +2,8 @@ r"""Distances between sample sets, each to be read beside its floor: the same nu
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -19,19 +21,22 @@ def w2(x: Tensor, y: Tensor) -> float:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise TiltflowError("w2 needs SciPy: pip install 'tiltflow[report]'.") from error
-    cost = torch.cdist(x.flatten(1).double(), y.flatten(1).double()).square().numpy()
-    rows, columns = linear_sum_assignment(cost)
+    exact = "donot_use_mm_for_euclid_dist"
+    cost = torch.cdist(x.flatten(1).double(), y.flatten(1).double(), compute_mode=exact).square().numpy()
+    reduced = cost - cost.min(1, keepdims=True)  # the same optimal assignment, found in less than half the time
+    rows, columns = linear_sum_assignment(reduced - reduced.min(0, keepdims=True))
     return float(cost[rows, columns].mean() ** 0.5)
 
 
 def mean_w2(x: Tensor, y: Tensor, n: int, draws: int, generator: torch.Generator) -> float:
     """Mean of :func:`w2` over ``draws`` pairs of random subsets of n rows each."""
-    total = 0.0
+    pairs = []
     for _ in range(draws):
         i = torch.randperm(len(x), generator=generator)[:n]
         j = torch.randperm(len(y), generator=generator)[:n]
-        total += w2(x[i], y[j])
-    return total / draws
+        pairs.append((x[i], y[j]))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # the assignment releases the interpreter lock
+        return sum(pool.map(lambda pair: w2(*pair), pairs)) / draws
 
 
 def pairwise_mean(x: Tensor, identity: Tensor | None = None) -> tuple[float, float]:
