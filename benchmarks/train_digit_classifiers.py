@@ -4,8 +4,8 @@
 
 They see disjoint images (splits "reward" and "judge"), augmented by small affine maps; half of each batch
 gets Gaussian noise of a random level, so that the half-finished samples of a flow are no surprise. Label
-smoothing keeps the log-probabilities, hence the reward's gradients, in a useful range. About three minutes on
-two cores.
+smoothing keeps the log-probabilities, hence the reward's gradients, in a useful range. About ten minutes of
+one core.
 """
 
 import argparse

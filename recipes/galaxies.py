@@ -257,6 +257,7 @@ def run_seed(base: Process, seed: int, args: argparse.Namespace, folder: Path) -
                 batch=args.batch,
                 steps=args.steps,
                 learning_rate=args.learning_rate,
+                rank=args.rank or None,
                 last_steps=(args.steps + 3) // 4,  # the paper's 10 and 10 of 40
                 random_steps=args.steps // 4,
                 noiseless_last=True,
@@ -352,7 +353,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=count, default=40, help="simulation steps K")
     parser.add_argument("--batch", type=count, default=32, help="paths per iteration")
     parser.add_argument("--strength", type=float, default=20.0, help="lambda of the tilt exp(lambda * ellipticity)")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--rank", type=int, default=0, help="rank of the trained updates; 0 trains all weights")
     parser.add_argument("--samples", type=count, default=512, help="samples of each sampler that are measured")
     parser.add_argument("--weights", type=Path, help="weights file (default: that of the installed galaxygrad)")
     parser.add_argument("--out", type=Path, default=Path("runs/galaxies"))

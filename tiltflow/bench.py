@@ -44,6 +44,7 @@ class TiltSettings:
     iterations: int = 600
     batch: int = 256
     learning_rate: float = 4e-3
+    importance: bool = True
     hidden: int = 64
     layers: int = 3
     sample_steps: int = 100
@@ -68,7 +69,10 @@ def train(
     net = MLP(problem.base.means.shape[1], settings.hidden, settings.layers)
     control = FineTuned(tilted(problem.process(), net))
     method = AdjointMatching(
-        chain_of(problem, settings.steps, generator), RewardCost(problem.reward), batch=settings.batch
+        chain_of(problem, settings.steps, generator),
+        RewardCost(problem.reward),
+        batch=settings.batch,
+        importance=settings.importance,
     )
     fit(
         method,

@@ -1,13 +1,12 @@
 r"""Flow matching: learn a base process from data by regression.
 
-Draw t ~ U(0, 1), X_0 ~ N(0, I), X_1 from the data, and set x = α_t X_1 + β_t X_0. The velocity is the
-minimiser of
+Draw t ~ U(0, 1), X_0 ~ N(0, I), X_1 from the data, and set x = α_t X_1 + β_t X_0. The velocity minimises
 
     L = E ‖v(x, t) − (α̇ X_1 + β̇ X_0)‖² / d
 
-(Lipman et al. 2023, arXiv:2210.02747; Liu et al. 2023, arXiv:2209.03003), because E[α̇X_1 + β̇X_0 | x] = v(x,
-t). Any other predictor is affine in the velocity, so the same loss is a weighted regression of what the
-network does predict (W = βα̇ − αβ̇, d entries per sample):
+(Lipman et al. 2023, arXiv:2210.02747; Liu et al. 2023, arXiv:2209.03003), because
+E[α̇X_1 + β̇X_0 | x] = v(x, t). Any other predictor is affine in the velocity, so the same loss is a weighted
+regression of what the network does predict (W = βα̇ − αβ̇, d entries per sample):
 
     predicts   error                       weight
     velocity   v − (α̇ X_1 + β̇ X_0)         1

@@ -1,10 +1,8 @@
-r"""Networks for 28x28 digits: the base flow, two ways to condition it further, two classifiers, and the
-shipped weights.
+r"""Networks for 28x28 digits: the base flow, ways to condition it further, and two classifiers.
 
-Each is cheap on a CPU on purpose: `DigitNet` costs 4 to 5 million multiply-adds' worth of matrix products per
-image, because adjoint matching evaluates it some 180 times per sample and iteration. All activations are
-smooth, since adjoints differentiate through the network; nothing depends on a train/eval mode or on the other
-images of a batch.
+`DigitNet` is cheap on purpose, about 5 million floating-point operations per image: adjoint matching evaluates it
+some 180 times per sample and iteration. Its activations are smooth, since adjoints differentiate through it;
+nothing depends on a train/eval mode or on the other images of a batch.
 """
 
 import math
@@ -50,11 +48,11 @@ class DigitNet(nn.Module):
 
     With the input brought to unit variance, z = x / √(t² + (1−t)²), and e = e(t, label):
 
-        h ← W z;    h ← h + W₂ silu(W₁ [LN(h)(1 + a(e)) + b(e)])  (blocks times);    x̂_1 = tanh(V silu(LN h)
-        + g(e) ∘ z)
+        h ← W z
+        h ← h + W₂ silu(W₁ [LN(h)(1 + a(e)) + b(e)])        (blocks times)
+        x̂_1 = tanh(V silu(LN(h)) + g(e) ∘ z)
 
-    The pixel-wise gate g lets the image pass through near t = 1; tanh keeps the mean of images in [−1, 1]
-    there.
+    The pixel-wise gate g lets the image pass through near t = 1; tanh keeps a mean of images in [−1, 1].
 
     Arguments:
         hidden: width of h.

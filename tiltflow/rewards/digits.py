@@ -1,13 +1,12 @@
 r"""Rewards on 28x28 digits, x in [−1, 1] (1 is ink), and for each a judge that no training ever sees.
 
-    reward                      what it says                             judge
-    stroke_thickness            2 · area / outline of the ink, pixels    thickness_judge: distance transform,
-    ridge digit_log_probability       log p(digit | x), shipped classifier     digit_judge: another network,
-    other images inpainting_log_likelihood   log p(o | x), o = M x + noise            agreement_judge,
-    completion_error
+    reward                      what it says                            judge
+    stroke_thickness            2 · area / outline of the ink           thickness_judge: distances, along the ridge
+    digit_log_probability       log p(digit | x), shipped classifier    digit_judge: another net, other images
+    inpainting_log_likelihood   log p(o | x), o = M x + noise           agreement_judge, completion_error
 
-Rewards are differentiable, (x (B, 1, 28, 28), **condition) -> (B,), and tolerate samples that overshoot the
-range. Judges return (B,) too, without gradients.
+Rewards are differentiable, (x (B, 1, 28, 28), **condition) -> (B,), and tolerate samples that overshoot the range.
+Judges return (B,) too, without gradients.
 """
 
 import math
@@ -40,6 +39,10 @@ SHARPNESS = 8.0
 """Slope of the soft threshold ink = sigmoid(SHARPNESS · x): faint grey background hardly counts."""
 BLANK = 4.0
 """Outline, in pixels, added to every image's own, so that a blank page is thin rather than 0/0."""
+SATURATION = 3.0
+"""Stroke width, in pixels, at which `stroke_thickness` levels off."""
+WIDEST = 6.0
+"""Widths beyond this many pixels count as this in `thickness_judge`: they are blots, not strokes."""
 OBSERVATION_STD = 0.5
 """Standard deviation of the noise on each observed block average: small enough to say something about the digit,
 large enough that importance resampling of base samples (the exact answer) keeps an ESS of a few per cent."""
@@ -56,16 +59,18 @@ class Observations(NamedTuple):
 
 
 def stroke_thickness(x: Tensor, **condition: object) -> Tensor:
-    r"""Mean stroke width in pixels, 2A / (P + 4), of m = sigmoid(8x): area A = Σ m, outline P = Σ |∇m|.
+    r"""Mean stroke width, r = 3 tanh(w/3) for w = 2A / (P + 4) pixels, of m = sigmoid(8x): A = Σ m, P = Σ |∇m|.
 
-    A stroke of width w and length l ≫ w has A = wl and P = 2l. The gradient's norm is smoothed, so that flat
-    regions are differentiable.
+    A stroke of width w and length l ≫ w has area A = wl and outline P = 2l. The width saturates at 3 pixels, so
+    that a bold pen is worth nearly as much as a page of ink: without it e^{λr} hangs on a few blots among thousands
+    of samples, and no reference by importance weights is stable. |∇m| is smoothed, to be differentiable where flat.
     """
     ink = F.pad(torch.sigmoid(SHARPNESS * x), (1, 1, 1, 1))
     dx = 0.5 * (ink[..., 1:, 1:] + ink[..., :-1, 1:] - ink[..., 1:, :-1] - ink[..., :-1, :-1])
     dy = 0.5 * (ink[..., 1:, 1:] - ink[..., :-1, 1:] + ink[..., 1:, :-1] - ink[..., :-1, :-1])
     outline = ((dx**2 + dy**2 + 1e-4).sqrt() - 1e-2).flatten(1).sum(1)
-    return 2 * ink.flatten(1).sum(1) / (outline + BLANK)
+    width = 2 * ink.flatten(1).sum(1) / (outline + BLANK)
+    return SATURATION * torch.tanh(width / SATURATION)
 
 
 @torch.no_grad()
@@ -87,7 +92,7 @@ def thickness_judge(x: Tensor, **condition: object) -> Tensor:
     distance = distance_transform_edt(padded, sampling=apart)
     ridge = torch.from_numpy((distance == maximum_filter(distance, size=(1, 3, 3))) & padded)
     width = (2 * torch.from_numpy(distance) - 0.5) / zoom  # widths 2n and 2n - 1 share the ridge n
-    total = (width * ridge).flatten(1).sum(1) / ridge.flatten(1).sum(1).clamp(min=1)
+    total = (width.clamp(max=WIDEST) * ridge).flatten(1).sum(1) / ridge.flatten(1).sum(1).clamp(min=1)
     return total.to(x)
 
 
