@@ -255,6 +255,7 @@ def run_seed(base: Process, seed: int, args: argparse.Namespace, folder: Path) -
             FinetuneSettings(
                 iterations=args.iterations,
                 batch=args.batch,
+                updates=2,
                 steps=args.steps,
                 learning_rate=args.learning_rate,
                 rank=args.rank or None,
@@ -289,18 +290,9 @@ def run_seed(base: Process, seed: int, args: argparse.Namespace, folder: Path) -
     save_weights(folder / f"seed{seed}.safetensors", control.module)
     (folder / f"seed{seed}.png").write_bytes(before_after(before.x, after.x))
     (folder / f"seed{seed}-ode.png").write_bytes(before_after(flow_before, flow_after))
-    shared = {
-        "problem": "galaxies",
-        "method": "adjoint_matching",
-        "seed": seed,
-        "strength": args.strength,
-        "iterations": args.iterations,
-        "steps": args.steps,
-        "batch": args.batch,
-        "learning_rate": args.learning_rate,
-        "samples": args.samples,
-        "seconds": training,
-    }
+    settings = ("strength", "iterations", "steps", "batch", "learning_rate", "rank", "samples")
+    shared = {"problem": "galaxies", "method": "adjoint_matching", "seed": seed, "seconds": training}
+    shared |= {name: getattr(args, name) for name in settings}
     rows = []
     for sampler, base_x, x in (("sde", before.x, after.x), ("ode", flow_before, flow_after)):
         old, new = describe(base_x), describe(x)
@@ -353,8 +345,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=count, default=40, help="simulation steps K")
     parser.add_argument("--batch", type=count, default=32, help="paths per iteration")
     parser.add_argument("--strength", type=float, default=20.0, help="lambda of the tilt exp(lambda * ellipticity)")
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--rank", type=int, default=0, help="rank of the trained updates; 0 trains all weights")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--rank", type=int, default=8, help="rank of the trained updates; 0 trains all weights")
     parser.add_argument("--samples", type=count, default=512, help="samples of each sampler that are measured")
     parser.add_argument("--weights", type=Path, help="weights file (default: that of the installed galaxygrad)")
     parser.add_argument("--out", type=Path, default=Path("runs/galaxies"))

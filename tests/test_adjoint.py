@@ -27,7 +27,7 @@ def setting(running=None, steps=12):
     x1 = problem.base.sample(2_000, generator)
     chain = memoryless_chain(problem.process(), t, residual_variance(problem.process(), t, x1, generator))
     torch.manual_seed(1)
-    net = MLP(2, 16, 2)
+    net = MLP(4, 2, 16, 2)
     torch.nn.init.normal_(net.last.weight, std=0.3)
     control = FineTuned(tilted(problem.process(), net))
     cost = RewardCost(problem.reward, 1.7, running=running)
@@ -97,7 +97,7 @@ def tilt_1d(variance=0.25, slope=1.0):
 def trained(problem, chain, seed, iterations=150, cost=None, **kw):
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    control = FineTuned(tilted(problem.process(), MLP(1, 32, 2)))
+    control = FineTuned(tilted(problem.process(), MLP(2, 1, 32, 2)))
     method = AdjointMatching(chain, cost or RewardCost(problem.reward), batch=128, **kw)
     fit(method, State(control, generator), FitSettings(iterations, learning_rate=1e-2, ema=0.95))
     return control, generator
@@ -162,7 +162,7 @@ def test_linear_quadratic_control_is_learned(generator):
     )
     cost = RewardCost(lambda x: -x.square().sum(1), running=lambda x, t: x.square().sum(1))
     torch.manual_seed(0)
-    control = NetworkControl(MLP(1, 32, 2))
+    control = NetworkControl(MLP(1, 1, 32, 2))
     method = AdjointMatching(chain, cost, batch=128)
     fit(method, State(control, generator), FitSettings(200, learning_rate=1e-2, ema=0.95))
     x = torch.linspace(-1, 1, 9)[:, None]

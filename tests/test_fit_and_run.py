@@ -42,7 +42,7 @@ class Training:
         torch.manual_seed(seed)
         self.mask, self.buffer = QuantileMask(0.8, decay=0.5), Buffer(200)  # a round is 80 rows: the ring holds 2.5
         self.method = AdjointMatching(chain, RewardCost(problem.reward), batch=16, mask=self.mask)
-        control = FineTuned(tilted(problem.process(), (net or (lambda: MLP(2, 8, 2)))()))
+        control = FineTuned(tilted(problem.process(), (net or (lambda: MLP(4, 2, 8, 2)))()))
         self.state = State(control, torch.Generator().manual_seed(seed), auxiliary={"mask": self.mask})
 
     def fit(self, checkpoint=None, resume=False, stop_at=None, settings=SETTINGS, callback=None):
@@ -150,10 +150,10 @@ class Normalised(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.net = torch.nn.BatchNorm1d(2), MLP(2, 8, 2)
+        self.norm, self.net = torch.nn.BatchNorm1d(4), MLP(4, 2, 8, 2)
 
     def forward(self, x, t):
-        return self.net(self.norm(x), t) + 0.01 * self.norm.running_var
+        return self.net(self.norm(x), t) + 0.01 * self.norm.running_var[:2]
 
 
 def test_running_statistics_survive(tmp_path):
@@ -257,7 +257,7 @@ def test_resume_misuse(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     Training().fit(path, settings=FitSettings(1))
     with pytest.raises(TiltflowError, match="another network"):
-        Training(net=lambda: MLP(2, 9, 2)).fit(path, resume=True)
+        Training(net=lambda: MLP(4, 2, 9, 2)).fit(path, resume=True)
 
 
 # --- store
@@ -339,12 +339,12 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
 
 
 def test_weights_round_trip_and_misfit(tmp_path):
-    path, net, other = tmp_path / "w.safetensors", MLP(2, 8, 2), MLP(2, 8, 2)
+    path, net, other = tmp_path / "w.safetensors", MLP(4, 2, 8, 2), MLP(4, 2, 8, 2)
     save_weights(path, net, {"made": "by a test"})
     load_weights(path, other)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
     with pytest.raises(TiltflowError, match="does not fit MLP"):
-        load_weights(path, MLP(2, 9, 2))
+        load_weights(path, MLP(4, 2, 9, 2))
     with pytest.raises(TiltflowError, match="no weights file"):
         load_weights(tmp_path / "none", net)
     path.write_bytes(path.read_bytes()[:-3])

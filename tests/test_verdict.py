@@ -87,7 +87,7 @@ def train_twin(cost, iterations, generator, chain):
     from tiltflow.nn.mlp import MLP
 
     torch.manual_seed(0)
-    control = FineTuned(tilted(PROBLEM.process(), MLP(2, 32, 2)))
+    control = FineTuned(tilted(PROBLEM.process(), MLP(4, 2, 32, 2)))
     method = AdjointMatching(chain, cost, batch=128)
     fit(method, State(control, generator), FitSettings(iterations, learning_rate=8e-3, ema=0.9))
     return control

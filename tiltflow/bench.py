@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiltflow.buffer import Buffer
 from tiltflow.chain import InterpolantChain, memoryless_chain, residual_variance, uniform_grid
 from tiltflow.control import FineTuned, tilted
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
 from tiltflow.fit import FitSettings, fit
 from tiltflow.methods import State
-from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.methods.adjoint_matching import AdjointMatching, noise_share
 from tiltflow.metrics.distance import mean_w2, total_variation
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems import TILT_PROBLEMS, TiltProblem
@@ -40,13 +41,17 @@ Row = dict[str, Any]
 class TiltSettings:
     """Budget of one problem: training on ``steps`` of a uniform grid, evaluation on ``sample_steps``."""
 
-    steps: int = 40
-    iterations: int = 600
+    steps: int = 60
+    iterations: int = 250
     batch: int = 256
-    learning_rate: float = 4e-3
-    importance: bool = True
-    hidden: int = 64
-    layers: int = 3
+    learning_rate: float = 2e-3
+    buffer_rounds: int = 20
+    updates: int = 4
+    minibatch: int = 8192
+    gradient_clip: float = 1e6
+    ema: float = 0.99
+    hidden: int = 128
+    layers: int = 4
     sample_steps: int = 100
     samples: int = 20_000
     w2_samples: int = 2_000
@@ -66,18 +71,24 @@ def train(
     """Fine-tune a correction of the closed-form base by Adjoint Matching; returns the fine-tuned process."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # the initial weights of the network
-    net = MLP(problem.base.means.shape[1], settings.hidden, settings.layers)
+    dim = problem.base.means.shape[1]
+    net = MLP(2 * dim, dim, settings.hidden, settings.layers)
     control = FineTuned(tilted(problem.process(), net))
-    method = AdjointMatching(
-        chain_of(problem, settings.steps, generator),
-        RewardCost(problem.reward),
-        batch=settings.batch,
-        importance=settings.importance,
-    )
+    chain, cost = chain_of(problem, settings.steps, generator), RewardCost(problem.reward)
+    share = noise_share(chain, cost, 4096, generator)
+    method = AdjointMatching(chain, cost, batch=settings.batch, importance=True, noise_share=share)
     fit(
         method,
         State(control, generator),
-        FitSettings(settings.iterations, learning_rate=settings.learning_rate),
+        FitSettings(
+            settings.iterations,
+            learning_rate=settings.learning_rate,
+            updates=settings.updates,
+            minibatch=settings.minibatch,
+            gradient_clip=settings.gradient_clip,
+            ema=settings.ema,
+        ),
+        Buffer(settings.buffer_rounds * settings.batch * settings.steps),
         callback=callback,
     )
     return control.process

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tiltflow.chain import Chain, Index, InterpolantChain, at, times
@@ -57,7 +58,11 @@ class FineTuned:
         self, chain: InterpolantChain, k: Index, x: Tensor, base_mean: Tensor | None = None, **condition: Any
     ) -> Tensor:
         """A_k x + B_k X̂_1 of the fine-tuned process."""
-        return chain.mean(k, x, self.process.x1(x, times(chain, k, x), **condition))
+        t, model = times(chain, k, x), self.process.model
+        if isinstance(model, Blend) and base_mean is not None:  # the base is known: only the network is evaluated
+            b = (base_mean - at(chain.a, k, x) * x) / at(chain.b, k, x)
+            return chain.mean(k, x, model.blend(b, model.net(x, t, **condition), t))
+        return chain.mean(k, x, self.process.x1(x, t, **condition))
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,35 @@ class NetworkControl:
         return base_mean + at(chain.std, k, x) ** 2 * self.module(x, times(chain, k, x), **condition)
 
 
-class Tilt(nn.Module):
-    """X̂_1 = base X̂_1 + β_t² net(x, t): a trainable correction of a base without weights of its own.
+class Blend(nn.Module):
+    """X̂_1 = b + β_t (net(x, t) − b) with b the base's X̂_1: how a network that predicts x1 is fine-tuned.
 
-    The optimum is net = (X̂_1* − X̂_1)/β² = −∇V/α, which is smooth on all of [0, 1] and equals ∇r at t = 1. With a
-    zero-initialised last layer it starts at the base. Use as ``Process(base.interpolant, Tilt(base, net), "x1", …)``.
+    A change of the velocity by δ moves X̂_1 by (β/W)δ, so velocity, noise and score networks change less and less of X̂_1 as
+    t → 1. An x1 network has no such factor: its noise at late steps would be divided by s_k → 0. β_t puts it back.
+
+    Args:
+        base: the frozen process, predicting anything; net: module predicting x1, starting at the base.
+    """
+
+    def __init__(self, base: Process, net: nn.Module) -> None:
+        super().__init__()
+        self.base, self.net = base, net
+
+    def blend(self, b: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """b + β_t (x1 − b)."""
+        return torch.lerp(b, x1, expand(self.base.interpolant.beta(t), b))
+
+    def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        """X̂_1 of the fine-tuned process."""
+        return self.blend(self.base.x1(x, t, **condition), self.net(x, t, **condition), t)
+
+
+class Tilt(nn.Module):
+    """X̂_1 = b + β_t net([x, b], t) with b the base's X̂_1: a trainable correction of a base without weights of its own.
+
+    The optimum is net = (X̂_1* − X̂_1)/β = −(β/α)∇V, bounded on all of [0, 1]. In x it is steep where the base decides
+    between modes; b is steep just there, which is why the net sees it. With a zero-initialised last layer it starts at the
+    base. ``net`` maps vectors (B, 2d), t (B,) to (B, d).
     """
 
     def __init__(self, base: Process, net: nn.Module) -> None:
@@ -89,7 +118,8 @@ class Tilt(nn.Module):
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """X̂_1 of the tilted process."""
         beta = expand(self.base.interpolant.beta(t), x)
-        return self.base.x1(x, t, **condition) + beta**2 * self.net(x, t, **condition)
+        x1 = self.base.x1(x, t, **condition)
+        return x1 + beta * self.net(torch.cat([x, x1], -1), t, **condition)
 
 
 def tilted(base: Process, net: nn.Module) -> Process:

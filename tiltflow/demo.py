@@ -54,7 +54,7 @@ def memoryless_demo(
             else:
                 chain = euler_maruyama(problem.process(), uniform_grid(STEPS), schedule)
             torch.manual_seed(seed)
-            control = FineTuned(tilted(problem.process(), MLP(2, 64, 3)))
+            control = FineTuned(tilted(problem.process(), MLP(4, 2, 64, 3)))
             method = AdjointMatching(chain, RewardCost(problem.reward), batch=256)
 
             def advance(row: dict[str, Any], name: str = name) -> None:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tiltflow.buffer import Buffer
 from tiltflow.chain import InterpolantChain, euler_maruyama, memoryless_chain, residual_variance, uniform_grid
-from tiltflow.control import FineTuned
+from tiltflow.control import Blend, FineTuned
 from tiltflow.cost import Reward, RewardCost
 from tiltflow.errors import TiltflowError
 from tiltflow.fit import FitSettings, History, fit
@@ -29,6 +30,7 @@ from tiltflow.process import Process
 from tiltflow.simulate import ode
 
 RESIDUAL_TOLERANCE = 0.1
+MINIBATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class FinetuneSettings:
 
     Args:
         iterations, batch: rounds of Adjoint Matching and paths per round.
-        updates: gradient steps per round, each on 1/updates of its rows (simulation is the expensive part).
+        updates: gradient steps per round, each on up to 1,024 rows of the buffer (simulation is the expensive part).
+        importance: weight paths by their path weights, tempered to an ESS of one half.
+        buffer_rounds: rounds whose rows are kept and drawn from (the average over many paths is what tames the noise).
         steps: simulation steps K of the training chain (uniform grid).
         learning_rate: Adam's, with cosine decay to 1 %.
         rank: train low-rank updates of the linear layers (merged at the end) instead of all weights; None: all weights.
@@ -54,6 +58,8 @@ class FinetuneSettings:
     iterations: int = 200
     batch: int = 64
     updates: int = 4
+    importance: bool = True
+    buffer_rounds: int = 4
     steps: int = 40
     learning_rate: float = 3e-4
     rank: int | None = None
@@ -118,8 +124,8 @@ def training_chain(
     return memoryless_chain(base, t, v, settings.noiseless_last)
 
 
-def trainable_copy(base: Process, rank: int | None = None, generator: torch.Generator | None = None) -> Process:
-    """The base with its own copy of the weights, all of them trainable, or low-rank updates of them only.
+def trainable_copy(base: Process, rank: int | None = None, generator: torch.Generator | None = None) -> nn.Module:
+    """The base model's own copy in evaluation mode, all weights trainable, or low-rank updates of them only.
 
     Raises:
         TiltflowError: the model is not an ``nn.Module``.
@@ -130,8 +136,13 @@ def trainable_copy(base: Process, rank: int | None = None, generator: torch.Gene
             "Pass `tuned=tiltflow.tilted(base, net)` to train a correction `net` instead."
         )
     model = copy.deepcopy(base.model).eval().requires_grad_(True)  # dropout would draw unrecorded noise
-    if rank is not None:
-        add_low_rank(model, rank, generator or torch.Generator().manual_seed(0))
+    return model if rank is None else add_low_rank(model, rank, generator or torch.Generator().manual_seed(0))
+
+
+def tuned_process(base: Process, model: nn.Module) -> Process:
+    """The process of a network that starts at the base: itself, or a :class:`Blend` if it predicts x1."""
+    if base.predicts == "x1":
+        model = Blend(base, model)
     return Process(base.interpolant, model, base.predicts, base.event_shape)
 
 
@@ -167,7 +178,7 @@ def finetune(
     settings = settings or FinetuneSettings()
     generator = generator or torch.Generator().manual_seed(0)
     cost = RewardCost(reward, strength, settings.max_reward_grad)
-    process = tuned if tuned is not None else trainable_copy(base, settings.rank, generator)
+    process = tuned or tuned_process(base, trainable_copy(base, settings.rank, generator))
     chain = training_chain(base, settings, generator, conditions, generator.device)
     control = FineTuned(process)
     if strength == 0:
@@ -182,6 +193,7 @@ def finetune(
         last_steps=settings.last_steps,
         random_steps=settings.random_steps,
         clip=settings.clip,
+        importance=settings.importance,
         conditions=conditions,
     )
     controlled = settings.steps - int(settings.noiseless_last and chain.memoryless)
@@ -192,14 +204,14 @@ def finetune(
         FitSettings(
             settings.iterations,
             learning_rate=settings.learning_rate,
-            betas=(0.9, 0.99),
             warmup=5,
             updates=settings.updates,
-            minibatch=-(-regressed * settings.batch // settings.updates),
+            minibatch=min(regressed * settings.batch, MINIBATCH),
             gradient_clip=settings.gradient_clip,
             ema=settings.ema,
             checkpoint_every=settings.checkpoint_every,
         ),
+        Buffer(settings.buffer_rounds * regressed * settings.batch),
         checkpoint=checkpoint,
         resume=resume,
         callback=callback,

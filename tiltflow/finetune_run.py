@@ -21,7 +21,7 @@ from tiltflow.chain import InterpolantChain
 from tiltflow.control import Control, FineTuned
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
-from tiltflow.finetune import FinetuneSettings, Tuned, finetune, require_memoryless, trainable_copy
+from tiltflow.finetune import FinetuneSettings, Tuned, finetune, require_memoryless, trainable_copy, tuned_process
 from tiltflow.process import Process
 from tiltflow.registry import RewardSpec, load_base, load_reward
 from tiltflow.report import RunRecord, SummaryRow, write_report
@@ -33,6 +33,7 @@ from tiltflow.weights import ess, evidence, normalised
 
 Progress = Callable[[str, int, int], None]
 UNSEEN, GRID = 8, 64
+WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,11 @@ def load_tuned(folder: Path, device: str = "cpu") -> tuple[RunConfig, Process]:
     """The config and the fine-tuned process of a finished run folder."""
     config = RunConfig.read(folder)
     spec, base = config.load_reward(), config.load_base()
-    process = spec.adapt(trainable_copy(base)) if spec.adapt else trainable_copy(base)
-    assert isinstance(process.model, torch.nn.Module)
-    load_weights(folder / "weights.safetensors", process.model)
-    process.model.to(device).requires_grad_(False)
+    net = trainable_copy(base)
+    if spec.adapt is not None:
+        base, net = ignoring_conditions(base), spec.adapt(net)
+    load_weights(folder / WEIGHTS, net)
+    process = tuned_process(base, net.to(device).requires_grad_(False))
     return config, process
 
 
@@ -229,13 +231,10 @@ def run_finetune(
     started = time.perf_counter()
     generator = torch.Generator(config.device).manual_seed(config.seed)
     torch.manual_seed(config.seed)  # initial weights of adapters
-    spec, pretrained = config.load_reward(), config.load_base()
-    base, start = pretrained, None
+    spec, base = config.load_reward(), config.load_base()
+    net = trainable_copy(base, config.settings.rank, generator)
     if spec.adapt is not None:
-        copied = trainable_copy(pretrained, config.settings.rank, generator)
-        base, start = ignoring_conditions(pretrained), spec.adapt(copied)
-        assert isinstance(start.model, torch.nn.Module)
-        start.model.to(config.device)
+        base, net = ignoring_conditions(base), spec.adapt(net).to(config.device)
     total = config.settings.iterations
     tuned = finetune(
         base,
@@ -243,15 +242,14 @@ def run_finetune(
         config.strength,
         config.settings,
         generator=generator,
-        tuned=start,
+        tuned=tuned_process(base, net),
         conditions=spec.conditions,
         checkpoint=folder.checkpoint,
         resume=folder.resume,
         callback=lambda row: progress("fine-tuning", row["iteration"] + 1, total),
     )
     trained = time.perf_counter() - started
-    assert isinstance(tuned.process.model, torch.nn.Module)
-    save_weights(folder.path / "weights.safetensors", tuned.process.model)
+    save_weights(folder.path / WEIGHTS, net)
 
     n = config.reference_samples
     base_samples = draw(

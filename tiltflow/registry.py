@@ -22,21 +22,20 @@ from tiltflow.process import Predicts, Process
 from tiltflow.rewards import digits
 
 INTERPOLANTS: dict[str, Callable[[], Interpolant]] = {"linear": Linear, "cosine": Cosine, "vp": VP}
-OBSERVED = 8
 
 
 class RewardSpec(NamedTuple):
     """A reward with its held-out judges and, if it is conditional, where its conditions come from.
 
     ``conditions`` and ``unseen`` draw rows for training and for the evaluation; ``judge_rows`` of the unseen draw hold what
-    only the judges may see. ``adapt`` makes the process to train from the base.
+    only the judges may see. ``adapt`` makes the network to train, which sees the condition, from a copy of the base's.
     """
 
     reward: Reward
     judges: dict[str, Callable[..., Tensor]]
     conditions: Conditions | None = None
     unseen: Callable[[int, torch.Generator], tuple[dict[str, Tensor], dict[str, Tensor]]] | None = None
-    adapt: Callable[[Process], Process] | None = None
+    adapt: Callable[[nn.Module], nn.Module] | None = None
 
 
 def import_function(name: str) -> Any:
@@ -111,10 +110,9 @@ def _inpainting() -> RewardSpec:
         drawn = digits.draw_observations(n, generator, "held_out")
         return {"observation": drawn.observation}, {"label": drawn.label}
 
-    def adapt(base: Process) -> Process:
-        assert isinstance(base.model, nn.Module)
-        adapter = ObservationAdapter(base.model, base.event_shape, OBSERVED)
-        return Process(base.interpolant, adapter, base.predicts, base.event_shape)
+    def adapt(net: nn.Module) -> nn.Module:
+        size = conditions(1, torch.Generator())["observation"][0].numel()
+        return ObservationAdapter(net, (1, 28, 28), size)
 
     return RewardSpec(
         digits.inpainting_log_likelihood, {"agreement": digits.agreement_judge}, conditions, unseen, adapt

@@ -37,6 +37,17 @@ def normalised(log_w: Tensor) -> Tensor:
     return torch.softmax(log_w.double(), 0)
 
 
+def tempered(log_w: Tensor, minimum_ess: float = 0.5) -> Tensor:
+    """Normalised weights ∝ w^τ with the largest τ ≤ 1 whose ESS fraction is at least ``minimum_ess`` (bisection)."""
+    low, high = 0.0, 1.0
+    if ess(log_w) < minimum_ess:
+        for _ in range(30):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if ess(middle * log_w) >= minimum_ess else (low, middle)
+        return normalised(low * log_w)
+    return normalised(log_w)
+
+
 def resample(x: Tensor, log_w: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """n rows of x drawn with replacement in proportion to the weights."""
     return x[torch.multinomial(normalised(log_w), n, replacement=True, generator=generator)]

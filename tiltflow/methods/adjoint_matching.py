@@ -24,7 +24,8 @@ from tiltflow.cost import Cost
 from tiltflow.errors import TiltflowError
 from tiltflow.loss import QuantileMask, matching_terms, reduce_terms
 from tiltflow.methods import Round, State
-from tiltflow.simulate import event_sum, simulate
+from tiltflow.simulate import Path, event_sum, simulate
+from tiltflow.weights import tempered
 
 Conditions = Callable[[int, torch.Generator], dict[str, Tensor]]
 
@@ -42,7 +43,10 @@ class AdjointMatching:
         clip: per-term bound on the loss; the paper: 1.6 λ².
         mask: a :class:`QuantileMask`, also named in ``State.auxiliary`` so that its average survives a resume.
         time_weight: w(t) → weights of the steps.
-        importance: weight each path by its self-normalised path weight (targets the chain's p* without bias).
+        importance: weight each path by its self-normalised path weight, tempered to an ESS of one half: the regression
+            then aims at the chain's p* itself, not at the current policy's idea of it.
+        noise_share: c_k in [0, 1] per step, (K,): how much of the target is the path's own noise instead of its adjoint (see
+            :func:`noise_share`). Needs ``importance``.
         adjoint: "lean" (Adjoint Matching) or "full" (basic Adjoint Matching).
         conditions: draws one condition row per path, ``(n, generator) -> {name: (n, …)}``.
 
@@ -59,11 +63,14 @@ class AdjointMatching:
     mask: QuantileMask | None = None
     time_weight: Callable[[Tensor], Tensor] | None = None
     importance: bool = False
+    noise_share: Tensor | None = None
     adjoint: Literal["lean", "full"] = "lean"
     conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
         n = len(self._controlled())
+        if self.noise_share is not None and not self.importance:
+            raise TiltflowError("noise_share is right under path weights only: pass importance=True too.")
         if self.last_steps is not None and self.last_steps + self.random_steps > n:
             raise TiltflowError(
                 f"last_steps + random_steps = {self.last_steps + self.random_steps}, but the chain has {n} controlled "
@@ -101,13 +108,17 @@ class AdjointMatching:
         if self.time_weight is not None:
             rows = rows * self.time_weight(self.chain.t[steps]).to(rows).repeat_interleave(self.batch)
 
+        a_next = adjoint.a[1:]
+        if self.noise_share is not None:
+            a_next = mixed_target(self.chain, path, adjoint.base_mean, a_next, self.noise_share)
+
         def pick(v: Tensor) -> Tensor:
             return v[steps].reshape(n, *v.shape[2:])
 
         material: Material = {
             "x": pick(path.x[:-1]),
             "k": steps.repeat_interleave(self.batch),
-            "a_next": pick(adjoint.a[1:]),
+            "a_next": pick(a_next),
             "base_mean": pick(adjoint.base_mean),
             "weight": rows,
             **{f"condition.{name}": v.repeat(len(steps), *(1,) * (v.ndim - 1)) for name, v in condition.items()},
@@ -131,7 +142,7 @@ class AdjointMatching:
             if self.cost.running is not None:
                 h = float(self.chain.t[k + 1] - self.chain.t[k])
                 log_w = log_w - h * self.cost.running(x[k], self.chain.t[k].to(x.dtype).expand(x.shape[1]))
-        return torch.softmax(log_w.double(), 0).to(x.dtype) * len(log_w)
+        return (tempered(log_w) * len(log_w)).to(x.dtype)
 
     def loss(self, control: Control, material: Material) -> Tensor:
         """The matching loss of a batch of rows."""
@@ -146,3 +157,32 @@ class AdjointMatching:
             **condition,
         )
         return reduce_terms(terms, material["weight"], self.clip, self.mask)
+
+
+def mixed_target(chain: Chain, path: Path, base_mean: Tensor, a_next: Tensor, share: Tensor) -> Tensor:
+    """(1 − c_k) ã_{k+1} − c_k (x_{k+1} − mean_base)/s_k²: under the weights of P*, both parts have the mean −u*_k/s_k."""
+    rows = []
+    for k, a in enumerate(a_next):
+        std, c = at(chain.std, k, a), float(share[k])
+        rows.append((1 - c) * a - c * (path.x[k + 1] - base_mean[k]) / std**2 if c > 0 else a)
+    return torch.stack(rows)
+
+
+def noise_share(chain: Chain, cost: Cost, paths: int, generator: torch.Generator) -> Tensor:
+    """c_k from base paths: the share of the noise target that the tails of the adjoint call for.
+
+    Where modes separate, the adjoint's mean hangs on rare paths near the separatrix; the noise (x_{k+1} − mean_base)/s_k is
+    unbiased under path weights too, Gaussian, and independent from step to step, but has d entries of variance 1. With
+    M(z) = (E‖z‖⁴)^½, c_k = M(s_k ã_{k+1})/(M(s_k ã_{k+1}) + M(noise)): near 0 in high dimension and for mild adjoints.
+    """
+    x0 = chain.source(paths, generator)
+    path = simulate(chain, None, x0, generator)
+    adjoint = lean_adjoint(chain, path, cost)
+    d = x0[0].numel()
+    noise = (d * (d + 2)) ** 0.5
+    shares = []
+    for k, a in enumerate(adjoint.a[1:]):
+        size = event_sum((at(chain.std, k, a) * a) ** 2).double()
+        spread = float((size**2).mean().sqrt())
+        shares.append(spread / (spread + noise))
+    return torch.tensor(shares, dtype=torch.float64)
