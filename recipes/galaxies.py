@@ -242,7 +242,7 @@ def before_after(before: Tensor, after: Tensor, count: int = 24, columns: int = 
 def run_seed(base: Process, seed: int, args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], Verdict]:
     """Fine-tune with one seed, measure, and leave weights and pictures in ``folder``; returns the rows sde and ode."""
     started = time.perf_counter()
-    with tqdm(total=args.iterations, desc=f"seed {seed}", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=args.iterations, desc=f"seed {seed}", mininterval=5) as bar:
 
         def progress(row: dict[str, Any]) -> None:
             bar.update()
@@ -256,6 +256,7 @@ def run_seed(base: Process, seed: int, args: argparse.Namespace, folder: Path) -
                 iterations=args.iterations,
                 batch=args.batch,
                 updates=2,
+                ema=0.9,
                 steps=args.steps,
                 learning_rate=args.learning_rate,
                 rank=args.rank or None,

@@ -90,11 +90,13 @@ class Bars:
 
     def __init__(self) -> None:
         self.bar: Any = None
+        self.what = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Move the bar of stage ``what``."""
-        if self.bar is None or self.bar.desc != f"{what}: ":
+        if what != self.what:
             self.close()
+            self.what = what
             self.bar = tqdm(total=total, desc=what, file=sys.stderr, mininterval=1.0)
         self.bar.update(done - self.bar.n)
 
@@ -130,14 +132,15 @@ def cli() -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run, exactly.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
-@click.option("--iterations", default=150, show_default=True, help="Rounds of Adjoint Matching.")
-@click.option("--batch", default=48, show_default=True, help="Paths per round.")
-@click.option("--steps", default=40, show_default=True, help="Simulation steps K.")
-@click.option("--learning-rate", default=2e-4, show_default=True)
+@click.option("--iterations", default=160, show_default=True, help="Rounds of Adjoint Matching.")
+@click.option("--batch", default=96, show_default=True, help="Paths per round.")
+@click.option("--steps", default=25, show_default=True, help="Simulation steps K.")
+@click.option("--learning-rate", default=1.5e-3, show_default=True)
 @click.option("--rank", default=8, show_default=True, help="Rank of the trained updates; 0 trains all weights.")
-@click.option("--updates", default=6, show_default=True, help="Gradient steps per round.")
-@click.option("--last-steps", default=10, show_default=True, help="Regress on the last N steps …")
-@click.option("--random-steps", default=10, show_default=True, help="… and on N others drawn each round.")
+@click.option("--updates", default=3, show_default=True, help="Gradient steps per round.")
+@click.option("--buffer-rounds", default=8, show_default=True, help="Rounds of paths to train on.")
+@click.option("--last-steps", type=int, help="Regress on the last N steps only (default: on all) …")
+@click.option("--random-steps", default=0, help="… and on N others drawn each round.")
 @click.option("--clip", type=float, help="Per-term clip of the loss (the paper: 1.6 λ²).")
 @click.option("--max-reward-grad", type=float, help="Bound on the norm of λ∇r.")
 @click.option("--sigma", type=float, help="Constant noise instead of the memoryless one: biased, needs --allow-biased.")

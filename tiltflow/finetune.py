@@ -72,7 +72,7 @@ class FinetuneSettings:
     sigma: float | None = None
     allow_biased: bool = False
     chi: float = 0.0
-    ema: float = 0.95
+    ema: float = 0.97
     gradient_clip: float = 1.0
     checkpoint_every: int = 25
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from tiltflow.adjoint import full_adjoint, lean_adjoint
 from tiltflow.buffer import Material
@@ -93,7 +94,8 @@ class AdjointMatching:
         generator = state.generator
         condition: dict[str, Any] = self.conditions(self.batch, generator) if self.conditions else {}
         x0 = self.chain.source(self.batch, generator)
-        path = simulate(self.chain, state.control, x0, generator, **condition)
+        with parametrize.cached():  # low-rank updates are added to their weights once, not at every step
+            path = simulate(self.chain, state.control, x0, generator, **condition)
         if self.adjoint == "lean":
             adjoint = lean_adjoint(self.chain, path, self.cost, **condition)
         else:
