@@ -74,15 +74,24 @@ def chain_of(problem: TiltProblem, steps: int, generator: torch.Generator) -> In
 
 
 def train(
-    problem: TiltProblem, seed: int, settings: TiltSettings, callback: Callable[[Row], None] | None = None
+    problem: TiltProblem,
+    seed: int,
+    settings: TiltSettings,
+    callback: Callable[[Row], None] | None = None,
+    chain: InterpolantChain | None = None,
 ) -> Process:
-    """Fine-tune a correction of the closed-form base by Adjoint Matching; returns the fine-tuned process."""
+    """Fine-tune a correction of the closed-form base by Adjoint Matching; returns the fine-tuned process.
+
+    The loss is weighted by path weights, a part of its target is the path's own noise (see
+    :func:`tiltflow.methods.adjoint_matching.noise_share`), and mini-batches mix the rows of many rounds: on separated modes
+    the plain estimator needs far more paths. ``chain`` replaces the memoryless one.
+    """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # the initial weights of the network
     dim = problem.base.means.shape[1]
     net = MLP(2 * dim, dim, settings.hidden, settings.layers)
     control = FineTuned(tilted(problem.process(), net))
-    chain, cost = chain_of(problem, settings.steps, generator), RewardCost(problem.reward)
+    chain, cost = chain or chain_of(problem, settings.steps, generator), RewardCost(problem.reward)
     share = noise_share(chain, cost, 4096, generator)
     method = AdjointMatching(chain, cost, batch=settings.batch, importance=True, noise_share=share)
     fit(

@@ -132,12 +132,12 @@ def cli() -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run, exactly.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
-@click.option("--iterations", default=160, show_default=True, help="Rounds of Adjoint Matching.")
+@click.option("--iterations", default=80, show_default=True, help="Rounds of Adjoint Matching.")
 @click.option("--batch", default=96, show_default=True, help="Paths per round.")
 @click.option("--steps", default=25, show_default=True, help="Simulation steps K.")
-@click.option("--learning-rate", default=1.5e-3, show_default=True)
-@click.option("--rank", default=8, show_default=True, help="Rank of the trained updates; 0 trains all weights.")
-@click.option("--updates", default=3, show_default=True, help="Gradient steps per round.")
+@click.option("--learning-rate", default=2e-3, show_default=True)
+@click.option("--rank", default=32, show_default=True, help="Rank of the trained updates; 0 trains all weights.")
+@click.option("--updates", default=4, show_default=True, help="Gradient steps per round.")
 @click.option("--buffer-rounds", default=8, show_default=True, help="Rounds of paths to train on.")
 @click.option("--last-steps", type=int, help="Regress on the last N steps only (default: on all) …")
 @click.option("--random-steps", default=0, help="… and on N others drawn each round.")
@@ -286,7 +286,7 @@ def demo() -> None:
 
 @demo.command("memoryless")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/memoryless"), show_default=True)
-@click.option("--iterations", default=300, show_default=True)
+@click.option("--iterations", default=150, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
 @common
 def memoryless_command(out: Path, iterations: int, overwrite: bool, seed: int, device: str, as_json: bool) -> None:

@@ -8,15 +8,10 @@ from typing import Any
 
 import torch
 
-from tiltflow.bench import chain_of, mode_weights
+from tiltflow.bench import TiltSettings, chain_of, mode_weights, train
 from tiltflow.chain import InterpolantChain, euler_maruyama, uniform_grid
-from tiltflow.control import FineTuned, tilted
-from tiltflow.cost import RewardCost
-from tiltflow.fit import FitSettings, fit
-from tiltflow.methods import State
-from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.control import FineTuned
 from tiltflow.metrics.distance import mean_w2, total_variation
-from tiltflow.nn.mlp import MLP
 from tiltflow.noise import Constant, Memoryless, NoiseSchedule, memoryless_residual
 from tiltflow.problems import mixture2d
 from tiltflow.report import plots
@@ -53,19 +48,12 @@ def memoryless_demo(
                 chain = chain_of(problem, STEPS, generator)
             else:
                 chain = euler_maruyama(problem.process(), uniform_grid(STEPS), schedule)
-            torch.manual_seed(seed)
-            control = FineTuned(tilted(problem.process(), MLP(4, 2, 64, 3)))
-            method = AdjointMatching(chain, RewardCost(problem.reward), batch=256)
 
             def advance(row: dict[str, Any], name: str = name) -> None:
                 progress(name, row["iteration"] + 1, iterations)
 
-            fit(
-                method,
-                State(control, generator),
-                FitSettings(iterations, learning_rate=4e-3),
-                callback=advance,
-            )
+            settings = TiltSettings(steps=STEPS, iterations=iterations)
+            control = FineTuned(train(problem, seed, settings, advance, chain))
             x = sample(chain, control, chain.source(SAMPLES, generator), generator).x
             panels[name] = x[:SHOWN]
             rows.append(
