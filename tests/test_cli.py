@@ -74,6 +74,7 @@ def test_existing_run_is_refused_and_untouched(run):
         (["--reward", f"{MODELS}:detached"], "detached"),
         (["--reward", f"{MODELS}:infinite"], "NaN or infinite"),
         (["--reward", f"{MODELS}:wrong_length"], "one number per sample"),
+        (["--reward", f"{MODELS}:constant"], "constant"),
         (["--reward", f"{MODELS}:nothing"], "has no 'nothing'"),
         (["--reward", "beauty"], "unknown reward 'beauty'"),
         (["--base", f"{MODELS}:velocity", "--shape", "2"], "--predicts"),

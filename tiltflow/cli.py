@@ -286,7 +286,7 @@ def demo() -> None:
 
 @demo.command("memoryless")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/memoryless"), show_default=True)
-@click.option("--iterations", default=150, show_default=True)
+@click.option("--iterations", default=250, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
 @common
 def memoryless_command(out: Path, iterations: int, overwrite: bool, seed: int, device: str, as_json: bool) -> None:

@@ -18,7 +18,7 @@ from tiltflow.report import plots
 from tiltflow.run import RunFolder
 from tiltflow.simulate import sample
 
-STEPS, SAMPLES, SHOWN = 40, 20_000, 1_500
+STEPS, SAMPLES, SHOWN = 60, 20_000, 1_500
 
 
 def memoryless_demo(

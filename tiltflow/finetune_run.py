@@ -32,7 +32,7 @@ from tiltflow.verdict import Verdict, VerdictLine, judge_samples, overall
 from tiltflow.weights import ess, evidence, normalised
 
 Progress = Callable[[str, int, int], None]
-UNSEEN, GRID = 8, 64
+UNSEEN, GRID, TRIAL = 8, 64, 8
 WEIGHTS = "weights.safetensors"
 
 
@@ -85,21 +85,25 @@ class RunConfig:
         return replace(self, settings=s)
 
     def check(self, base: Process, spec: RewardSpec) -> None:
-        """Find misuse before anything is written: λ, the schedule, and what base and reward return for two samples."""
+        """Find misuse before anything is written: λ, the schedule, and what base and reward return for a few samples."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
-        cost = RewardCost(spec.reward, self.strength)
-        condition: dict[str, Any] = spec.conditions(2, generator) if spec.conditions else {}
-        x = base.source(2, generator, device=self.device)
+        RewardCost(spec.reward, self.strength)  # refuses λ < 0
+        condition: dict[str, Any] = spec.conditions(TRIAL, generator) if spec.conditions else {}
+        x = base.source(TRIAL, generator, device=self.device)
         try:
             with torch.no_grad():
-                x1 = base.x1(x, torch.full((2,), 0.5, device=self.device))
-            cost.grad(x1, **condition)
+                x1 = base.x1(x, torch.full((TRIAL,), 0.5, device=self.device))
+            slope = RewardCost(spec.reward).grad(x1, **condition)
         except TiltflowError:
             raise
         except Exception as error:
             raise TiltflowError(
-                f"the base or the reward raised {type(error).__name__} on two samples of shape {tuple(x.shape)}: {error}"
+                f"the base or the reward raised {type(error).__name__} on a batch of shape {tuple(x.shape)}: {error}"
             ) from error
+        if not bool(slope.any()):
+            raise TiltflowError(
+                f"the reward is constant: its gradient is zero on all of {TRIAL} samples; there is nothing to tilt towards."
+            )
         require_memoryless(base.interpolant, self.settings)
 
     def as_dict(self) -> dict[str, Any]:

@@ -154,8 +154,9 @@ def _mean_line(
     start = _means(base_scores, torch.ones(len(base_samples)), start_counts)[:, 0]
     gap = exact - start
     relative = (reached - exact) / gap
+    scale = "λ r: " if name == "reward" else ""
     text = (
-        f"base {float(start[0]):.4g} → reached {float(reached[0]):.4g}, exact tilt {float(exact[0]):.4g}; "
+        f"{scale}base {float(start[0]):.4g} → reached {float(reached[0]):.4g}, exact tilt {float(exact[0]):.4g}; "
         "distance to the exact value as a fraction of the gap from the base"
     )
     if float(gap.std()) * SIGMAS > abs(float(gap[0])):  # this score barely moves under the exact tilt
