@@ -39,10 +39,15 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(r) + " |" for r in [header, ["---"] * len(header), *rows])
 
 
+def _duration(document: Row) -> str:
+    seconds = document.get("duration")
+    return "duration not recorded" if seconds is None else f"{seconds:.0f} s"
+
+
 def provenance(documents: list[Row]) -> str:
     """Commands, commits and durations behind a table."""
     seen = [
-        f"`{d['command']}` (commit {d.get('commit')}, {d.get('duration', 0):.0f} s)" for d in documents
+        f"`{d['command']}` (commit {d.get('commit')}, {_duration(d)})" for d in documents
     ]
     return "From: " + "; ".join(seen) + "." if seen else "Not run."
 

@@ -48,11 +48,6 @@ def tempered(log_w: Tensor, minimum_ess: float = 0.5) -> Tensor:
     return normalised(log_w)
 
 
-def resample(x: Tensor, log_w: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """n rows of x drawn with replacement in proportion to the weights."""
-    return x[torch.multinomial(normalised(log_w), n, replacement=True, generator=generator)]
-
-
 class Evidence(NamedTuple):
     """What a set of path weights says: log Ẑ with its standard error, ESS fraction, and the lower bound E[log w]."""
 
@@ -67,8 +62,3 @@ def evidence(log_w: Tensor) -> Evidence:
     fraction = ess(log_w)
     error = math.sqrt(max(1 / fraction - 1, 0.0) / len(log_w))
     return Evidence(log_mean_exp(log_w), error, fraction, float(log_w.double().mean()))
-
-
-def eubo(log_w_from_target: Tensor) -> float:
-    """Evidence upper bound: the mean of log w over paths noised from exact samples of p* (kernel weights, reversed)."""
-    return float(log_w_from_target.double().mean())
