@@ -180,7 +180,7 @@ def test_zero_strength_has_no_gradient(generator):
     chain, control, _, _ = setting()
     torch.nn.init.zeros_(control.module.net.last.weight)
     method = AdjointMatching(chain, RewardCost(mixture2d().reward, 0.0), batch=8)
-    loss = method.loss(control, method.collect(State(control, generator)).material)
+    loss = method.loss(control, method.collect(State(control, generator)).material, generator)
     loss.backward()
     assert all(p.grad is None or p.grad.abs().max() < 1e-12 for p in control.module.parameters())
 

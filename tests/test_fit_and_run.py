@@ -43,7 +43,7 @@ class Training:
         self.mask, self.buffer = QuantileMask(0.8, decay=0.5), Buffer(200)  # a round is 80 rows: the ring holds 2.5
         self.method = AdjointMatching(chain, RewardCost(problem.reward), batch=16, mask=self.mask)
         control = FineTuned(tilted(problem.process(), (net or (lambda: MLP(4, 2, 8, 2)))()))
-        self.state = State(control, torch.Generator().manual_seed(seed), auxiliary={"mask": self.mask})
+        self.state = State(control, torch.Generator().manual_seed(seed))
 
     def fit(self, checkpoint=None, resume=False, stop_at=None, settings=SETTINGS, callback=None):
         def stop(row):
@@ -230,8 +230,8 @@ class Diverging(AdjointMatching):
 
     nan = False
 
-    def loss(self, control, material):
-        return super().loss(control, material) * (float("nan") if Diverging.nan else 1.0)
+    def loss(self, control, material, generator):
+        return super().loss(control, material, generator) * (float("nan") if Diverging.nan else 1.0)
 
 
 def test_divergence_stops_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):

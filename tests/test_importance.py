@@ -1,16 +1,17 @@
-"""Path weights in training: the noise target, its share, tempering; and the β-weighted change of an x1 network."""
+"""Path weights in training: the end-point target, its share, tempering; and the β-weighted change of an x1 network."""
 
 import pytest
 import torch
 from torch import nn
 
 from tiltflow.adjoint import lean_adjoint
-from tiltflow.chain import at, memoryless_chain, residual_variance, uniform_grid
+from tiltflow.chain import at, euler_maruyama, memoryless_chain, residual_variance, uniform_grid
 from tiltflow.control import Blend, FineTuned
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
 from tiltflow.finetune import tuned_process
-from tiltflow.methods.adjoint_matching import AdjointMatching, mixed_target, noise_share
+from tiltflow.methods.adjoint_matching import AdjointMatching, mixed_target, endpoint_share
+from tiltflow.noise import Constant
 from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem, mixture2d, mixture32d
 from tiltflow.simulate import simulate
 from tiltflow.weights import ess, normalised, tempered
@@ -23,7 +24,7 @@ def chain_of(problem, generator, steps=15):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_noise_and_adjoint_targets_have_the_same_mean_under_path_weights(seed):
+def test_endpoint_and_adjoint_targets_have_the_same_mean_under_path_weights(seed):
     """On a Gaussian with a linear reward the adjoint is the same for all paths, so it is −u*/s exactly."""
     generator = torch.Generator().manual_seed(seed)
     base = GaussianMixture.gaussian([0.5], [[0.25]])
@@ -33,35 +34,38 @@ def test_noise_and_adjoint_targets_have_the_same_mean_under_path_weights(seed):
     path = simulate(chain, None, chain.source(n, generator), generator)
     adjoint = lean_adjoint(chain, path, RewardCost(problem.reward))
     share = torch.ones(len(path.mean))
-    noise = mixed_target(chain, path, adjoint.base_mean, adjoint.a[1:], share)
+    endpoint = mixed_target(chain, path, adjoint.base_mean, adjoint.a[1:], share)
     weight = normalised(problem.reward(path.x[-1]))[:, None]
-    for k in range(len(noise)):
+    for k in range(len(endpoint)):
         exact = -at(chain.std, k, path.x[k]) * adjoint.a[k + 1]
-        estimate = -at(chain.std, k, path.x[k]) * noise[k]
+        estimate = -at(chain.std, k, path.x[k]) * endpoint[k]
         error = float((weight**2 * (estimate - exact) ** 2).sum().sqrt())
         assert abs(float((weight * (estimate - exact)).sum())) < 4 * error
         assert error < 0.02
-    unweighted = sum(float(-(at(chain.std, k, path.x[k]) * noise[k]).mean()) for k in range(len(noise)))
-    exact_sum = sum(float(-(at(chain.std, k, path.x[k]) * adjoint.a[k + 1]).mean()) for k in range(len(noise)))
-    assert abs(unweighted) < 0.2 * exact_sum  # the known-bad twin: without weights the noise says nothing
+    unweighted = sum(float(-(at(chain.std, k, path.x[k]) * endpoint[k]).mean()) for k in range(len(endpoint)))
+    exact_sum = sum(float(-(at(chain.std, k, path.x[k]) * adjoint.a[k + 1]).mean()) for k in range(len(endpoint)))
+    assert abs(unweighted) < 0.2 * exact_sum  # the known-bad twin: without weights the end point says nothing
     half = mixed_target(chain, path, adjoint.base_mean, adjoint.a[1:], 0.5 * share)
-    assert torch.allclose(half, 0.5 * (noise + adjoint.a[1:]))
+    assert torch.allclose(half, 0.5 * (endpoint + adjoint.a[1:]))
 
 
 def test_share_is_large_where_modes_separate_and_small_for_mild_adjoints(generator):
     separated = mixture32d()
-    share = noise_share(chain_of(separated, generator, 40), RewardCost(separated.reward), 500, generator)
+    share = endpoint_share(chain_of(separated, generator, 40), RewardCost(separated.reward), 500, generator)
     assert float(share[5:15].min()) > 0.5 and float(share[-5:].max()) < 0.05
     base = GaussianMixture.gaussian(torch.zeros(32), torch.eye(32))
     mild = TiltProblem("gaussian", base, QuadraticReward.of_direction(torch.full((32,), 0.2)))
-    assert float(noise_share(chain_of(mild, generator), RewardCost(mild.reward), 200, generator).max()) < 0.1
+    assert float(endpoint_share(chain_of(mild, generator), RewardCost(mild.reward), 200, generator).max()) < 0.1
 
 
-def test_noise_share_needs_path_weights(generator):
+def test_endpoint_share_needs_path_weights_and_a_memoryless_chain(generator):
     problem = mixture2d()
     chain = chain_of(problem, generator)
     with pytest.raises(TiltflowError, match="importance=True"):
-        AdjointMatching(chain, RewardCost(problem.reward), noise_share=torch.ones(15))
+        AdjointMatching(chain, RewardCost(problem.reward), endpoint_share=torch.ones(15))
+    biased = euler_maruyama(problem.process(), uniform_grid(15), Constant(1.0))
+    with pytest.raises(TiltflowError, match="memoryless"):
+        AdjointMatching(biased, RewardCost(problem.reward), importance=True, endpoint_share=torch.ones(15))
 
 
 def test_tempering_keeps_half_the_samples_and_leaves_good_weights_alone(generator):

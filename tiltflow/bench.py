@@ -27,7 +27,7 @@ from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
 from tiltflow.fit import FitSettings, fit
 from tiltflow.methods import State
-from tiltflow.methods.adjoint_matching import AdjointMatching, noise_share
+from tiltflow.methods.adjoint_matching import AdjointMatching, endpoint_share
 from tiltflow.metrics.distance import mean_w2, total_variation
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems import TILT_PROBLEMS, TiltProblem
@@ -82,9 +82,9 @@ def train(
 ) -> Process:
     """Fine-tune a correction of the closed-form base by Adjoint Matching; returns the fine-tuned process.
 
-    The loss is weighted by path weights, a part of its target is the path's own noise (see
-    :func:`tiltflow.methods.adjoint_matching.noise_share`), and mini-batches mix the rows of many rounds: on separated modes
-    the plain estimator needs far more paths. ``chain`` replaces the memoryless one.
+    The loss is weighted by path weights, a part of its target is the path's own end point (see
+    :func:`tiltflow.methods.adjoint_matching.endpoint_share`), and mini-batches mix the rows of many rounds: on separated
+    modes the plain estimator needs far more paths. ``chain`` replaces the memoryless one.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # the initial weights of the network
@@ -92,8 +92,8 @@ def train(
     net = MLP(2 * dim, dim, settings.hidden, settings.layers)
     control = FineTuned(tilted(problem.process(), net))
     chain, cost = chain or chain_of(problem, settings.steps, generator), RewardCost(problem.reward)
-    share = noise_share(chain, cost, 4096, generator)
-    method = AdjointMatching(chain, cost, batch=settings.batch, importance=True, noise_share=share)
+    share = endpoint_share(chain, cost, 4096, generator)
+    method = AdjointMatching(chain, cost, batch=settings.batch, importance=True, endpoint_share=share)
     fit(
         method,
         State(control, generator),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tiltflow.buffer import Buffer
 from tiltflow.errors import TiltflowError
@@ -83,8 +84,9 @@ def fit(
     """
     buffer = buffer if buffer is not None else Buffer()
     module = state.control.module
+    others = [p for item in method.auxiliary.values() if isinstance(item, nn.Module) for p in item.parameters()]
     weights = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(weights, lr=settings.learning_rate, betas=settings.betas)
+    optimiser = torch.optim.Adam([*weights, *others], lr=settings.learning_rate, betas=settings.betas)
     average = [p.detach().clone() for p in weights]
     history: History = []
     if checkpoint is not None:
@@ -102,7 +104,7 @@ def fit(
         state.generator.set_state(saved["generator"])
         state.iteration = saved["iteration"]
         buffer.load_state_dict(saved["buffer"])
-        for name, item in state.auxiliary.items():
+        for name, item in method.auxiliary.items():
             item.load_state_dict(saved["auxiliary"][name])
         history = saved["history"]
 
@@ -118,7 +120,7 @@ def fit(
                     "optimiser": optimiser.state_dict(),
                     "generator": state.generator.get_state(),
                     "buffer": buffer.state_dict(),
-                    "auxiliary": {name: item.state_dict() for name, item in state.auxiliary.items()},
+                    "auxiliary": {name: item.state_dict() for name, item in method.auxiliary.items()},
                     "history": history,
                 },
             )
@@ -132,9 +134,9 @@ def fit(
         loss_sum = norm_sum = 0.0
         for batch in buffer.batches(settings.minibatch, settings.updates, state.generator):
             optimiser.zero_grad(set_to_none=True)
-            loss = method.loss(state.control, batch)
+            loss = method.loss(state.control, batch, state.generator)
             loss.backward()
-            norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.gradient_clip))
+            norm = float(torch.nn.utils.clip_grad_norm_([*weights, *others], settings.gradient_clip))
             if not math.isfinite(loss.item()) or not math.isfinite(norm):
                 raise TiltflowError(
                     f"loss {loss.item()} and gradient norm {norm} at iteration {state.iteration}: training diverged. "

@@ -32,7 +32,7 @@ from tiltflow.buffer import Material
 from tiltflow.control import Control, FineTuned
 from tiltflow.errors import TiltflowError
 from tiltflow.fit import FitSettings, History, fit
-from tiltflow.methods import Round, State
+from tiltflow.methods import Method, Round, State
 from tiltflow.process import Process, expand
 
 __all__ = ["FlowMatching", "drop_labels", "flow_matching_loss", "pretrain", "regression_loss"]
@@ -83,7 +83,7 @@ def drop_labels(labels: Tensor, probability: float, generator: torch.Generator) 
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Method):
     """Flow matching as a trained method: collect draws data, noise, times; loss is :func:`regression_loss`.
 
     Args:
@@ -107,7 +107,7 @@ class FlowMatching:
         t = torch.rand(len(x1), generator=state.generator, dtype=x1.dtype, device=x1.device)
         return Round({"x1": x1, "x0": x0, "t": t} | condition, {}, {})
 
-    def loss(self, control: Control, material: Material) -> Tensor:
+    def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """The regression loss of a batch."""
         process = Process(
             self.process.interpolant, control.module, self.process.predicts, self.process.event_shape

@@ -1,8 +1,12 @@
-"""Trained methods, one file per idea: ``collect(state) -> Round`` and ``loss(control, material) -> scalar``."""
+"""Methods, one file per idea.
+
+Trained ones have ``collect(state) -> Round`` and ``loss(control, material, generator) -> scalar`` and run in
+:func:`tiltflow.fit.fit`; training-free ones have ``sample(control, n, generator) -> Weighted``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,15 +18,11 @@ from tiltflow.control import Control
 
 @dataclass
 class State:
-    """What a method may read while collecting; :func:`tiltflow.fit.fit` owns and checkpoints it.
-
-    ``auxiliary`` names further trained or averaged objects with ``state_dict``/``load_state_dict``.
-    """
+    """What a method may read while collecting; :func:`tiltflow.fit.fit` owns and checkpoints it."""
 
     control: Control
     generator: torch.Generator
     iteration: int = 0
-    auxiliary: dict[str, Any] = field(default_factory=dict)
 
 
 class Round(NamedTuple):
@@ -34,12 +34,37 @@ class Round(NamedTuple):
 
 
 class Method(Protocol):
-    """A trained method holds settings only; all that changes lives in :class:`State`."""
+    """A trained method holds settings only; all that changes lives in :class:`State` or is named in ``auxiliary``."""
+
+    @property
+    def auxiliary(self) -> dict[str, Any]:
+        """Further objects with ``state_dict``/``load_state_dict``: ``fit`` checkpoints them and trains the modules."""
+        return {}
 
     def collect(self, state: State) -> Round:
         """Simulate and label."""
         ...
 
-    def loss(self, control: Control, material: Material) -> Tensor:
-        """Scalar loss of a batch of rows."""
+    def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
+        """Scalar loss of a batch of rows, differentiable in the control's weights."""
+        ...
+
+
+class Weighted(NamedTuple):
+    """Samples of a training-free method.
+
+    x: (n, *event). log_weights: (n,), so that Σ softmax(log_weights) δ_x estimates p*; zeros where the method claims
+    unweighted samples. log_z: its estimate of log Z = log E_base[e^{−g}], or None.
+    """
+
+    x: Tensor
+    log_weights: Tensor
+    log_z: float | None
+
+
+class Sampler(Protocol):
+    """A training-free method. ``control`` None starts from the base, else from a fine-tuned model."""
+
+    def sample(self, control: Control | None, n: int, generator: torch.Generator, **condition: Any) -> Weighted:
+        """n samples."""
         ...

@@ -19,12 +19,12 @@ from torch.nn.utils import parametrize
 
 from tiltflow.adjoint import full_adjoint, lean_adjoint
 from tiltflow.buffer import Material
-from tiltflow.chain import Chain, at
+from tiltflow.chain import Chain, InterpolantChain, at
 from tiltflow.control import Control
 from tiltflow.cost import Cost
 from tiltflow.errors import TiltflowError
 from tiltflow.loss import QuantileMask, matching_terms, reduce_terms
-from tiltflow.methods import Round, State
+from tiltflow.methods import Method, Round, State
 from tiltflow.simulate import Path, event_sum, simulate
 from tiltflow.weights import tempered
 
@@ -32,7 +32,7 @@ Conditions = Callable[[int, torch.Generator], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class AdjointMatching:
+class AdjointMatching(Method):
     """One round: ``batch`` paths, their adjoints, and the steps to regress on.
 
     Args:
@@ -42,12 +42,12 @@ class AdjointMatching:
         last_steps, random_steps: regress on the last ``last_steps`` controlled steps and ``random_steps`` others drawn
             without replacement each round (None: on all). The paper: 10 and 10 of 40.
         clip: per-term bound on the loss; the paper: 1.6 λ².
-        mask: a :class:`QuantileMask`, also named in ``State.auxiliary`` so that its average survives a resume.
+        mask: a :class:`QuantileMask`; its moving average is checkpointed.
         time_weight: w(t) → weights of the steps.
         importance: weight each path by its self-normalised path weight, tempered to an ESS of one half: the regression
             then aims at the chain's p* itself, not at the current policy's idea of it.
-        noise_share: c_k in [0, 1] per step, (K,): how much of the target is the path's own noise instead of its adjoint (see
-            :func:`noise_share`). Needs ``importance``.
+        endpoint_share: c_k in [0, 1] per step, (K,): how much of the target is the path's own end point instead of its
+            adjoint (see :func:`endpoint_share`). Needs ``importance`` and a memoryless chain.
         adjoint: "lean" (Adjoint Matching) or "full" (basic Adjoint Matching).
         conditions: draws one condition row per path, ``(n, generator) -> {name: (n, …)}``.
 
@@ -64,19 +64,26 @@ class AdjointMatching:
     mask: QuantileMask | None = None
     time_weight: Callable[[Tensor], Tensor] | None = None
     importance: bool = False
-    noise_share: Tensor | None = None
+    endpoint_share: Tensor | None = None
     adjoint: Literal["lean", "full"] = "lean"
     conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
         n = len(self._controlled())
-        if self.noise_share is not None and not self.importance:
-            raise TiltflowError("noise_share is right under path weights only: pass importance=True too.")
+        if self.endpoint_share is not None and not self.importance:
+            raise TiltflowError("endpoint_share is right under path weights only: pass importance=True too.")
+        if self.endpoint_share is not None and not getattr(self.chain, "memoryless", False):
+            raise TiltflowError("endpoint_share needs a memoryless chain: elsewhere the end point depends on the start too.")
         if self.last_steps is not None and self.last_steps + self.random_steps > n:
             raise TiltflowError(
                 f"last_steps + random_steps = {self.last_steps + self.random_steps}, but the chain has {n} controlled "
                 "steps; ask for fewer or use more simulation steps."
             )
+
+    @property
+    def auxiliary(self) -> dict[str, Any]:
+        """The mask's moving average."""
+        return {} if self.mask is None else {"mask": self.mask}
 
     def _controlled(self) -> list[int]:
         return [k for k, s in enumerate(self.chain.std) if bool((s > 0).all())]
@@ -111,8 +118,9 @@ class AdjointMatching:
             rows = rows * self.time_weight(self.chain.t[steps]).to(rows).repeat_interleave(self.batch)
 
         a_next = adjoint.a[1:]
-        if self.noise_share is not None:
-            a_next = mixed_target(self.chain, path, adjoint.base_mean, a_next, self.noise_share)
+        if self.endpoint_share is not None:
+            assert isinstance(self.chain, InterpolantChain)
+            a_next = mixed_target(self.chain, path, adjoint.base_mean, a_next, self.endpoint_share)
 
         def pick(v: Tensor) -> Tensor:
             return v[steps].reshape(n, *v.shape[2:])
@@ -146,7 +154,7 @@ class AdjointMatching:
                 log_w = log_w - h * self.cost.running(x[k], self.chain.t[k].to(x.dtype).expand(x.shape[1]))
         return (tempered(log_w) * len(log_w)).to(x.dtype)
 
-    def loss(self, control: Control, material: Material) -> Tensor:
+    def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """The matching loss of a batch of rows."""
         condition = {name[10:]: v for name, v in material.items() if name.startswith("condition.")}
         terms = matching_terms(
@@ -161,30 +169,34 @@ class AdjointMatching:
         return reduce_terms(terms, material["weight"], self.clip, self.mask)
 
 
-def mixed_target(chain: Chain, path: Path, base_mean: Tensor, a_next: Tensor, share: Tensor) -> Tensor:
-    """(1 − c_k) ã_{k+1} − c_k (x_{k+1} − mean_base)/s_k²: under the weights of P*, both parts have the mean −u*_k/s_k."""
+def mixed_target(chain: InterpolantChain, path: Path, base_mean: Tensor, a_next: Tensor, share: Tensor) -> Tensor:
+    r"""(1 − c_k) ã_{k+1} − c_k (A_k x_k + B_k x_K − mean_base)/s_k²: under P*'s weights, both parts have the mean −u*_k/s_k.
+
+    The second is the end-point target: the step's mean with the path's own end in place of X̂_1.
+    """
     rows = []
     for k, a in enumerate(a_next):
         std, c = at(chain.std, k, a), float(share[k])
-        rows.append((1 - c) * a - c * (path.x[k + 1] - base_mean[k]) / std**2 if c > 0 else a)
+        rows.append((1 - c) * a - c * (chain.mean(k, path.x[k], path.x[-1]) - base_mean[k]) / std**2 if c > 0 else a)
     return torch.stack(rows)
 
 
-def noise_share(chain: Chain, cost: Cost, paths: int, generator: torch.Generator) -> Tensor:
-    """c_k from base paths: the share of the noise target that the tails of the adjoint call for.
+def endpoint_share(chain: InterpolantChain, cost: Cost, paths: int, generator: torch.Generator, **condition: Any) -> Tensor:
+    """c_k from base paths, (K,): the share of the end-point target that the tails of the adjoint call for.
 
-    Where modes separate, the adjoint's mean hangs on rare paths near the separatrix; the noise (x_{k+1} − mean_base)/s_k is
-    unbiased under path weights too, Gaussian, and independent from step to step, but has d entries of variance 1. With
-    M(z) = (E‖z‖⁴)^½, c_k = M(s_k ã_{k+1})/(M(s_k ã_{k+1}) + M(noise)): near 0 in high dimension and for mild adjoints.
+    Where modes separate, the adjoint's mean hangs on rare paths near the separatrix; the end point is bounded by the data.
+    With M(z) = (E‖z‖⁴)^½ of each target's noise on base paths, c_k = M(adjoint)/(M(adjoint) + M(end point)).
     """
     x0 = chain.source(paths, generator)
-    path = simulate(chain, None, x0, generator)
-    adjoint = lean_adjoint(chain, path, cost)
-    d = x0[0].numel()
-    noise = (d * (d + 2)) ** 0.5
+    path = simulate(chain, None, x0, generator, **condition)
+    adjoint = lean_adjoint(chain, path, cost, **condition)
     shares = []
     for k, a in enumerate(adjoint.a[1:]):
-        size = event_sum((at(chain.std, k, a) * a) ** 2).double()
-        spread = float((size**2).mean().sqrt())
-        shares.append(spread / (spread + noise))
+        std = at(chain.std, k, a)
+        if not bool((std > 0).all()):
+            shares.append(0.0)
+            continue
+        end = (chain.mean(k, path.x[k], path.x[-1]) - path.mean[k]) / std
+        spread, other = (float((event_sum(z**2).double() ** 2).mean().sqrt()) for z in (std * a, end))
+        shares.append(spread / (spread + other))
     return torch.tensor(shares, dtype=torch.float64)
