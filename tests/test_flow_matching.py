@@ -79,7 +79,7 @@ def test_closed_form_is_stationary(predicts, interpolant):
 class FlippedNoise(FlowMatching):
     """The known-bad twin: the sign of X_0 is flipped in the target only."""
 
-    def loss(self, control, material):
+    def loss(self, control, material, generator):
         x1, x0, t = material["x1"], material["x0"], material["t"][:, None]
         prediction = control.module(t * x1 + (1 - t) * x0, material["t"])
         return (prediction - (x1 + x0)).square().mean()

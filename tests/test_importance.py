@@ -10,7 +10,7 @@ from tiltflow.control import Blend, FineTuned
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
 from tiltflow.finetune import tuned_process
-from tiltflow.methods.adjoint_matching import AdjointMatching, mixed_target, endpoint_share
+from tiltflow.methods.adjoint_matching import AdjointMatching, endpoint_share, mixed_target
 from tiltflow.noise import Constant
 from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem, mixture2d, mixture32d
 from tiltflow.simulate import simulate
