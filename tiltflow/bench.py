@@ -1,8 +1,10 @@
-r"""`tiltflow bench tilt`: Adjoint Matching on the analytic problems, against their closed forms.
+r"""`tiltflow bench tilt`: methods on the analytic problems, against their closed forms.
 
 Protocol: log Z, ESS and mode weights from 20,000 samples (log Z and ESS by the noising-kernel weights, since p̃* is known,
 with the chain's own beside them); W2 exact by assignment at n = 2,000, mean of 10 draws, beside the mean of 10
-reference–reference pairs.
+reference–reference pairs. Without ``--methods``, Adjoint Matching at its full budget; with it, every method at the same
+budget of base-model evaluations and reward calls (:mod:`tiltflow.budget`). Samples of training-free methods are resampled by
+their weights.
 """
 
 from __future__ import annotations
@@ -20,43 +22,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.buffer import Buffer
+from tiltflow.budget import Budget, Counter, counted, counted_reward, fit_within, peak_memory_mb
 from tiltflow.chain import InterpolantChain, memoryless_chain, residual_variance, uniform_grid
 from tiltflow.control import FineTuned, tilted
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings, fit
-from tiltflow.methods import State
-from tiltflow.methods.adjoint_matching import AdjointMatching, endpoint_share
+from tiltflow.fit import FitSettings
+from tiltflow.methods.smc import systematic
 from tiltflow.metrics.distance import mean_w2, total_variation
 from tiltflow.nn.mlp import MLP
+from tiltflow.presets import FREE, METHODS, TRAINED
 from tiltflow.problems import TILT_PROBLEMS, TiltProblem
 from tiltflow.process import Process
 from tiltflow.simulate import Samples, ode, sample
 from tiltflow.store import write_text
-from tiltflow.weights import evidence
+from tiltflow.weights import ess, evidence
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class TiltSettings:
-    """Budget of one problem.
+    """How one problem is trained and judged.
 
     Args:
-        steps, iterations, batch, updates, minibatch, buffer_rounds: training chain, rounds, paths per round, gradient steps
-            per round and their rows, rounds kept.
+        steps, batch, minibatch, learning_rate: training chain, paths per round, rows per gradient step at most, Adam's rate.
+        budget: rounds, or what they may cost.
         hidden, layers: of the trained correction.
         sample_steps, samples: of the evaluation.
         w2_samples, w2_draws: rows of one assignment problem, and how many of them.
     """
 
     steps: int = 60
-    iterations: int = 250
+    budget: Budget | int = 250
     batch: int = 256
-    updates: int = 8
     minibatch: int = 8192
-    buffer_rounds: int = 20
     learning_rate: float = 2e-3
     hidden: int = 128
     layers: int = 4
@@ -64,6 +64,9 @@ class TiltSettings:
     samples: int = 20_000
     w2_samples: int = 2_000
     w2_draws: int = 10
+
+
+COMPARISON = TiltSettings(steps=40, budget=Budget(4_000_000, 100_000))
 
 
 def chain_of(problem: TiltProblem, steps: int, generator: torch.Generator) -> InterpolantChain:
@@ -79,33 +82,36 @@ def train(
     settings: TiltSettings,
     callback: Callable[[Row], None] | None = None,
     chain: InterpolantChain | None = None,
+    method: str = "adjoint_matching",
+    counter: Counter | None = None,
 ) -> Process:
-    """Fine-tune a correction of the closed-form base by Adjoint Matching; returns the fine-tuned process.
+    """Fine-tune a correction of the closed-form base by a named method; returns the fine-tuned process.
 
-    The loss is weighted by path weights, a part of its target is the path's own end point (see
-    :func:`tiltflow.methods.adjoint_matching.endpoint_share`), and mini-batches mix the rows of many rounds: on separated
-    modes the plain estimator needs far more paths. ``chain`` replaces the memoryless one.
+    ``chain`` replaces the memoryless one, ``counter`` counts what was spent.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # the initial weights of the network
     dim = problem.base.means.shape[1]
-    net = MLP(2 * dim, dim, settings.hidden, settings.layers)
-    control = FineTuned(tilted(problem.process(), net))
-    chain, cost = chain or chain_of(problem, settings.steps, generator), RewardCost(problem.reward)
-    share = endpoint_share(chain, cost, 4096, generator)
-    method = AdjointMatching(chain, cost, batch=settings.batch, importance=True, endpoint_share=share)
-    fit(
-        method,
-        State(control, generator),
+    counter = counter if counter is not None else Counter()
+    chain = chain or chain_of(problem, settings.steps, generator)
+    base = counted(chain.base, counter)
+    chain, cost = replace(chain, base=base), RewardCost(counted_reward(problem.reward, counter))
+    control = FineTuned(tilted(base, MLP(2 * dim, dim, settings.hidden, settings.layers)))
+    preset = TRAINED[method]
+    fit_within(
+        settings.budget,
+        counter,
+        preset.build(chain, cost, settings.batch, generator),
+        preset,
+        control,
         FitSettings(
-            settings.iterations,
+            1,
             learning_rate=settings.learning_rate,
-            updates=settings.updates,
             minibatch=settings.minibatch,
             gradient_clip=float("inf"),  # rare large gradients carry the mode weights: clipping them would bias the tilt
         ),
-        Buffer(settings.buffer_rounds * settings.batch * settings.steps),
-        callback=callback,
+        generator,
+        callback,
     )
     return control.process
 
@@ -128,29 +134,9 @@ def evaluate(problem: TiltProblem, process: Process, seed: int, settings: TiltSe
     started = time.perf_counter()
     flowed = ode(process, chain.source(settings.samples, generator), settings.sample_steps)
     ode_seconds = time.perf_counter() - started
-
-    reference = problem.target.sample(settings.samples, generator)
-    exact = problem.target.weights
-    other = problem.target.sample(settings.samples, generator)
-    floor = mean_w2(reference, other, settings.w2_samples, settings.w2_draws, generator)
-    rows: list[Row] = []
-    for name, x, seconds in (("sde", drawn.x, sde_seconds), ("ode", flowed, ode_seconds)):
-        weights = mode_weights(problem, x)
-        rows.append(
-            {
-                "problem": problem.name,
-                "method": "adjoint_matching",
-                "sampler": name,
-                "seed": seed,
-                "w2": mean_w2(x, reference, settings.w2_samples, settings.w2_draws, generator),
-                "w2_floor": floor,
-                "mode_tv": total_variation(weights, exact),
-                "mode_weight_error": float(((weights - exact).abs() / exact).max()),
-                "sample_seconds": seconds,
-                "mean_reward": float(problem.reward(x).mean()),
-            }
-        )
-    rows[0] |= {
+    sde = {
+        "sampler": "sde",
+        "sample_seconds": sde_seconds,
         "log_z": problem.log_z,
         "log_z_error": abs(kernel.log_z - problem.log_z),
         "log_z_standard_error": kernel.log_z_error,
@@ -160,7 +146,47 @@ def evaluate(problem: TiltProblem, process: Process, seed: int, settings: TiltSe
         "chain_ess": own.ess,
         "kl": float(drawn.kl.mean()),
     }
-    return rows
+    return [
+        sde | judge(problem, drawn.x, settings, generator),
+        {"sampler": "ode", "sample_seconds": ode_seconds} | judge(problem, flowed, settings, generator),
+    ]
+
+
+def judge(problem: TiltProblem, x: Tensor, settings: TiltSettings, generator: torch.Generator) -> Row:
+    """Samples against exact ones: W2 and its floor, mode weights, spread within the modes, mean reward."""
+    reference, other = (problem.target.sample(settings.samples, generator) for _ in range(2))
+    exact, weights = problem.target.weights, mode_weights(problem, x)
+    n, draws = settings.w2_samples, settings.w2_draws
+    return {
+        "w2": mean_w2(x, reference, n, draws, generator),
+        "w2_floor": mean_w2(reference, other, n, draws, generator),
+        "mode_tv": total_variation(weights, exact),
+        "mode_weight_error": float(((weights - exact).abs() / exact).max()),
+        "spread": within_modes(problem, x) / within_modes(problem, reference),
+        "mean_reward": float(problem.reward(x).mean()),
+        "mean_reward_exact": float(problem.reward(reference).mean()),
+    }
+
+
+def within_modes(problem: TiltProblem, x: Tensor) -> float:
+    """Root mean squared distance of samples to the mean of the exact component they are nearest to."""
+    centre = problem.target.means[problem.target.component(x)].to(x)
+    return float((x - centre).square().sum(1).mean().sqrt())
+
+
+def evaluate_free(problem: TiltProblem, method: str, seed: int, settings: TiltSettings, counter: Counter) -> list[Row]:
+    """The row of one training-free method on the base."""
+    generator = torch.Generator().manual_seed(10_000 + seed)
+    chain = chain_of(problem, settings.sample_steps, generator)
+    chain = replace(chain, base=counted(chain.base, counter))
+    cost = RewardCost(counted_reward(problem.reward, counter))
+    started = time.perf_counter()
+    drawn = FREE[method].build(chain, cost).sample(None, settings.samples, generator)
+    row = {"sampler": "sde", "sample_seconds": time.perf_counter() - started}
+    x = drawn.x[systematic(drawn.log_weights.double(), generator)]
+    if drawn.log_z is not None:
+        row |= {"log_z": problem.log_z, "log_z_error": abs(drawn.log_z - problem.log_z), "ess": ess(drawn.log_weights)}
+    return [row | judge(problem, x, settings, generator)]
 
 
 def _given(value: Tensor | None) -> Tensor:
@@ -169,29 +195,39 @@ def _given(value: Tensor | None) -> Tensor:
 
 
 def bench_problem(
-    problem: TiltProblem, seed: int, settings: TiltSettings, callback: Callable[[Row], None] | None = None
+    problem: TiltProblem,
+    seed: int,
+    settings: TiltSettings,
+    method: str = "adjoint_matching",
+    callback: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Train and evaluate one problem: its two rows, with the budgets spent in training."""
-    started = time.perf_counter()
-    process = train(problem, seed, settings, callback)
-    seconds = time.perf_counter() - started
-    paths = settings.iterations * settings.batch
+    """Train if needed and evaluate one method on one problem: a row per sampler, with what was spent."""
+    started, counter = time.perf_counter(), Counter()
+    if method in TRAINED:
+        process = train(problem, seed, settings, callback, method=method, counter=counter)
+        spent = {"base_evaluations": counter.base, "reward_calls": counter.reward, "steps": settings.steps}
+        seconds = time.perf_counter() - started
+        rows = evaluate(problem, process, seed, settings)
+    else:
+        rows = evaluate_free(problem, method, seed, settings, counter)
+        spent = {"base_evaluations": counter.base, "reward_calls": counter.reward, "steps": settings.sample_steps}
+        seconds = 0.0
     return [
-        row
+        {"problem": problem.name, "method": method, "seed": seed, "biased": METHODS[method].bias is not None}
+        | row
+        | spent
         | {
-            "steps": settings.steps,
-            "base_evaluations": paths * settings.steps,  # base and fine-tuned share them: one vjp per path and step
-            "reward_calls": paths,
             "train_seconds": seconds,
             "seconds": seconds + row["sample_seconds"],
+            "peak_memory_mb": peak_memory_mb(),
         }
-        for row in evaluate(problem, process, seed, settings)
+        for row in rows
     ]
 
 
-def _bench_named(name: str, seed: int, settings: TiltSettings, threads: int) -> list[Row]:
+def _bench_named(name: str, method: str, seed: int, settings: TiltSettings, threads: int) -> list[Row]:
     torch.set_num_threads(threads)
-    return bench_problem(TILT_PROBLEMS[name](), seed, settings)
+    return bench_problem(TILT_PROBLEMS[name](), seed, settings, method)
 
 
 def bench_tilt(
@@ -199,34 +235,42 @@ def bench_tilt(
     seed: int,
     iterations: int | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    methods: tuple[str, ...] | None = None,
 ) -> list[Row]:
-    """The rows of the named problems (all if none is named), one process per core and problem.
+    """The rows of the named problems (all if none is named; with methods: mixture2d).
 
     Raises:
-        TiltflowError: an unknown name.
+        TiltflowError: an unknown problem.
     """
     unknown = [n for n in names if n not in TILT_PROBLEMS]
     if unknown:
         raise TiltflowError(f"unknown problem {unknown[0]!r}: use one of {', '.join(TILT_PROBLEMS)}.")
-    chosen = names or tuple(TILT_PROBLEMS)
-    workers = min(len(chosen), torch.get_num_threads())
+    if methods is None:
+        jobs = [(n, "adjoint_matching", seed, settings_for(n, iterations)) for n in names or tuple(TILT_PROBLEMS)]
+    else:
+        settings = COMPARISON if iterations is None else replace(COMPARISON, budget=iterations)
+        jobs = [(n, m, seed, settings) for n in names or ("mixture2d",) for m in methods]
+    return run_apart(_bench_named, jobs, progress)
+
+
+def run_apart(
+    work: Callable[..., list[Row]], jobs: list[Any], progress: Callable[[str, int, int], None]
+) -> list[Row]:
+    """``work(*job, threads)`` for every job, one core and one fresh process each; the rows in the order of the jobs."""
+    workers = min(len(jobs), torch.get_num_threads())
     threads = max(1, torch.get_num_threads() // workers)
-    rows: dict[str, list[Row]] = {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = {
-            pool.submit(_bench_named, name, seed, settings_for(name, iterations), threads): name for name in chosen
-        }
-        for done, job in enumerate(as_completed(jobs)):
-            rows[jobs[job]] = job.result()
-            progress("problems", done + 1, len(chosen))
-    return [row for name in chosen for row in rows[name]]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        running = [pool.submit(work, *job, threads) for job in jobs]
+        for done, job in enumerate(as_completed(running)):
+            job.result()
+            progress("jobs", done + 1, len(jobs))
+    return [row for job in running for row in job.result()]
 
 
 def settings_for(name: str, iterations: int | None = None) -> TiltSettings:
     """The protocol's budget: the full one for the 2-D mixtures whose mode weights are the question, less for the rest."""
-    default = TiltSettings()
-    rounds = default.iterations if name.startswith("mixture2d") else default.iterations // 2
-    return replace(default, iterations=rounds if iterations is None else iterations)
+    rounds = 250 if name.startswith("mixture2d") else 125
+    return TiltSettings(budget=rounds if iterations is None else iterations)
 
 
 def write_result(path: Path, document: dict[str, Any]) -> None:

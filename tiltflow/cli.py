@@ -307,25 +307,33 @@ def bench() -> None:
 
 @bench.command("tilt")
 @click.option("--problem", "problems", multiple=True, help="Only these (default: all).")
+@click.option("--methods", help="all, or names with commas, at one budget (default: Adjoint Matching at its own).")
 @click.option("--iterations", default=None, type=int, help="Rounds of training (default: the protocol's).")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the document to this file.")
 @common
 def tilt_command(
-    problems: tuple[str, ...], iterations: int | None, out: Path | None, seed: int, device: str, as_json: bool
+    problems: tuple[str, ...],
+    methods: str | None,
+    iterations: int | None,
+    out: Path | None,
+    seed: int,
+    device: str,
+    as_json: bool,
 ) -> None:
-    """Adjoint Matching on the analytic problems, SDE and ODE sampling."""
+    """Methods on the analytic problems, SDE and ODE sampling."""
     from tiltflow.bench import bench_tilt
+    from tiltflow.presets import chosen
 
     bars = Bars()
-    rows = bench_tilt(problems, seed, iterations, bars)
+    rows = bench_tilt(problems, seed, iterations, bars, None if methods is None else chosen(methods, vectors=True))
     bars.close()
     result = document(seed, device, rows, None)
     if out is not None:
         from tiltflow.bench import write_result
 
         write_result(out, result)
-    columns = ["problem", "sampler", "seed", "w2", "w2_floor", "mode_tv", "mode_weight_error", "log_z_error", "ess",
-               "chain_ess", "seconds"]  # fmt: skip
+    columns = ["problem", "method", "sampler", "seed", "w2", "w2_floor", "mode_tv", "mode_weight_error", "log_z_error",
+               "ess", "chain_ess", "seconds"]  # fmt: skip
     finish(result, as_json, table(rows, columns))
 
 

@@ -59,9 +59,9 @@ class FineTuned:
     ) -> Tensor:
         """A_k x + B_k X̂_1 of the fine-tuned process."""
         t, model = times(chain, k, x), self.process.model
-        if isinstance(model, Blend) and base_mean is not None:  # the base is known: only the network is evaluated
+        if isinstance(model, Blend | Tilt) and base_mean is not None:  # the base is known: only the network is evaluated
             b = (base_mean - at(chain.a, k, x) * x) / at(chain.b, k, x)
-            return chain.mean(k, x, model.blend(b, model.net(x, t, **condition), t))
+            return chain.mean(k, x, model.from_base(b, x, t, **condition))
         return chain.mean(k, x, self.process.x1(x, t, **condition))
 
 
@@ -94,13 +94,13 @@ class Blend(nn.Module):
         super().__init__()
         self.base, self.net = base, net
 
-    def blend(self, b: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """b + β_t (x1 − b)."""
-        return torch.lerp(b, x1, expand(self.base.interpolant.beta(t), b))
+    def from_base(self, b: Tensor, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        """X̂_1 of the fine-tuned process, given the base's."""
+        return torch.lerp(b, self.net(x, t, **condition), expand(self.base.interpolant.beta(t), b))
 
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """X̂_1 of the fine-tuned process."""
-        return self.blend(self.base.x1(x, t, **condition), self.net(x, t, **condition), t)
+        return self.from_base(self.base.x1(x, t, **condition), x, t, **condition)
 
 
 class Tilt(nn.Module):
@@ -115,11 +115,13 @@ class Tilt(nn.Module):
         super().__init__()
         self.base, self.net = base, net
 
+    def from_base(self, b: Tensor, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        """X̂_1 of the tilted process, given the base's."""
+        return b + expand(self.base.interpolant.beta(t), x) * self.net(torch.cat([x, b], -1), t, **condition)
+
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """X̂_1 of the tilted process."""
-        beta = expand(self.base.interpolant.beta(t), x)
-        x1 = self.base.x1(x, t, **condition)
-        return x1 + beta * self.net(torch.cat([x, x1], -1), t, **condition)
+        return self.from_base(self.base.x1(x, t, **condition), x, t, **condition)
 
 
 def tilted(base: Process, net: nn.Module) -> Process:

@@ -18,6 +18,7 @@ from tiltflow.report import plots
 from tiltflow.run import RunFolder
 from tiltflow.simulate import sample
 
+METHOD = "adjoint_matching_weighted"  # its target makes sense on every schedule
 STEPS, SAMPLES, SHOWN = 60, 20_000, 1_500
 
 
@@ -52,8 +53,8 @@ def memoryless_demo(
             def advance(row: dict[str, Any], name: str = name) -> None:
                 progress(name, row["iteration"] + 1, iterations)
 
-            settings = TiltSettings(steps=STEPS, iterations=iterations)
-            control = FineTuned(train(problem, seed, settings, advance, chain))
+            settings = TiltSettings(steps=STEPS, budget=iterations)
+            control = FineTuned(train(problem, seed, settings, advance, chain, METHOD))
             x = sample(chain, control, chain.source(SAMPLES, generator), generator).x
             panels[name] = x[:SHOWN]
             rows.append(

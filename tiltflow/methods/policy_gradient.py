@@ -1,0 +1,153 @@
+r"""Policy gradient: the steps of a chain are Gaussian actions, and actions that led to a better end become more likely.
+
+With log π_k = log N(x_{k+1}; mean_θ(x_k), s_k²), advantages A_k held fixed and weight β of the KL to the base,
+
+    L = E Σ_k [ −min(ϱ_k A_k, clamp(ϱ_k, 1 ± c) A_k) + β ½‖u_k(x_k)‖² ],     ϱ_k = π_k/π_k^collected.
+
+* :func:`reinforce`: A_k = −(g + Σ_{j>k} (½‖u_j‖² + h f_j)) − baseline, β = 1. Where collected, ∇L is an unbiased estimate of
+  ∇J, J = E[Σ(½‖u_k‖² + h f) + g].
+* :func:`flow_grpo`: Flow-GRPO (Liu et al. 2025, arXiv:2505.05470). A_k = −(g − group mean)/group std for all k. Biased
+  twice: λ cancels in A, so the strength is 1/(β · std of r), which moves as training does; and what an action adds to the KL
+  of later steps is left out.
+
+The reward's values are enough; its gradient is never asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from tiltflow.chain import Chain, at, times
+from tiltflow.control import Control
+from tiltflow.cost import Cost
+from tiltflow.errors import TiltflowError
+from tiltflow.methods import Method, Round, State
+from tiltflow.methods.adjoint_matching import Conditions
+from tiltflow.simulate import event_sum, walk
+
+
+@dataclass(frozen=True)
+class PolicyGradient(Method):
+    """One round: ``batch`` paths in groups that share a condition; rows are their controlled steps.
+
+    Args:
+        chain: the base as a Gaussian chain; memoryless for fine-tuning.
+        cost: g, and the state cost f if it has one. Values only.
+        batch: paths per round.
+        group: paths that are compared with one another, with one condition row for all of them (None: the whole batch).
+        kl: β.
+        future_kl: count the KL of later steps in A_k. With it the objective is E[g + Σ h f] + β KL, without it none.
+        normalise: divide A by the group's standard deviation.
+        clip: c, the bound on how far the ratio may reward a move when a round is used for several gradient steps (None: no
+            bound). The ratio is of whole states: the more dimensions, the sooner it binds.
+        conditions: draws one condition row per group, ``(n, generator) -> {name: (n, …)}``.
+
+    Raises:
+        TiltflowError: a group of less than two paths, or one that does not divide the batch; negative kl or clip.
+    """
+
+    chain: Chain
+    cost: Cost
+    batch: int = 64
+    group: int | None = None
+    kl: float = 1.0
+    future_kl: bool = True
+    normalise: bool = False
+    clip: float | None = None
+    conditions: Conditions | None = None
+
+    def __post_init__(self) -> None:
+        if self._group < 2 or self.batch % self._group:
+            raise TiltflowError(
+                f"group = {self._group} of batch = {self.batch}: a path is judged against the others of its group, so a "
+                "group needs at least two paths and must divide the batch."
+            )
+        if self.kl < 0 or (self.clip is not None and self.clip <= 0):
+            raise TiltflowError(f"kl must be at least 0 and clip above 0, got kl={self.kl}, clip={self.clip}.")
+
+    @property
+    def _group(self) -> int:
+        return self.batch if self.group is None else self.group
+
+    @torch.no_grad()
+    def collect(self, state: State) -> Round:
+        """Simulate, and lay out (x_k, k, x_{k+1}, A_k) of the controlled steps as rows."""
+        generator, chain = state.generator, self.chain
+        condition: dict[str, Any] = {}
+        if self.conditions:
+            rows = self.conditions(self.batch // self._group, generator)
+            condition = {name: v.repeat_interleave(self._group, 0) for name, v in rows.items()}
+        x0 = chain.source(self.batch, generator)
+        with parametrize.cached():
+            steps = list(walk(chain, state.control, x0, generator, with_base=True, **condition))
+        cost = self.cost.value(steps[-1].x_next, **condition).double()
+        kl = torch.zeros_like(cost)
+        to_go, columns = cost, []
+        for s in reversed(steps):
+            assert s.u is not None
+            std = at(chain.std, s.k, s.x)
+            if bool((std > 0).all()):
+                row = {"x": s.x, "x_next": s.x_next, "mean": s.mean, "base_mean": s.mean - std * s.u}
+                columns.append(row | {"k": torch.full((self.batch,), s.k), "advantage": self._advantage(to_go)})
+            energy = 0.5 * event_sum(s.u**2).double()
+            kl = kl + energy
+            if self.future_kl:
+                to_go = to_go + self.kl * energy
+            if self.cost.running is not None:
+                h = float(chain.t[s.k + 1] - chain.t[s.k])
+                to_go = to_go + h * self.cost.running(s.x, times(chain, s.k, s.x)).double()
+        material = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
+        for name, v in condition.items():
+            material[f"condition.{name}"] = v.repeat(len(columns), *(1,) * (v.ndim - 1))
+        strength = getattr(self.cost, "strength", 1.0) or 1.0
+        return Round(material, {"reward": float(-cost.mean() / strength), "kl": float(kl.mean())}, {})
+
+    def _advantage(self, to_go: Tensor) -> Tensor:
+        """−(cost to go − its mean over the others of the group), or the group's z-score; (batch,)."""
+        groups = to_go.reshape(-1, self._group)
+        centred = groups - groups.mean(1, keepdim=True)
+        if self.normalise:
+            centred = centred / (groups.std(1, keepdim=True) + 1e-8)
+        else:
+            centred = centred * (self._group / (self._group - 1))  # the baseline leaves the path itself out
+        return -centred.reshape(-1)
+
+    def loss(self, control: Control, material: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        """L over a batch of rows, scaled to a sum over the steps of a path."""
+        condition = {name[10:]: v for name, v in material.items() if name.startswith("condition.")}
+        x, k, base_mean = material["x"], material["k"], material["base_mean"]
+        std = at(self.chain.std, k, x)
+        mean = control.mean(self.chain, k, x, base_mean=base_mean, **condition)
+        moved, noise = (mean - material["mean"]) / std, (material["x_next"] - material["mean"]) / std
+        ratio = event_sum(moved * (noise - 0.5 * moved)).exp()
+        advantage = material["advantage"].to(ratio)
+        gain = ratio * advantage
+        if self.clip is not None:
+            gain = torch.minimum(gain, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage)
+        terms = self.kl * 0.5 * event_sum(((mean - base_mean) / std) ** 2) - gain
+        return terms.mean() * int((self.chain.std.reshape(len(self.chain.std), -1) > 0).all(1).sum())
+
+
+def reinforce(
+    chain: Chain, cost: Cost, batch: int = 64, group: int | None = None, conditions: Conditions | None = None
+) -> PolicyGradient:
+    """KL-regularised REINFORCE with the leave-one-out mean as baseline: unbiased with one gradient step per round."""
+    return PolicyGradient(chain, cost, batch, group, conditions=conditions)
+
+
+def flow_grpo(
+    chain: Chain,
+    cost: Cost,
+    batch: int = 64,
+    group: int | None = None,
+    kl: float = 0.04,
+    clip: float = 0.2,
+    conditions: Conditions | None = None,
+) -> PolicyGradient:
+    """Flow-GRPO: z-scored rewards, clipped ratio, a KL penalty of each step by itself."""
+    return PolicyGradient(chain, cost, batch, group, kl, False, True, clip, conditions)

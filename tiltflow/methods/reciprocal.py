@@ -1,0 +1,249 @@
+r"""Reciprocal matching: keep end points, re-noise them to any step, regress. No path, no backward sweep.
+
+At the optimum P*(X_t | X_1) is the noising kernel, so x_t = αX_1 + βX_0 with fresh X_0 ~ N(0, I). Since
+∇_{x_1} log p*(x_1 | x_t) has mean zero given x_t, so has s*(X_1) + (α/β)X_0, with s* = ∇log p* = s_base − ∇g, and
+
+    X̂_1 target = X_1 + m_t [ s*(X_1) + (α/β) X_0 ]           (in velocities: α̇X_1 + β̇X_0 + c_t [βs*(X_1) + αX_0],
+                                                               c_t = m_t W/β²,  W = βα̇ − αβ̇)
+
+has conditional mean E*[X_1|x_t] for EVERY m_t if X_1 ~ p*. m = 0 is flow matching on own samples, which fixes any p^u.
+m_t = Sβ²/(α²S + β²), on the linear path c_t = S/(St² + (1−t)²), is the closed-form adjoint of the linear drift that leads
+to N(0, S I): Efficient Adjoint Matching (Shin et al. 2026, arXiv:2605.11480), and with a Föllmer base Adjoint Sampling
+(Havens et al. 2025, arXiv:2504.11713). ``target="linear_adjoint"`` needs no s_base(X_1): a_{k+1} = M_{k+1}∇g(X_1), with
+M = αS/(α²S + β²), is the lean adjoint with the base's Jacobian replaced by the linear drift's: exact on N(μ, S I), biased
+on any other base.
+
+Warning: p* is the fixed point, but the weights of well separated modes hardly move: a sample's score says nothing of the
+mass of its mode. ``importance`` (path weights) corrects them at the price of the effective sample size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from tiltflow.buffer import Material
+from tiltflow.chain import Chain, InterpolantChain, at
+from tiltflow.control import Control
+from tiltflow.cost import Cost
+from tiltflow.errors import TiltflowError
+from tiltflow.interpolant import Interpolant
+from tiltflow.loss import matching_terms, reduce_terms
+from tiltflow.methods import Method, Round, State
+from tiltflow.methods.adjoint_matching import Conditions
+from tiltflow.process import Process
+from tiltflow.simulate import Samples, sample
+from tiltflow.weights import tempered
+
+Gain = Callable[[Tensor], Tensor]
+Score = Callable[..., Tensor]
+
+
+class Ends(NamedTuple):
+    """End points of simulated paths: what ``sample`` says of them, g(x_1) (B,), conditions, and the round's metrics."""
+
+    samples: Samples
+    cost: Tensor
+    condition: dict[str, Tensor]
+    metrics: dict[str, float]
+
+
+class Projected(NamedTuple):
+    """End points re-noised to steps: x = αx_1 + βx_0 and x_0 (n, *event), k (n,), base_mean at x, conditions."""
+
+    x: Tensor
+    k: Tensor
+    x0: Tensor
+    base_mean: Tensor
+    condition: dict[str, Tensor]
+
+
+def require_reciprocal(chain: Chain, cost: Cost) -> InterpolantChain:
+    """The chain, if end points may be re-noised. Raises TiltflowError if not memoryless, or with a running cost."""
+    if not isinstance(chain, InterpolantChain) or not chain.memoryless:
+        raise TiltflowError("end points can be re-noised on a memoryless chain only; build it with memoryless_chain(...).")
+    if cost.running is not None:
+        raise TiltflowError("the cost has a running part f: only whole paths know it. Use AdjointMatching.")
+    return chain
+
+
+def controlled(chain: Chain) -> Tensor:
+    """The steps with noise, hence with a control, (n,)."""
+    return torch.tensor([k for k, s in enumerate(chain.std) if bool((s > 0).all())])
+
+
+def draw_ends(
+    chain: Chain, cost: Cost, control: Control | None, batch: int, generator: torch.Generator, conditions: Conditions | None
+) -> Ends:
+    """``batch`` end points of the control (of the base if None); only values of the cost are used."""
+    condition: dict[str, Any] = conditions(batch, generator) if conditions else {}
+    with torch.no_grad(), parametrize.cached():
+        samples = sample(chain, control, chain.source(batch, generator), generator, **condition)
+        value = cost.value(samples.x, **condition).detach()
+    strength = getattr(cost, "strength", 1.0) or 1.0
+    return Ends(samples, value, condition, {"reward": float(-value.mean() / strength), "kl": float(samples.kl.mean())})
+
+
+def condition_rows(condition: dict[str, Tensor]) -> Material:
+    """Conditions as columns of a material."""
+    return {f"condition.{name}": v for name, v in condition.items()}
+
+
+def conditions_of(material: Material) -> dict[str, Tensor]:
+    """The inverse of :func:`condition_rows`."""
+    return {name[10:]: v for name, v in material.items() if name.startswith("condition.")}
+
+
+@torch.no_grad()
+def renoise(chain: InterpolantChain, k: Tensor, x1: Tensor, generator: torch.Generator, **condition: Tensor) -> Projected:
+    """x_k ~ q(· | x_1) for one step per row, k (n,), and the base's mean there."""
+    path = chain.base.interpolant
+    x0 = torch.randn(x1.shape, generator=generator, dtype=x1.dtype, device=x1.device)
+    x = at(path.alpha(chain.t), k, x1) * x1 + at(path.beta(chain.t), k, x1) * x0
+    return Projected(x, k, x0, chain.base_mean(k, x, **condition), condition)
+
+
+def project(
+    chain: InterpolantChain, material: Material, draws: int, generator: torch.Generator
+) -> tuple[Material, Projected]:
+    """Each row of end points ``draws`` times over, each re-noised to a controlled step drawn uniformly."""
+    rows = {name: v.repeat(draws, *(1,) * (v.ndim - 1)) for name, v in material.items()}
+    steps = controlled(chain)
+    pick = torch.randint(len(steps), (len(rows["x1"]),), generator=generator, device=generator.device).cpu()
+    return rows, renoise(chain, steps[pick], rows["x1"], generator, **conditions_of(rows))
+
+
+def toward(chain: InterpolantChain, k: Tensor, x: Tensor, x1: Tensor, mean: Tensor) -> Tensor:
+    """(A_k x + B_k x1 − mean)/s_k²: the pull of an end point x1 on the step, relative to ``mean``.
+
+    Minus this, with ``mean`` the base's, is an end point as a target a_{k+1}.
+    """
+    return (chain.mean(k, x, x1) - mean) / at(chain.std, k, x) ** 2
+
+
+def residual_variances(chain: InterpolantChain) -> Tensor:
+    """v_k = E tr Var(X_1|X_k)/d of the base that the chain was built with, (K,) or (K, *event), read off its s_k²."""
+    path = chain.base.interpolant
+    alpha, beta2 = path.alpha(chain.t), path.beta(chain.t) ** 2
+    shrink = torch.where(beta2[:-1] > 0, beta2[1:] / beta2[:-1].clamp_min(1e-300), 0.0)
+    bridge = beta2[1:] * (1 - (alpha[:-1] / alpha[1:]) ** 2 * shrink)
+    return (chain.std**2 - bridge.reshape(-1, *(1,) * (chain.std.ndim - 1))) / chain.b**2
+
+
+def end_variance(chain: InterpolantChain) -> float:
+    """S: the variance of the base's end points, mean over coordinates, from 1/v_0 = 1/S + α_0²/β_0²."""
+    v = float(residual_variances(chain)[0].mean())
+    return v / (1 - v * float(_snr(chain.base.interpolant, chain.t[:1])))
+
+
+def _snr(path: Interpolant, t: Tensor) -> Tensor:
+    return torch.nan_to_num(path.alpha(t) ** 2 / path.beta(t) ** 2, nan=0.0, posinf=float("inf"))  # a point source: 0/0 is 0
+
+
+def linear_drift(path: Interpolant, variance: float) -> Gain:
+    """m_t = Sβ²/(α²S + β²), the residual variance of N(μ, S I): Efficient Adjoint Matching's gain (there S = 1)."""
+    return lambda t: variance / (1 + variance * _snr(path, t))
+
+
+def from_velocity(path: Interpolant, c: Gain) -> Gain:
+    """m_t = c_t β²/W from the c_t of the velocity form."""
+    return lambda t: c(t) * path.beta(t) ** 2 / path.wronskian(t)
+
+
+def score_at_end(base: Process, t: float = 0.99) -> Score:
+    """s_base(x_1) ≈ α s_t(αx_1): the score at exactly t = 1 is 0/0 for every predictor but "score".
+
+    It is that of the base smoothed by noise of variance (β/α)², 1e-4 at t = .99 on the linear path; float32 errors of the
+    model are divided by β², so do not go closer to 1 than the model is accurate.
+    """
+
+    def score(x1: Tensor, **condition: Any) -> Tensor:
+        time = torch.full((len(x1),), t, dtype=x1.dtype, device=x1.device)
+        alpha = base.interpolant.alpha(torch.tensor(t, dtype=torch.float64)).to(x1)
+        return alpha * base.score(alpha * x1, time, **condition)
+
+    return score
+
+
+@dataclass(frozen=True)
+class ReciprocalMatching(Method):
+    """One round: end points of the current policy with their scores; every gradient step re-noises them afresh.
+
+    Args:
+        chain: the base as a memoryless chain.
+        cost: g, differentiable (or with its own ``grad``).
+        batch: end points per round.
+        draws: re-noisings of each row per gradient step.
+        variance: S of the linear drift; None: that of the base's end points (:func:`end_variance`).
+        gain: m_t as a function of t, e.g. ``from_velocity(path, c)``, ``torch.zeros_like``; None: ``linear_drift(path, S)``.
+        base_score: s_base(x1, **condition); None: the base's own just before t = 1 (:func:`score_at_end`).
+        target: "score" (exact for every base), or "linear_adjoint" (no base score, biased unless the base is N(μ, S I)).
+        time_weight: w(t) → weights of the steps.
+        importance: weight end points by their self-normalised path weight, tempered to an ESS of one half.
+        conditions: draws one condition row per path.
+
+    Raises:
+        TiltflowError: a chain that is not memoryless, a running cost, or a gain for the linear adjoint.
+    """
+
+    chain: Chain
+    cost: Cost
+    batch: int = 256
+    draws: int = 1
+    variance: float | None = None
+    gain: Gain | None = None
+    base_score: Score | None = None
+    target: Literal["score", "linear_adjoint"] = "score"
+    time_weight: Gain | None = None
+    importance: bool = False
+    conditions: Conditions | None = None
+
+    def __post_init__(self) -> None:
+        require_reciprocal(self.chain, self.cost)
+        if self.target == "linear_adjoint" and (self.gain is not None or self.base_score is not None):
+            raise TiltflowError('target="linear_adjoint" uses neither gain nor base_score; leave them out or use "score".')
+
+    def collect(self, state: State) -> Round:
+        """Simulate, and store x_1 with ∇g(x_1), s_base(x_1) if needed, and a weight."""
+        chain = cast(InterpolantChain, self.chain)
+        ends = draw_ends(chain, self.cost, state.control, self.batch, state.generator, self.conditions)
+        x1 = ends.samples.x
+        material: Material = {
+            "x1": x1,
+            "grad": self.cost.grad(x1, **ends.condition),
+            "weight": x1.new_ones(len(x1)),
+            **condition_rows(ends.condition),
+        }
+        if self.target == "score":
+            with torch.no_grad():
+                material["base_score"] = (self.base_score or score_at_end(chain.base))(x1, **ends.condition)
+        if self.importance:
+            material["weight"] = (tempered(ends.samples.log_ratio - ends.cost) * len(x1)).to(x1)
+        return Round(material, ends.metrics, {})
+
+    def project(self, material: Material, generator: torch.Generator) -> tuple[Material, Projected, Tensor]:
+        """Rows of end points, their re-noised states, and the targets a_{k+1} there."""
+        chain = cast(InterpolantChain, self.chain)
+        rows, p = project(chain, material, self.draws, generator)
+        path, x1 = chain.base.interpolant, rows["x1"]
+        variance = end_variance(chain) if self.variance is None else self.variance
+        if self.target == "linear_adjoint":
+            alpha, beta = path.alpha(chain.t[1:]), path.beta(chain.t[1:])
+            return rows, p, at(alpha * variance / (alpha**2 * variance + beta**2), p.k, x1) * rows["grad"]
+        m = (self.gain or linear_drift(path, variance))(chain.t[:-1])
+        bracket = rows["base_score"] - rows["grad"] + at(_snr(path, chain.t[:-1]).sqrt(), p.k, x1) * p.x0
+        return rows, p, -toward(chain, p.k, p.x, x1 + at(m, p.k, x1) * bracket, p.base_mean)
+
+    def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
+        """The matching loss at freshly re-noised states."""
+        rows, p, a_next = self.project(material, generator)
+        terms = matching_terms(control, self.chain, p.x, p.k, a_next, p.base_mean, **p.condition)
+        weight = rows["weight"]
+        if self.time_weight is not None:
+            weight = weight * at(self.time_weight(self.chain.t[:-1]), p.k, weight)
+        return reduce_terms(terms, weight)
