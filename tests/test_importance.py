@@ -4,16 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from tiltflow.adjoint import lean_adjoint
-from tiltflow.chain import at, euler_maruyama, memoryless_chain, residual_variance, uniform_grid
-from tiltflow.control import Blend, FineTuned
+from tiltflow.chain import euler_maruyama, memoryless_chain, residual_variance, uniform_grid
+from tiltflow.control import Blend, FineTuned, tilted
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
 from tiltflow.finetune import tuned_process
-from tiltflow.methods.adjoint_matching import AdjointMatching, endpoint_share, mixed_target
+from tiltflow.methods import State
+from tiltflow.methods.adjoint_matching import AdjointMatching, endpoint_share
 from tiltflow.noise import Constant
 from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem, mixture2d, mixture32d
-from tiltflow.simulate import simulate
 from tiltflow.weights import ess, normalised, tempered
 
 
@@ -24,29 +23,37 @@ def chain_of(problem, generator, steps=15):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_endpoint_and_adjoint_targets_have_the_same_mean_under_path_weights(seed):
+def test_endpoint_rows_and_adjoint_rows_have_the_same_mean_under_path_weights(seed):
     """On a Gaussian with a linear reward the adjoint is the same for all paths, so it is −u*/s exactly."""
     generator = torch.Generator().manual_seed(seed)
     base = GaussianMixture.gaussian([0.5], [[0.25]])
     problem = TiltProblem("gaussian", base, QuadraticReward.of_direction([1.0]))
-    chain = chain_of(problem, generator)
-    n = 40_000
-    path = simulate(chain, None, chain.source(n, generator), generator)
-    adjoint = lean_adjoint(chain, path, RewardCost(problem.reward))
-    share = torch.ones(len(path.mean))
-    endpoint = mixed_target(chain, path, adjoint.base_mean, adjoint.a[1:], share)
-    weight = normalised(problem.reward(path.x[-1]))[:, None]
-    for k in range(len(endpoint)):
-        exact = -at(chain.std, k, path.x[k]) * adjoint.a[k + 1]
-        estimate = -at(chain.std, k, path.x[k]) * endpoint[k]
+    chain, cost = chain_of(problem, generator), RewardCost(problem.reward)
+    control = FineTuned(tilted(problem.process(), nn.Linear(2, 1).requires_grad_(False)))
+    control.module.net.forward = lambda x, t: torch.full_like(x[:, :1], 0.05)  # not u*, so that the weights matter
+
+    def rows(share):
+        own = torch.Generator().manual_seed(10 + seed)
+        method = AdjointMatching(chain, cost, 40_000, importance=True, endpoint_share=torch.full((15,), share))
+        return method.collect(State(control, own)).material
+
+    adjoint, endpoint = rows(0.0), rows(1.0)
+    assert torch.equal(adjoint["weight"], endpoint["weight"]) and not torch.equal(adjoint["x"], endpoint["x"])
+    for k in range(15):
+        here = adjoint["k"] == k
+        s = float(chain.std[k])
+        exact = -s * adjoint["a_next"][here]
+        assert float(exact.std()) < 1e-5
+        estimate, weight = -s * endpoint["a_next"][here], endpoint["weight"][here, None] / 40_000
         error = float((weight**2 * (estimate - exact) ** 2).sum().sqrt())
         assert abs(float((weight * (estimate - exact)).sum())) < 4 * error
         assert error < 0.02
-    unweighted = sum(float(-(at(chain.std, k, path.x[k]) * endpoint[k]).mean()) for k in range(len(endpoint)))
-    exact_sum = sum(float(-(at(chain.std, k, path.x[k]) * adjoint.a[k + 1]).mean()) for k in range(len(endpoint)))
-    assert abs(unweighted) < 0.2 * exact_sum  # the known-bad twin: without weights the end point says nothing
-    half = mixed_target(chain, path, adjoint.base_mean, adjoint.a[1:], 0.5 * share)
-    assert torch.allclose(half, 0.5 * (endpoint + adjoint.a[1:]))
+    unweighted = sum(float((s * endpoint["a_next"][endpoint["k"] == k]).mean()) for k, s in enumerate(chain.std.tolist()))
+    exact_sum = sum(float((s * adjoint["a_next"][adjoint["k"] == k]).mean()) for k, s in enumerate(chain.std.tolist()))
+    assert unweighted > 0.8 * exact_sum  # the known-bad twin (both negative): without weights it repeats the policy
+    mixed = rows(0.5)
+    from_paths = (mixed["x"] == adjoint["x"]).all(1).double().mean()
+    assert abs(float(from_paths) - 0.5) < 0.01
 
 
 def test_share_is_large_where_modes_separate_and_small_for_mild_adjoints(generator):

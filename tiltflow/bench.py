@@ -53,8 +53,8 @@ class TiltSettings:
         w2_samples, w2_draws: rows of one assignment problem, and how many of them.
     """
 
-    steps: int = 60
-    budget: Budget | int = 250
+    steps: int = 40
+    budget: Budget | int = 200
     batch: int = 256
     minibatch: int = 8192
     learning_rate: float = 2e-3
@@ -66,7 +66,7 @@ class TiltSettings:
     w2_draws: int = 10
 
 
-COMPARISON = TiltSettings(steps=40, budget=Budget(4_000_000, 100_000))
+COMPARISON = TiltSettings(budget=Budget(2_000_000, 50_000))
 
 
 def chain_of(problem: TiltProblem, steps: int, generator: torch.Generator) -> InterpolantChain:
@@ -246,11 +246,12 @@ def bench_tilt(
     if unknown:
         raise TiltflowError(f"unknown problem {unknown[0]!r}: use one of {', '.join(TILT_PROBLEMS)}.")
     if methods is None:
-        jobs = [(n, "adjoint_matching", seed, settings_for(n, iterations)) for n in names or tuple(TILT_PROBLEMS)]
+        settings, jobs = TiltSettings(), [(n, "adjoint_matching") for n in names or tuple(TILT_PROBLEMS)]
     else:
-        settings = COMPARISON if iterations is None else replace(COMPARISON, budget=iterations)
-        jobs = [(n, m, seed, settings) for n in names or ("mixture2d",) for m in methods]
-    return run_apart(_bench_named, jobs, progress)
+        settings, jobs = COMPARISON, [(n, m) for n in names or ("mixture2d",) for m in methods]
+    if iterations is not None:
+        settings = replace(settings, budget=iterations)
+    return run_apart(_bench_named, [(*job, seed, settings) for job in jobs], progress)
 
 
 def run_apart(
@@ -265,12 +266,6 @@ def run_apart(
             job.result()
             progress("jobs", done + 1, len(jobs))
     return [row for job in running for row in job.result()]
-
-
-def settings_for(name: str, iterations: int | None = None) -> TiltSettings:
-    """The protocol's budget: the full one for the 2-D mixtures whose mode weights are the question, less for the rest."""
-    rounds = 250 if name.startswith("mixture2d") else 125
-    return TiltSettings(budget=rounds if iterations is None else iterations)
 
 
 def write_result(path: Path, document: dict[str, Any]) -> None:

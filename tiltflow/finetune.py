@@ -22,8 +22,8 @@ from tiltflow.cost import Reward, RewardCost
 from tiltflow.errors import TiltflowError
 from tiltflow.fit import FitSettings, History, fit
 from tiltflow.interpolant import Interpolant
-from tiltflow.methods import State
-from tiltflow.methods.adjoint_matching import AdjointMatching, Conditions
+from tiltflow.methods import Conditions, State
+from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.nn.lora import add_low_rank, merge_low_rank
 from tiltflow.noise import Constant, Memoryless, memoryless_residual
 from tiltflow.process import Process

@@ -6,6 +6,7 @@ Trained ones have ``collect(state) -> Round`` and ``loss(control, material, gene
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from tiltflow.buffer import Material
 from tiltflow.control import Control
+
+# draws one condition row per path: (n, generator) -> {name: (n, …)}
+Conditions = Callable[[int, torch.Generator], dict[str, Tensor]]
 
 
 @dataclass

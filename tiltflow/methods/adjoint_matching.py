@@ -24,11 +24,10 @@ from tiltflow.control import Control
 from tiltflow.cost import Cost
 from tiltflow.errors import TiltflowError
 from tiltflow.loss import QuantileMask, matching_terms, reduce_terms
-from tiltflow.methods import Method, Round, State
-from tiltflow.simulate import Path, event_sum, simulate
+from tiltflow.methods import Conditions, Method, Round, State
+from tiltflow.methods.reciprocal import renoise, toward
+from tiltflow.simulate import event_sum, simulate
 from tiltflow.weights import tempered
-
-Conditions = Callable[[int, torch.Generator], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class AdjointMatching(Method):
         time_weight: w(t) → weights of the steps.
         importance: weight each path by its self-normalised path weight, tempered to an ESS of one half: the regression
             then aims at the chain's p* itself, not at the current policy's idea of it.
-        endpoint_share: c_k in [0, 1] per step, (K,): how much of the target is the path's own end point instead of its
-            adjoint (see :func:`endpoint_share`). Needs ``importance`` and a memoryless chain.
+        endpoint_share: c_k in [0, 1] per step, (K,): the share of rows that regress on the path's end point, re-noised to
+            step k, instead of on its adjoint (see :func:`endpoint_share`). Needs ``importance`` and a memoryless chain.
         adjoint: "lean" (Adjoint Matching) or "full" (basic Adjoint Matching).
         conditions: draws one condition row per path, ``(n, generator) -> {name: (n, …)}``.
 
@@ -117,22 +116,19 @@ class AdjointMatching(Method):
         if self.time_weight is not None:
             rows = rows * self.time_weight(self.chain.t[steps]).to(rows).repeat_interleave(self.batch)
 
-        a_next = adjoint.a[1:]
-        if self.endpoint_share is not None:
-            assert isinstance(self.chain, InterpolantChain)
-            a_next = mixed_target(self.chain, path, adjoint.base_mean, a_next, self.endpoint_share)
-
         def pick(v: Tensor) -> Tensor:
             return v[steps].reshape(n, *v.shape[2:])
 
         material: Material = {
             "x": pick(path.x[:-1]),
             "k": steps.repeat_interleave(self.batch),
-            "a_next": pick(a_next),
+            "a_next": pick(adjoint.a[1:]),
             "base_mean": pick(adjoint.base_mean),
             "weight": rows,
             **{f"condition.{name}": v.repeat(len(steps), *(1,) * (v.ndim - 1)) for name, v in condition.items()},
         }
+        if self.endpoint_share is not None:
+            self._renoise(material, path.x[-1].repeat(len(steps), *(1,) * (path.x[-1].ndim - 1)), generator)
         strength = getattr(self.cost, "strength", 1.0) or 1.0
         kl = sum(
             0.5 * event_sum(((path.mean[k] - adjoint.base_mean[k]) / at(self.chain.std, k, path.x[k])) ** 2).mean()
@@ -141,6 +137,18 @@ class AdjointMatching(Method):
         norms = adjoint.a.reshape(len(adjoint.a), self.batch, -1).norm(dim=2).mean(1)
         metrics = {"reward": float(-cost.mean() / strength), "kl": float(kl)}
         return Round(material, metrics, {"adjoint_norm": norms.tolist()})
+
+    def _renoise(self, material: Material, ends: Tensor, generator: torch.Generator) -> None:
+        """Make a random share c_k of the rows into end-point rows: x_k ~ q(· | x_K) anew, and the end point as target."""
+        chain, k = self.chain, material["k"]
+        assert isinstance(chain, InterpolantChain) and self.endpoint_share is not None
+        draw = torch.rand(len(k), generator=generator, device=generator.device).cpu()
+        picked = torch.nonzero(draw < self.endpoint_share[k])[:, 0]
+        condition = {name[10:]: v[picked] for name, v in material.items() if name.startswith("condition.")}
+        anew = renoise(chain, k[picked], ends[picked], generator, **condition)
+        material["x"][picked] = anew.x
+        material["base_mean"][picked] = anew.base_mean
+        material["a_next"][picked] = -toward(chain, anew.k, anew.x, ends[picked], anew.base_mean)
 
     def _path_weights(self, x: Tensor, mean: Tensor, base_mean: Tensor, cost: Tensor) -> Tensor:
         log_w = -cost
@@ -169,20 +177,8 @@ class AdjointMatching(Method):
         return reduce_terms(terms, material["weight"], self.clip, self.mask)
 
 
-def mixed_target(chain: InterpolantChain, path: Path, base_mean: Tensor, a_next: Tensor, share: Tensor) -> Tensor:
-    r"""(1 − c_k) ã_{k+1} − c_k (A_k x_k + B_k x_K − mean_base)/s_k²: under P*'s weights, both parts have the mean −u*_k/s_k.
-
-    The second is the end-point target: the step's mean with the path's own end in place of X̂_1.
-    """
-    rows = []
-    for k, a in enumerate(a_next):
-        std, c = at(chain.std, k, a), float(share[k])
-        rows.append((1 - c) * a - c * (chain.mean(k, path.x[k], path.x[-1]) - base_mean[k]) / std**2 if c > 0 else a)
-    return torch.stack(rows)
-
-
 def endpoint_share(chain: InterpolantChain, cost: Cost, paths: int, generator: torch.Generator, **condition: Any) -> Tensor:
-    """c_k from base paths, (K,): the share of the end-point target that the tails of the adjoint call for.
+    """c_k from base paths, (K,): the share of end-point rows that the tails of the adjoint call for.
 
     Where modes separate, the adjoint's mean hangs on rare paths near the separatrix; the end point is bounded by the data.
     With M(z) = (E‖z‖⁴)^½ of each target's noise on base paths, c_k = M(adjoint)/(M(adjoint) + M(end point)).
@@ -196,7 +192,7 @@ def endpoint_share(chain: InterpolantChain, cost: Cost, paths: int, generator: t
         if not bool((std > 0).all()):
             shares.append(0.0)
             continue
-        end = (chain.mean(k, path.x[k], path.x[-1]) - path.mean[k]) / std
+        end = std * toward(chain, k, path.x[k], path.x[-1], path.mean[k])
         spread, other = (float((event_sum(z**2).double() ** 2).mean().sqrt()) for z in (std * a, end))
         shares.append(spread / (spread + other))
     return torch.tensor(shares, dtype=torch.float64)

@@ -24,8 +24,7 @@ from tiltflow.chain import Chain, at
 from tiltflow.control import Control
 from tiltflow.cost import Cost
 from tiltflow.errors import TiltflowError
-from tiltflow.methods import Method, Round, State
-from tiltflow.methods.adjoint_matching import Conditions
+from tiltflow.methods import Conditions, Method, Round, State
 from tiltflow.simulate import event_sum
 from tiltflow.value import weighted_paths
 from tiltflow.weights import ess

@@ -26,8 +26,7 @@ from tiltflow.chain import Chain, at, times
 from tiltflow.control import Control
 from tiltflow.cost import Cost
 from tiltflow.errors import TiltflowError
-from tiltflow.methods import Method, Round, State
-from tiltflow.methods.adjoint_matching import Conditions
+from tiltflow.methods import Conditions, Method, Round, State
 from tiltflow.simulate import event_sum, walk
 
 

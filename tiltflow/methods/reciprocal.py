@@ -28,14 +28,13 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from tiltflow.buffer import Material
-from tiltflow.chain import Chain, InterpolantChain, at
+from tiltflow.chain import Chain, Index, InterpolantChain, at
 from tiltflow.control import Control
 from tiltflow.cost import Cost
 from tiltflow.errors import TiltflowError
 from tiltflow.interpolant import Interpolant
 from tiltflow.loss import matching_terms, reduce_terms
-from tiltflow.methods import Method, Round, State
-from tiltflow.methods.adjoint_matching import Conditions
+from tiltflow.methods import Conditions, Method, Round, State
 from tiltflow.process import Process
 from tiltflow.simulate import Samples, sample
 from tiltflow.weights import tempered
@@ -118,7 +117,7 @@ def project(
     return rows, renoise(chain, steps[pick], rows["x1"], generator, **conditions_of(rows))
 
 
-def toward(chain: InterpolantChain, k: Tensor, x: Tensor, x1: Tensor, mean: Tensor) -> Tensor:
+def toward(chain: InterpolantChain, k: Index, x: Tensor, x1: Tensor, mean: Tensor) -> Tensor:
     """(A_k x + B_k x1 − mean)/s_k²: the pull of an end point x1 on the step, relative to ``mean``.
 
     Minus this, with ``mean`` the base's, is an end point as a target a_{k+1}.

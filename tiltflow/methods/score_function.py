@@ -33,8 +33,7 @@ from tiltflow.control import Control
 from tiltflow.cost import Cost
 from tiltflow.errors import TiltflowError
 from tiltflow.loss import matching_terms, reduce_terms
-from tiltflow.methods import Method, Round, State
-from tiltflow.methods.adjoint_matching import Conditions
+from tiltflow.methods import Conditions, Method, Round, State
 from tiltflow.methods.reciprocal import (
     condition_rows,
     conditions_of,

@@ -28,8 +28,7 @@ from tiltflow.control import Control
 from tiltflow.cost import Cost
 from tiltflow.errors import TiltflowError
 from tiltflow.loss import matching_terms, reduce_terms
-from tiltflow.methods import Method, Round, State
-from tiltflow.methods.adjoint_matching import Conditions
+from tiltflow.methods import Conditions, Method, Round, State
 from tiltflow.nn.mlp import MLP
 from tiltflow.value import WeightedPaths, weighted_paths
 from tiltflow.weights import ess, normalised

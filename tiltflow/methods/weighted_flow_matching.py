@@ -30,8 +30,7 @@ from tiltflow.control import Control
 from tiltflow.cost import Cost
 from tiltflow.errors import TiltflowError
 from tiltflow.loss import matching_terms, reduce_terms
-from tiltflow.methods import Method, Round, State
-from tiltflow.methods.adjoint_matching import Conditions
+from tiltflow.methods import Conditions, Method, Round, State
 from tiltflow.methods.reciprocal import condition_rows, draw_ends, project, require_reciprocal, toward
 from tiltflow.weights import ess, tempered
 
