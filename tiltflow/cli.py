@@ -337,6 +337,28 @@ def tilt_command(
     finish(result, as_json, table(rows, columns))
 
 
+@bench.command("digits")
+@click.option("--methods", default="all", show_default=True, help="all, or names with commas.")
+@click.option("--iterations", default=None, type=int, help="Rounds of training (default: what the budget pays for).")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the document to this file.")
+@common
+def digits_command(methods: str, iterations: int | None, out: Path | None, seed: int, device: str, as_json: bool) -> None:
+    """Every method on the digits base, at one budget."""
+    from tiltflow.bench import write_result
+    from tiltflow.bench_digits import bench_digits
+    from tiltflow.presets import chosen
+
+    bars = Bars()
+    rows = bench_digits(chosen(methods, vectors=False), seed, iterations, bars)
+    bars.close()
+    result = document(seed, device, rows, None)
+    if out is not None:
+        write_result(out, result)
+    columns = ["method", "reward", "judge_thickness", "kl", "diversity", "w2", "ess", "base_evaluations", "reward_calls",
+               "seconds"]  # fmt: skip
+    finish(result, as_json, table(rows, columns))
+
+
 def main() -> NoReturn:
     """Entry point: turns errors into exit codes."""
     try:

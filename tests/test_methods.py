@@ -1,0 +1,154 @@
+"""Every method through one protocol: rows, metrics, a differentiable loss, exact resume; the worked example of the docs."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiltflow.bench import TiltSettings, bench_problem, bench_tilt, chain_of, evaluate, train
+from tiltflow.bench_digits import DigitsSettings, bench_method
+from tiltflow.budget import Budget, Counter, counted
+from tiltflow.buffer import Buffer
+from tiltflow.control import FineTuned, tilted
+from tiltflow.cost import RewardCost
+from tiltflow.errors import TiltflowError
+from tiltflow.fit import FitSettings, fit
+from tiltflow.methods import State
+from tiltflow.nn.mlp import MLP
+from tiltflow.presets import FREE, METHODS, TRAINED, chosen
+from tiltflow.problems import mixture2d
+
+SMALL = TiltSettings(steps=6, budget=2, batch=32, sample_steps=8, samples=200, w2_samples=50, w2_draws=1, hidden=8, layers=2)
+
+
+@pytest.fixture(autouse=True)
+def single():
+    torch.set_default_dtype(torch.float32)
+
+
+def setting(name, reward=None):
+    problem, generator = mixture2d(), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    chain = chain_of(problem, 12, generator)
+    method = TRAINED[name].build(chain, RewardCost(reward or problem.reward), 32, generator)
+    return method, FineTuned(tilted(problem.process(), MLP(4, 2, 8, 2))), generator
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_method_keeps_the_protocol(name):
+    method, control, generator = setting(name)
+    collected = method.collect(State(control, generator))
+    assert len({len(v) for v in collected.material.values()}) == 1
+    assert {"reward", "kl"} <= set(collected.metrics)
+    assert not any(v.requires_grad for v in collected.material.values())
+    for item in method.auxiliary.values():
+        item.load_state_dict(item.state_dict())
+    loss = method.loss(control, collected.material, generator)
+    assert loss.shape == () and bool(torch.isfinite(loss))
+    loss.backward()
+    assert sum(float(p.grad.abs().sum()) for p in control.module.parameters() if p.grad is not None) > 0
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_resumed_run_equals_the_uninterrupted_one(name, tmp_path):
+    preset = TRAINED[name]
+    settings = FitSettings(4, updates=preset.updates, minibatch=16 if preset.rounds else None, checkpoint_every=2)
+
+    def run(iterations, resume, checkpoint):
+        method, control, generator = setting(name)
+        fit(method, State(control, generator), replace(settings, iterations=iterations, final_learning_rate=1.0),
+            Buffer(200) if preset.rounds else None, checkpoint, resume)  # fmt: skip
+        return [p.detach().clone() for p in control.module.parameters()]
+
+    whole = run(4, False, tmp_path / "whole")
+    run(2, False, tmp_path / "part")
+    resumed = run(4, True, tmp_path / "part")
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_methods_that_need_no_gradient_take_any_reward_and_the_others_refuse(name):
+    def one_round():
+        method, control, generator = setting(name, lambda x: (x[:, 0] > 0).float())
+        return method.loss(control, method.collect(State(control, generator)).material, generator)
+
+    if TRAINED[name].gradient:
+        with pytest.raises(TiltflowError, match="detached"):
+            one_round()
+    else:
+        assert bool(torch.isfinite(one_round()))
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("name", FREE)
+def test_a_training_free_method_keeps_the_protocol(name, tuned):
+    problem, generator = mixture2d(), torch.Generator().manual_seed(0)
+    chain = chain_of(problem, 12, generator)
+    control = FineTuned(tilted(problem.process(), MLP(4, 2, 8, 2)))
+    drawn = FREE[name].build(chain, RewardCost(problem.reward)).sample(control if tuned else None, 40, generator)
+    assert drawn.x.shape == (40, 2) and drawn.log_weights.shape == (40,)
+    assert bool(torch.isfinite(drawn.x).all()) and bool(torch.isfinite(drawn.log_weights).all())
+    assert drawn.log_z is None or abs(drawn.log_z - problem.log_z) < 2
+
+
+def test_a_budget_decides_the_rounds_and_is_not_overspent():
+    problem, counter = mixture2d(), Counter()
+    train(problem, 0, replace(SMALL, budget=Budget(5_000, 10_000)), counter=counter, method="adjoint_matching_plain")
+    assert counter.base == 13 * 32 * 12 and counter.reward == 13 * 64  # 12 evaluations a path: 6 simulated, 6 adjoint
+    train(problem, 0, replace(SMALL, budget=Budget(10**9, 200)), counter=counter, method="adjoint_matching_plain")
+    assert counter.reward == 3 * 64
+    with pytest.raises(TiltflowError, match="whole budget"):
+        train(problem, 0, replace(SMALL, budget=Budget(100, 100)), method="adjoint_matching_plain")
+
+
+@pytest.mark.parametrize("name", ["adjoint_matching", "draft_1", "best_of_4", "urge"])
+def test_rows_of_the_table(name):
+    rows = bench_problem(mixture2d(), 0, SMALL, name)
+    assert [r["sampler"] for r in rows] == (["sde", "ode"] if name in TRAINED else ["sde"])
+    for row in rows:
+        assert {"w2", "w2_floor", "mode_tv", "base_evaluations", "reward_calls", "seconds", "peak_memory_mb"} <= set(row)
+        assert row["biased"] == (METHODS[name].bias is not None)
+        assert row["base_evaluations"] > 0 and row["reward_calls"] > 0
+
+
+def test_the_exact_control_scores_well_in_the_table():
+    problem = mixture2d()
+    settings = replace(SMALL, sample_steps=60, samples=4000, w2_samples=400)
+    sde, ode = evaluate(problem, counted(problem.optimal(), Counter()), 0, settings)
+    assert sde["mode_tv"] < 0.03 and ode["mode_tv"] < 0.03 and sde["ess"] > 0.85 and abs(sde["spread"] - 1) < 0.05
+    base = evaluate(problem, counted(problem.process(), Counter()), 0, settings)[0]
+    assert base["mode_tv"] > 0.2  # the base itself is not the tilt
+
+
+@pytest.mark.parametrize("name", ["adjoint_matching_weighted", "draft_1", "feynman_kac"])
+def test_row_of_the_digits_table(name):
+    x = torch.rand(40, 1, 28, 28) * 2 - 1
+    reference = (x, torch.zeros(40))
+    settings = DigitsSettings(
+        steps=4, budget=1, batch=8, minibatch=16, samples=16, path_samples=8, w2_samples=8, w2_draws=1
+    )
+    (row,) = bench_method(name, 0, settings, reference)
+    assert {"reward", "judge_thickness", "diversity", "w2", "seconds", "base_evaluations", "reward_calls"} <= set(row)
+    assert ("kl" in row) == (name in TRAINED)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(TiltflowError, match="unknown method 'nope'"):
+        chosen("nope", vectors=True)
+    with pytest.raises(TiltflowError, match="unknown method 'socm'"):
+        chosen("adjoint_matching_plain, socm", vectors=False)
+    assert chosen("all", vectors=True) == tuple(METHODS) and "socm" not in chosen("all", vectors=False)
+    with pytest.raises(TiltflowError, match="unknown problem"):
+        bench_tilt(("nope",), 0)
+
+
+def test_the_worked_example_of_the_docs_runs_and_finds_log_z(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+    definition, use = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(definition.splitlines()) <= 40
+    names: dict = {"__name__": "worked_example"}
+    exec(definition, names)
+    exec(use, names)
+    assert float(names["log_z"].value) == pytest.approx(0.625, abs=0.03)
