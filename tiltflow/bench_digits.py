@@ -55,7 +55,7 @@ class DigitsSettings:
     minibatch: int = 1024
     learning_rate: float = 5e-4
     rank: int = 16
-    budget: Budget | int = Budget(400_000, 10_000)  # noqa: RUF009 (a frozen dataclass)
+    budget: Budget | int = Budget(250_000, 6_000)  # noqa: RUF009 (a frozen dataclass)
     reference_samples: int = 10_000
     samples: int = 2_000
     path_samples: int = 1_000
