@@ -1,16 +1,22 @@
-"""Write the tables of docs/benchmarks.md from benchmarks/results/*.json: ``python benchmarks/tables.py``.
+"""Write the tables and the picture of docs/benchmarks.md from benchmarks/results/*.json: ``python benchmarks/tables.py``.
 
 Everything between ``<!-- table NAME -->`` and ``<!-- end -->`` is replaced; a missing result says "not run".
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from tiltflow.bench_control import METHODS as CONTROL_METHODS
+from tiltflow.bench_control import PROBLEMS as CONTROL_PROBLEMS
+from tiltflow.presets import METHODS, TRAINED
+from tiltflow.report import plots
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -102,7 +108,108 @@ def digits() -> str:
     return (markdown(header, lines) if lines else "not run") + "\n\n" + provenance(documents)
 
 
-TABLES: dict[str, Callable[[], str]] = {"tilt": tilt, "memoryless": memoryless, "digits": digits}
+def methods(pattern: str, names: tuple[str, ...], columns: dict[str, int], **only: str) -> str:
+    """One line per method, mean ± standard deviation over seeds; ``columns`` with their digits."""
+    documents = load(pattern)
+    rows = [r for d in documents for r in d["rows"] if all(r.get(k) == v for k, v in only.items())]
+    lines = []
+    for name in names:
+        found = [r for r in rows if r["method"] == name]
+        bias = "yes" if METHODS[name].bias is not None else "no"
+        cells = [number([r.get(c) for r in found], digits) for c, digits in columns.items()]
+        lines.append([name, bias, str(len(found)), *(cells if found else ["not run"] * len(columns))])
+    return markdown(["method", "biased", "seeds", *columns], lines) + "\n\n" + provenance(documents)
+
+
+SPENT = {"base_evaluations": 0, "reward_calls": 0, "seconds": 0, "peak_memory_mb": 0}
+
+
+def methods_tilt(sampler: str) -> str:
+    """Every method on mixture2d."""
+    columns = {"mode_tv": 3, "spread": 2, "w2": 2, "w2_floor": 2, "mean_reward": 3, "mean_reward_exact": 3}
+    if sampler == "sde":
+        columns |= {"log_z_error": 3, "ess": 2, "kl": 2} | SPENT
+    names = tuple(METHODS) if sampler == "sde" else tuple(TRAINED)
+    return methods("methods-tilt-*.json", names, columns, problem="mixture2d", sampler=sampler)
+
+
+def methods_digits() -> str:
+    """Every method on the digits base, and the exact tilt's own scores."""
+    columns = {"reward": 3, "judge_thickness": 3, "kl": 2, "diversity": 2, "w2": 2, "log_z_error": 2, "ess": 2} | SPENT
+    names = tuple(n for n, m in METHODS.items() if not getattr(m, "vectors", False))
+    rows = [r for d in load("methods-digits-*.json") for r in d["rows"]]
+    scores = ("reward", "judge_thickness", "diversity")
+    exact = [[s, *(number([r[f"{s}_{c}"] for r in rows]) for c in ("base", "reference"))] for s in scores]
+    exact.append(["w2", number([r["w2_base"] for r in rows]), number([r["w2_floor"] for r in rows])])
+    return markdown(["score", "base", "exact tilt"], exact) + "\n\n" + methods("methods-digits-*.json", names, columns)
+
+
+def control() -> str:
+    """Optimal-control methods on problems with a known control."""
+    documents = load("control-*.json")
+    rows = [r for d in documents for r in d["rows"]]
+    columns = {"control_error": 3, "control_error_own_paths": 3, "objective": 3, "objective_exact": 3, "seconds": 0}
+    lines = []
+    for problem, name in itertools.product(CONTROL_PROBLEMS, CONTROL_METHODS):
+        found = [r for r in rows if r["problem"] == problem and r["method"] == name]
+        cells = [number([r[c] for r in found], digits) for c, digits in columns.items()]
+        lines.append([problem, name, str(len(found)), *(cells if found else ["not run"] * len(columns))])
+    return markdown(["problem", "method", "seeds", *columns], lines) + "\n\n" + provenance(documents)
+
+
+def few_steps() -> str:
+    """Training with few simulation steps."""
+    documents = load("few-steps-*.json")
+    rows = [r for d in documents for r in d["rows"]]
+    lines = []
+    for name in dict.fromkeys(r["variant"] for r in rows):
+        sde, ode = ([r for r in rows if r["variant"] == name and r["sampler"] == s] for s in ("sde", "ode"))
+        lines.append(
+            [
+                name,
+                str(len(sde)),
+                number([r["mode_tv"] for r in sde]),
+                number([r["mode_tv"] for r in ode]),
+                number([r["w2"] for r in sde], 2),
+                number([r["w2_floor"] for r in sde], 2),
+                number([r["ess"] for r in sde], 2),
+                number([r["base_evaluations"] / 1e6 for r in sde], 2),
+            ]
+        )
+    header = ["variant", "seeds", "mode_tv (SDE)", "mode_tv (ODE)", "w2", "w2_floor", "ess", "million base evaluations"]
+    return (markdown(header, lines) if lines else "not run") + "\n\n" + provenance(documents)
+
+
+def iteration() -> str:
+    """One round of Adjoint Matching."""
+    documents = load("iteration.json")
+    lines = [
+        ["path weights" if r["importance"] else "plain", *(f"{r[c]:.0f}" for c in ("median_ms", "lowest_ms", "highest_ms"))]
+        for d in documents
+        for r in d["rows"]
+    ]
+    header = ["Adjoint Matching", "median ms", "lowest", "highest"]
+    return (markdown(header, lines) if lines else "not run") + "\n\n" + provenance(documents)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "tilt": tilt,
+    "memoryless": memoryless,
+    "digits": digits,
+    "methods tilt sde": lambda: methods_tilt("sde"),
+    "methods tilt ode": lambda: methods_tilt("ode"),
+    "methods digits": methods_digits,
+    "control": control,
+    "few steps": few_steps,
+    "iteration": iteration,
+}
+
+
+def pareto() -> None:
+    """The picture of reward against KL and diversity on digits, if the table was run."""
+    rows = [r for d in load("methods-digits-*.json") for r in d["rows"]]
+    if rows:
+        (ROOT / "docs" / "images" / "pareto.png").write_bytes(plots.pareto(rows, "reward", ("kl", "diversity")))
 
 
 def main() -> None:
@@ -111,6 +218,7 @@ def main() -> None:
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, make=make: f"{m[1]}\n{make()}\n\n{m[2]}", text, flags=re.DOTALL)
     PAGE.write_text(text, encoding="utf-8")
+    pareto()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tiltflow.bench import TiltSettings, bench_problem, bench_tilt, chain_of, evaluate, train
+from tiltflow.bench_control import ControlSettings, bench_control
+from tiltflow.bench_control import bench_problem as bench_control_problem
 from tiltflow.bench_digits import DigitsSettings, bench_method
 from tiltflow.budget import Budget, Counter, counted
 from tiltflow.buffer import Buffer
@@ -134,12 +136,22 @@ def test_row_of_the_digits_table(name):
     assert ("kl" in row) == (name in TRAINED)
 
 
+@pytest.mark.parametrize("method", ["adjoint_matching_plain", "log_variance", "socm"])
+def test_row_of_the_control_table(method):
+    settings = ControlSettings(steps=10, iterations=60, batch=64, hidden=16, layers=2, learning_rate=1e-2, paths=200)
+    (row,) = bench_control_problem("linear-quadratic", method, 0, settings)
+    assert row["control_error"] < 0.8  # without a control it is 1
+    assert row["objective"] > row["objective_exact"] - 4 * row["objective_standard_error"] - 0.05
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(TiltflowError, match="unknown method 'nope'"):
         chosen("nope", vectors=True)
     with pytest.raises(TiltflowError, match="unknown method 'socm'"):
         chosen("adjoint_matching_plain, socm", vectors=False)
     assert chosen("all", vectors=True) == tuple(METHODS) and "socm" not in chosen("all", vectors=False)
+    with pytest.raises(TiltflowError, match="unknown method 'draft_1'"):
+        bench_control("draft_1", 0)
     with pytest.raises(TiltflowError, match="unknown problem"):
         bench_tilt(("nope",), 0)
 
@@ -151,4 +163,4 @@ def test_the_worked_example_of_the_docs_runs_and_finds_log_z(capsys):
     names: dict = {"__name__": "worked_example"}
     exec(definition, names)
     exec(use, names)
-    assert float(names["log_z"].value) == pytest.approx(0.625, abs=0.03)
+    assert names["log_z"].value.item() == pytest.approx(0.625, abs=0.03)

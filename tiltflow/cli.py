@@ -359,6 +359,26 @@ def digits_command(methods: str, iterations: int | None, out: Path | None, seed:
     finish(result, as_json, table(rows, columns))
 
 
+@bench.command("control")
+@click.option("--methods", default="all", show_default=True, help="all, or names with commas.")
+@click.option("--iterations", default=None, type=int, help="Rounds of training.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the document to this file.")
+@common
+def control_command(methods: str, iterations: int | None, out: Path | None, seed: int, device: str, as_json: bool) -> None:
+    """Optimal-control methods on problems whose exact control is known."""
+    from tiltflow.bench import write_result
+    from tiltflow.bench_control import bench_control
+
+    bars = Bars()
+    rows = bench_control(methods, seed, iterations, bars)
+    bars.close()
+    result = document(seed, device, rows, None)
+    if out is not None:
+        write_result(out, result)
+    columns = ["problem", "method", "control_error", "control_error_own_paths", "objective", "objective_exact", "seconds"]
+    finish(result, as_json, table(rows, columns))
+
+
 def main() -> NoReturn:
     """Entry point: turns errors into exit codes."""
     try:

@@ -250,3 +250,37 @@ def _say_missing(axes: Axes, missing: int, total: int) -> None:
     if missing or not total:
         text = f"{missing} of {total} values cannot be drawn" if total else "no values"
         axes.set_title(text, color="#d0453e", fontsize=9, loc="left")
+
+
+def pareto(rows: Sequence[Mapping[str, Any]], gain: str, costs: Sequence[str]) -> bytes:
+    """One panel per cost: ``gain`` of each method (seeds joined, biased methods hollow) with the base and the exact tilt."""
+    fig, first = figure(5.2 * len(costs), 4.2)
+    fig.delaxes(first)
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    colours = require("matplotlib").colormaps["tab20"].resampled(len(names))
+    for i, cost in enumerate(costs):
+        axes = fig.add_subplot(1, len(costs), i + 1)
+        axes.patch.set_alpha(0.0)
+        for j, name in enumerate(names):
+            mine = [row for row in rows if row["method"] == name and row.get(cost) is not None]
+            if not mine:
+                continue
+            face = "none" if mine[0]["biased"] else colours(j)
+            axes.plot([r[cost] for r in mine], [r[gain] for r in mine], color=colours(j), lw=0.7, marker="o", ms=6,
+                      markerfacecolor=face, label=name)  # fmt: skip
+        known = [row for row in rows if f"{cost}_reference" in row]
+        if known:
+            axes.plot(known[0][f"{cost}_base"], known[0][f"{gain}_base"], "s", color=INK, ms=8, label="base")
+            axes.plot(known[0][f"{cost}_reference"], known[0][f"{gain}_reference"], "*", color=REFERENCE, ms=14,
+                      label="exact tilt")  # fmt: skip
+        else:
+            axes.axhline(rows[0][f"{gain}_reference"], color=REFERENCE, lw=1, ls="--")
+            axes.axhline(rows[0][f"{gain}_base"], color=INK, lw=1, ls="--")
+        axes.set_xlabel(cost, color=INK)
+        axes.set_ylabel(gain, color=INK)
+        axes.tick_params(colors=INK, labelsize=9)
+        if cost == "kl":
+            axes.set_xscale("symlog", linthresh=0.1)
+        axes.grid(True, color=INK, alpha=0.18, linewidth=0.7)
+    axes.legend(fontsize=6, frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return png(fig)
