@@ -8,6 +8,22 @@ from torch import Tensor
 from tiltflow.errors import TiltflowError
 
 Material = dict[str, Tensor]
+PREFIX = "condition."
+
+
+def condition_rows(condition: Material) -> Material:
+    """Conditions as columns of a material, one row each."""
+    return {PREFIX + name: v for name, v in condition.items()}
+
+
+def conditions_of(material: Material) -> Material:
+    """The inverse of :func:`condition_rows`."""
+    return {name.removeprefix(PREFIX): v for name, v in material.items() if name.startswith(PREFIX)}
+
+
+def repeat_rows(rows: Material, times: int) -> Material:
+    """Every column, ``times`` times over."""
+    return {name: v.repeat(times, *(1,) * (v.ndim - 1)) for name, v in rows.items()}
 
 
 class Buffer:

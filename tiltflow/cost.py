@@ -17,6 +17,11 @@ from tiltflow.errors import TiltflowError
 Reward = Callable[..., Tensor]
 
 
+def mean_reward(cost: Cost, value: Tensor) -> float:
+    """Mean reward from values of g = −λr, (B,); of −g if the cost has no strength, or strength 0."""
+    return float(-value.mean() / (getattr(cost, "strength", 1.0) or 1.0))
+
+
 class Cost(Protocol):
     """g and ∇g, and optionally a state cost f(x, t)."""
 

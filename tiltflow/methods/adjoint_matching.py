@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from tiltflow.adjoint import full_adjoint, lean_adjoint
-from tiltflow.buffer import Material
+from tiltflow.buffer import Material, condition_rows, conditions_of, repeat_rows
 from tiltflow.chain import Chain, InterpolantChain, at
 from tiltflow.control import Control
-from tiltflow.cost import Cost
+from tiltflow.cost import Cost, mean_reward
 from tiltflow.errors import TiltflowError
 from tiltflow.loss import QuantileMask, matching_terms, reduce_terms
 from tiltflow.methods import Conditions, Method, Round, State
@@ -125,17 +125,16 @@ class AdjointMatching(Method):
             "a_next": pick(adjoint.a[1:]),
             "base_mean": pick(adjoint.base_mean),
             "weight": rows,
-            **{f"condition.{name}": v.repeat(len(steps), *(1,) * (v.ndim - 1)) for name, v in condition.items()},
+            **repeat_rows(condition_rows(condition), len(steps)),
         }
         if self.endpoint_share is not None:
             self._renoise(material, path.x[-1].repeat(len(steps), *(1,) * (path.x[-1].ndim - 1)), generator)
-        strength = getattr(self.cost, "strength", 1.0) or 1.0
         kl = sum(
             0.5 * event_sum(((path.mean[k] - adjoint.base_mean[k]) / at(self.chain.std, k, path.x[k])) ** 2).mean()
             for k in self._controlled()
         )
         norms = adjoint.a.reshape(len(adjoint.a), self.batch, -1).norm(dim=2).mean(1)
-        metrics = {"reward": float(-cost.mean() / strength), "kl": float(kl)}
+        metrics = {"reward": mean_reward(self.cost, cost), "kl": float(kl)}
         return Round(material, metrics, {"adjoint_norm": norms.tolist()})
 
     def _renoise(self, material: Material, ends: Tensor, generator: torch.Generator) -> None:
@@ -144,7 +143,7 @@ class AdjointMatching(Method):
         assert isinstance(chain, InterpolantChain) and self.endpoint_share is not None
         draw = torch.rand(len(k), generator=generator, device=generator.device).cpu()
         picked = torch.nonzero(draw < self.endpoint_share[k])[:, 0]
-        condition = {name[10:]: v[picked] for name, v in material.items() if name.startswith("condition.")}
+        condition = {name: v[picked] for name, v in conditions_of(material).items()}
         anew = renoise(chain, k[picked], ends[picked], generator, **condition)
         material["x"][picked] = anew.x
         material["base_mean"][picked] = anew.base_mean
@@ -164,7 +163,6 @@ class AdjointMatching(Method):
 
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """The matching loss of a batch of rows."""
-        condition = {name[10:]: v for name, v in material.items() if name.startswith("condition.")}
         terms = matching_terms(
             control,
             self.chain,
@@ -172,7 +170,7 @@ class AdjointMatching(Method):
             material["k"],
             material["a_next"],
             material["base_mean"],
-            **condition,
+            **conditions_of(material),
         )
         return reduce_terms(terms, material["weight"], self.clip, self.mask)
 

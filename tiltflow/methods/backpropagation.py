@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from tiltflow.buffer import Material
+from tiltflow.buffer import Material, condition_rows, conditions_of
 from tiltflow.chain import Chain, at, times
 from tiltflow.control import Control, FineTuned
-from tiltflow.cost import Cost
+from tiltflow.cost import Cost, mean_reward
 from tiltflow.errors import TiltflowError
 from tiltflow.methods import Conditions, Method, Round, State
 from tiltflow.simulate import event_sum
@@ -89,19 +89,18 @@ class Backpropagation(Method):
                 noise.append(torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device))
                 x, energy = self._step(control, k, x, noise[k], True, condition)
                 kl += float(energy.mean())
-            material: Material = {f"condition.{name}": v for name, v in condition.items()}
+            material = condition_rows(condition)
             if self.stop is None:
                 material |= {"x": start, "noise": torch.stack(noise[first:], 1)}
             else:
                 material |= {"x": x, "k": torch.full((self.batch,), first)}
                 x = self._predict(control, x, material["k"], condition)
-            strength = getattr(self.cost, "strength", 1.0) or 1.0
-            reward = float(-self.cost.value(x, **condition).mean() / strength)
+            reward = mean_reward(self.cost, self.cost.value(x, **condition))
         return Round(material, {"reward": reward, "kl": kl}, {})
 
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """The objective of the rows, differentiable through every stored step."""
-        condition = {name[10:]: v for name, v in material.items() if name.startswith("condition.")}
+        condition = conditions_of(material)
         x = material["x"]
         if self.stop is not None:
             return self._terminal(self._predict(control, x, material["k"], condition), condition).mean()

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from tiltflow.buffer import Material
+from tiltflow.buffer import Material, condition_rows, conditions_of
 from tiltflow.chain import Chain, at
 from tiltflow.control import Control
-from tiltflow.cost import Cost
+from tiltflow.cost import Cost, mean_reward
 from tiltflow.errors import TiltflowError
 from tiltflow.methods import Conditions, Method, Round, State
 from tiltflow.simulate import event_sum
@@ -87,11 +87,10 @@ class LogVariance(Method):
             "base_mean": paths.base_mean.transpose(0, 1),
             "cost": paths.running + paths.terminal,
             "start": torch.zeros_like(numbers) if self.paths_per_start is None else numbers,
-            **{f"condition.{name}": v for name, v in condition.items()},
+            **condition_rows(condition),
         }
-        strength = getattr(self.cost, "strength", 1.0) or 1.0
         metrics = {
-            "reward": float(-paths.terminal.mean() / strength),
+            "reward": mean_reward(self.cost, paths.terminal),
             "kl": float(paths.energy.mean()),
             "ess": ess(paths.log_weight),
         }
@@ -116,9 +115,7 @@ def path_log_ratio(control: Control, chain: Chain, material: Material) -> Tensor
     def flat(v: Tensor) -> Tensor:
         return v.reshape(paths * steps, *v.shape[2:])
 
-    condition = {
-        name[10:]: v.repeat_interleave(steps, 0) for name, v in material.items() if name.startswith("condition.")
-    }
+    condition = {name: v.repeat_interleave(steps, 0) for name, v in conditions_of(material).items()}
     here, after, base = flat(x[:, noisy]), flat(x[:, noisy + 1]), flat(base_mean[:, noisy])
     k = noisy.repeat(paths)
     std = at(chain.std, k, here)

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from tiltflow.buffer import Material, condition_rows, conditions_of, repeat_rows
 from tiltflow.chain import Chain, at, times
 from tiltflow.control import Control
-from tiltflow.cost import Cost
+from tiltflow.cost import Cost, mean_reward
 from tiltflow.errors import TiltflowError
 from tiltflow.methods import Conditions, Method, Round, State
 from tiltflow.simulate import event_sum, walk
@@ -101,10 +102,8 @@ class PolicyGradient(Method):
                 h = float(chain.t[s.k + 1] - chain.t[s.k])
                 to_go = to_go + h * self.cost.running(s.x, times(chain, s.k, s.x)).double()
         material = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
-        for name, v in condition.items():
-            material[f"condition.{name}"] = v.repeat(len(columns), *(1,) * (v.ndim - 1))
-        strength = getattr(self.cost, "strength", 1.0) or 1.0
-        return Round(material, {"reward": float(-cost.mean() / strength), "kl": float(kl.mean())}, {})
+        material |= repeat_rows(condition_rows(condition), len(columns))
+        return Round(material, {"reward": mean_reward(self.cost, cost), "kl": float(kl.mean())}, {})
 
     def _advantage(self, to_go: Tensor) -> Tensor:
         """−(cost to go − its mean over the others of the group), or the group's z-score; (batch,)."""
@@ -116,9 +115,9 @@ class PolicyGradient(Method):
             centred = centred * (self._group / (self._group - 1))  # the baseline leaves the path itself out
         return -centred.reshape(-1)
 
-    def loss(self, control: Control, material: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """L over a batch of rows, scaled to a sum over the steps of a path."""
-        condition = {name[10:]: v for name, v in material.items() if name.startswith("condition.")}
+        condition = conditions_of(material)
         x, k, base_mean = material["x"], material["k"], material["base_mean"]
         std = at(self.chain.std, k, x)
         mean = control.mean(self.chain, k, x, base_mean=base_mean, **condition)

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.nn.utils import parametrize
 
+from tiltflow.buffer import Material, condition_rows, conditions_of
 from tiltflow.chain import InterpolantChain, at
 from tiltflow.control import Control
-from tiltflow.cost import Cost
+from tiltflow.cost import Cost, mean_reward
 from tiltflow.errors import TiltflowError
 from tiltflow.loss import matching_terms
 from tiltflow.methods import Conditions, Method, Round, State
@@ -86,14 +87,13 @@ class PreferencePairs(Method):
         material = {
             "winner": torch.where(first, drawn.x[:n], drawn.x[n:]),
             "loser": torch.where(first, drawn.x[n:], drawn.x[:n]),
-            **{f"condition.{name}": v for name, v in condition.items()},
+            **condition_rows(condition),
         }
-        strength = getattr(self.cost, "strength", 1.0) or 1.0
-        return Round(material, {"reward": float(-cost.mean() / strength), "kl": float(drawn.kl.mean())}, {})
+        return Round(material, {"reward": mean_reward(self.cost, cost), "kl": float(drawn.kl.mean())}, {})
 
-    def loss(self, control: Control, material: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """The logistic loss of a batch of pairs at one random step each."""
-        condition = {name[10:]: v for name, v in material.items() if name.startswith("condition.")}
+        condition = conditions_of(material)
         winner, loser = material["winner"], material["loser"]
         controlled = (self.chain.std.reshape(len(self.chain.std), -1) > 0).all(1).nonzero().reshape(-1)
         draw = torch.randint(len(controlled), (len(winner),), generator=generator, device=generator.device)

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from tiltflow.buffer import Material
+from tiltflow.buffer import Material, condition_rows, conditions_of, repeat_rows
 from tiltflow.chain import Chain, Index, InterpolantChain, at
 from tiltflow.control import Control
-from tiltflow.cost import Cost
+from tiltflow.cost import Cost, mean_reward
 from tiltflow.errors import TiltflowError
 from tiltflow.interpolant import Interpolant
 from tiltflow.loss import matching_terms, reduce_terms
@@ -84,18 +84,7 @@ def draw_ends(
     with torch.no_grad(), parametrize.cached():
         samples = sample(chain, control, chain.source(batch, generator), generator, **condition)
         value = cost.value(samples.x, **condition).detach()
-    strength = getattr(cost, "strength", 1.0) or 1.0
-    return Ends(samples, value, condition, {"reward": float(-value.mean() / strength), "kl": float(samples.kl.mean())})
-
-
-def condition_rows(condition: dict[str, Tensor]) -> Material:
-    """Conditions as columns of a material."""
-    return {f"condition.{name}": v for name, v in condition.items()}
-
-
-def conditions_of(material: Material) -> dict[str, Tensor]:
-    """The inverse of :func:`condition_rows`."""
-    return {name[10:]: v for name, v in material.items() if name.startswith("condition.")}
+    return Ends(samples, value, condition, {"reward": mean_reward(cost, value), "kl": float(samples.kl.mean())})
 
 
 @torch.no_grad()
@@ -111,7 +100,7 @@ def project(
     chain: InterpolantChain, material: Material, draws: int, generator: torch.Generator
 ) -> tuple[Material, Projected]:
     """Each row of end points ``draws`` times over, each re-noised to a controlled step drawn uniformly."""
-    rows = {name: v.repeat(draws, *(1,) * (v.ndim - 1)) for name, v in material.items()}
+    rows = repeat_rows(material, draws)
     steps = controlled(chain)
     pick = torch.randint(len(steps), (len(rows["x1"]),), generator=generator, device=generator.device).cpu()
     return rows, renoise(chain, steps[pick], rows["x1"], generator, **conditions_of(rows))

@@ -27,7 +27,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from tiltflow.buffer import Material
+from tiltflow.buffer import Material, condition_rows, conditions_of
 from tiltflow.chain import Chain, InterpolantChain, at
 from tiltflow.control import Control
 from tiltflow.cost import Cost
@@ -35,8 +35,6 @@ from tiltflow.errors import TiltflowError
 from tiltflow.loss import matching_terms, reduce_terms
 from tiltflow.methods import Conditions, Method, Round, State
 from tiltflow.methods.reciprocal import (
-    condition_rows,
-    conditions_of,
     controlled,
     draw_ends,
     renoise,

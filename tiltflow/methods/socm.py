@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiltflow.buffer import Material
+from tiltflow.buffer import Material, condition_rows, conditions_of
 from tiltflow.chain import Chain, at, times
 from tiltflow.control import Control
-from tiltflow.cost import Cost
+from tiltflow.cost import Cost, mean_reward
 from tiltflow.errors import TiltflowError
 from tiltflow.loss import matching_terms, reduce_terms
 from tiltflow.methods import Conditions, Method, Round, State
@@ -142,11 +142,10 @@ class SOCM(Method):
             "c": c.transpose(0, 1),
             "y": y.transpose(0, 1),
             "weight": (normalised(paths.log_weight) * self.batch).to(x0.dtype),
-            **{f"condition.{name}": v for name, v in condition.items()},
+            **condition_rows(condition),
         }
-        strength = getattr(self.cost, "strength", 1.0) or 1.0
         metrics = {
-            "reward": float(-paths.terminal.mean() / strength),
+            "reward": mean_reward(self.cost, paths.terminal),
             "kl": float(paths.energy.mean()),
             "ess": ess(paths.log_weight),
         }
@@ -156,9 +155,7 @@ class SOCM(Method):
         """Weighted matching loss, mean over paths and steps, in the control's weights and the matrices'."""
         a_next = reparametrised(material["c"], material["y"], self._matrices().to(material["c"]))
         paths, steps = a_next.shape[:2]
-        condition = {
-            name[10:]: v.repeat_interleave(steps, 0) for name, v in material.items() if name.startswith("condition.")
-        }
+        condition = {name: v.repeat_interleave(steps, 0) for name, v in conditions_of(material).items()}
         terms = matching_terms(
             control,
             self.chain,

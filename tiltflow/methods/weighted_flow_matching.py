@@ -24,14 +24,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from tiltflow.buffer import Material
+from tiltflow.buffer import Material, condition_rows
 from tiltflow.chain import Chain, InterpolantChain
 from tiltflow.control import Control
 from tiltflow.cost import Cost
 from tiltflow.errors import TiltflowError
 from tiltflow.loss import matching_terms, reduce_terms
 from tiltflow.methods import Conditions, Method, Round, State
-from tiltflow.methods.reciprocal import condition_rows, draw_ends, project, require_reciprocal, toward
+from tiltflow.methods.reciprocal import draw_ends, project, require_reciprocal, toward
 from tiltflow.weights import ess, tempered
 
 
