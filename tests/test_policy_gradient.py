@@ -115,7 +115,7 @@ def test_reinforce_reaches_the_tilt_without_a_gradient_of_the_reward(generator):
     chain = exact_chain(problem, 10)
     x, history = trained(reinforce(chain, RewardCost(detached), 512), problem, generator)
     assert float(x.mean()) == pytest.approx(0.75, abs=0.05)  # standard error .0056, training noise about .02
-    assert history[0]["kl"] == 0 and history[-1]["reward"] > 0.6
+    assert history[0]["kl"] < 1e-12 and history[-1]["reward"] > 0.6
     down, _ = trained(reinforce(chain, RewardCost(lambda x: -detached(x)), 512), problem, generator, 60)
     assert float(down.mean()) < 0.45  # sign twin
 

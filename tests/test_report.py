@@ -229,6 +229,15 @@ def test_plots_are_valid_png():
         plots.reward_against_kl(steps, [math.sin(s) for s in steps], levels),
         plots.reward_against_kl([NAN], [1.0]),
         plots.adjoint_norms([0.0, 0.5, 1.0], [1.0, 100.0, 1.0]),
+        plots.pareto(
+            [
+                {"method": "a", "biased": True, "r": 1.0, "r_base": 0.0, "r_reference": 0.5, "kl": 2.0},
+                {"method": "b", "biased": False, "r": 0.4, "r_base": 0.0, "r_reference": 0.5, "d": 1.0,
+                 "d_base": 1.0, "d_reference": 1.1},
+            ],
+            "r",
+            ("kl", "d"),
+        ),
         plots.scatter2d(torch.randn(50, 2, generator=torch.Generator().manual_seed(1))),
         plots.scatter2d(torch.full((3, 2), NAN), limits=(0.0, 1.0, 0.0, 1.0)),
     ]
