@@ -66,7 +66,7 @@ class TiltSettings:
     w2_draws: int = 10
 
 
-COMPARISON = TiltSettings(budget=Budget(2_000_000, 50_000))
+COMPARISON = TiltSettings(budget=Budget(2_000_000, 50_000), w2_draws=3)
 
 
 def chain_of(problem: TiltProblem, steps: int, generator: torch.Generator) -> InterpolantChain:
@@ -134,8 +134,8 @@ def evaluate(problem: TiltProblem, process: Process, seed: int, settings: TiltSe
     started = time.perf_counter()
     flowed = ode(process, chain.source(settings.samples, generator), settings.sample_steps)
     ode_seconds = time.perf_counter() - started
-    sde = {
-        "sampler": "sde",
+    rows = judge(problem, settings, generator, sde=drawn.x, ode=flowed)
+    rows[0] |= {
         "sample_seconds": sde_seconds,
         "log_z": problem.log_z,
         "log_z_error": abs(kernel.log_z - problem.log_z),
@@ -146,20 +146,24 @@ def evaluate(problem: TiltProblem, process: Process, seed: int, settings: TiltSe
         "chain_ess": own.ess,
         "kl": float(drawn.kl.mean()),
     }
+    rows[1] |= {"sample_seconds": ode_seconds}
+    return rows
+
+
+def judge(problem: TiltProblem, settings: TiltSettings, generator: torch.Generator, **samples: Tensor) -> list[Row]:
+    """One row per sampler's samples, against exact ones: W2 and its floor, mode weights, spread in the modes, mean reward."""
+    reference, other = (problem.target.sample(settings.samples, generator) for _ in range(2))
+    n, draws = settings.w2_samples, settings.w2_draws
+    floor = mean_w2(reference, other, n, draws, generator)
     return [
-        sde | judge(problem, drawn.x, settings, generator),
-        {"sampler": "ode", "sample_seconds": ode_seconds} | judge(problem, flowed, settings, generator),
+        {"sampler": name, "w2": mean_w2(x, reference, n, draws, generator), "w2_floor": floor} | _moments(problem, x, reference)
+        for name, x in samples.items()
     ]
 
 
-def judge(problem: TiltProblem, x: Tensor, settings: TiltSettings, generator: torch.Generator) -> Row:
-    """Samples against exact ones: W2 and its floor, mode weights, spread within the modes, mean reward."""
-    reference, other = (problem.target.sample(settings.samples, generator) for _ in range(2))
+def _moments(problem: TiltProblem, x: Tensor, reference: Tensor) -> Row:
     exact, weights = problem.target.weights, mode_weights(problem, x)
-    n, draws = settings.w2_samples, settings.w2_draws
     return {
-        "w2": mean_w2(x, reference, n, draws, generator),
-        "w2_floor": mean_w2(reference, other, n, draws, generator),
         "mode_tv": total_variation(weights, exact),
         "mode_weight_error": float(((weights - exact).abs() / exact).max()),
         "spread": within_modes(problem, x) / within_modes(problem, reference),
@@ -182,11 +186,11 @@ def evaluate_free(problem: TiltProblem, method: str, seed: int, settings: TiltSe
     cost = RewardCost(counted_reward(problem.reward, counter))
     started = time.perf_counter()
     drawn = FREE[method].build(chain, cost).sample(None, settings.samples, generator)
-    row = {"sampler": "sde", "sample_seconds": time.perf_counter() - started}
-    x = drawn.x[systematic(drawn.log_weights.double(), generator)]
+    seconds = time.perf_counter() - started
+    (row,) = judge(problem, settings, generator, sde=drawn.x[systematic(drawn.log_weights.double(), generator)])
     if drawn.log_z is not None:
         row |= {"log_z": problem.log_z, "log_z_error": abs(drawn.log_z - problem.log_z), "ess": ess(drawn.log_weights)}
-    return [row | judge(problem, x, settings, generator)]
+    return [row | {"sample_seconds": seconds}]
 
 
 def _given(value: Tensor | None) -> Tensor:
