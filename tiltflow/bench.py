@@ -151,12 +151,13 @@ def evaluate(problem: TiltProblem, process: Process, seed: int, settings: TiltSe
 
 
 def judge(problem: TiltProblem, settings: TiltSettings, generator: torch.Generator, **samples: Tensor) -> list[Row]:
-    """One row per sampler's samples, against exact ones: W2 and its floor, mode weights, spread in the modes, mean reward."""
+    """One row per sampler against exact samples: W2 and its floor, mode weights, spread in the modes, mean reward."""
     reference, other = (problem.target.sample(settings.samples, generator) for _ in range(2))
     n, draws = settings.w2_samples, settings.w2_draws
     floor = mean_w2(reference, other, n, draws, generator)
     return [
-        {"sampler": name, "w2": mean_w2(x, reference, n, draws, generator), "w2_floor": floor} | _moments(problem, x, reference)
+        {"sampler": name, "w2": mean_w2(x, reference, n, draws, generator), "w2_floor": floor}
+        | _moments(problem, x, reference)
         for name, x in samples.items()
     ]
 
