@@ -116,8 +116,10 @@ def methods(pattern: str, names: tuple[str, ...], columns: dict[str, int], **onl
     for name in names:
         found = [r for r in rows if r["method"] == name]
         bias = "yes" if METHODS[name].bias is not None else "no"
-        cells = [number([r.get(c) for r in found], digits) for c, digits in columns.items()]
-        lines.append([name, bias, str(len(found)), *(cells if found else ["not run"] * len(columns))])
+        done = [r for r in found if "error" not in r]
+        cells = [number([r.get(c) for r in done], digits) for c, digits in columns.items()]
+        seeds = f"{len(done)}" + (f", {len(found) - len(done)} diverged" if len(done) < len(found) else "")
+        lines.append([name, bias, seeds, *(cells if done else ["diverged" if found else "not run"] * len(columns))])
     return markdown(["method", "biased", "seeds", *columns], lines) + "\n\n" + provenance(documents)
 
 
@@ -137,7 +139,7 @@ def methods_digits() -> str:
     """Every method on the digits base, and the exact tilt's own scores."""
     columns = {"reward": 3, "judge_thickness": 3, "kl": 2, "diversity": 2, "w2": 2, "log_z_error": 2, "ess": 2} | SPENT
     names = tuple(n for n, m in METHODS.items() if not getattr(m, "vectors", False))
-    rows = [r for d in load("methods-digits-*.json") for r in d["rows"]]
+    rows = [r for d in load("methods-digits-*.json") for r in d["rows"] if "error" not in r]
     scores = ("reward", "judge_thickness", "diversity")
     exact = [[s, *(number([r[f"{s}_{c}"] for r in rows]) for c in ("base", "reference"))] for s in scores]
     exact.append(["w2", number([r["w2_base"] for r in rows]), number([r["w2_floor"] for r in rows])])
@@ -207,7 +209,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def pareto() -> None:
     """The picture of reward against KL and diversity on digits, if the table was run."""
-    rows = [r for d in load("methods-digits-*.json") for r in d["rows"]]
+    rows = [r for d in load("methods-digits-*.json") for r in d["rows"] if "error" not in r]
     if rows:
         (ROOT / "docs" / "images" / "pareto.png").write_bytes(plots.pareto(rows, "reward", ("kl", "diversity")))
 

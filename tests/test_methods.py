@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiltflow.bench import TiltSettings, bench_problem, bench_tilt, chain_of, evaluate, train
+from tiltflow.bench import TILT_PROBLEMS, TiltSettings, _bench_named, bench_problem, bench_tilt, chain_of, evaluate, train
 from tiltflow.bench_control import ControlSettings, bench_control
 from tiltflow.bench_control import bench_problem as bench_control_problem
 from tiltflow.bench_digits import DigitsSettings, bench_method
@@ -142,6 +142,13 @@ def test_row_of_the_control_table(method):
     (row,) = bench_control_problem("linear-quadratic", method, 0, settings)
     assert row["control_error"] < 0.8  # without a control it is 1
     assert row["objective"] > row["objective_exact"] - 4 * row["objective_standard_error"] - 0.05
+
+
+def test_a_method_that_diverges_costs_no_other_its_row(monkeypatch):
+    problem = mixture2d()
+    monkeypatch.setitem(TILT_PROBLEMS, "broken", lambda: replace(problem, reward=lambda x: x[:, 0] * float("nan")))
+    rows = _bench_named("broken", "adjoint_matching_plain", 0, SMALL, 1)
+    assert all("NaN" in row["error"] and row["method"] == "adjoint_matching_plain" for row in rows)
 
 
 def test_unknown_names_are_refused():

@@ -232,7 +232,15 @@ def bench_problem(
 
 def _bench_named(name: str, method: str, seed: int, settings: TiltSettings, threads: int) -> list[Row]:
     torch.set_num_threads(threads)
-    return bench_problem(TILT_PROBLEMS[name](), seed, settings, method)
+    try:
+        return bench_problem(TILT_PROBLEMS[name](), seed, settings, method)
+    except TiltflowError as error:  # a method that diverges is a result, and must not cost the others theirs
+        return [failed_row(method, seed, error) | {"problem": name, "sampler": s} for s in ("sde", "ode")]
+
+
+def failed_row(method: str, seed: int, error: TiltflowError) -> Row:
+    """The row of a method that could not finish."""
+    return {"method": method, "seed": seed, "biased": METHODS[method].bias is not None, "error": str(error), "seconds": 0.0}
 
 
 def bench_tilt(

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.bench import Row, run_apart
+from tiltflow.bench import Row, failed_row, run_apart
 from tiltflow.budget import Budget, Counted, Counter, counted, counted_reward, fit_within, peak_memory_mb
 from tiltflow.chain import InterpolantChain
 from tiltflow.control import FineTuned
 from tiltflow.cost import RewardCost
+from tiltflow.errors import TiltflowError
 from tiltflow.finetune import FinetuneSettings, trainable_copy, training_chain, tuned_process
 from tiltflow.finetune_run import draw
 from tiltflow.fit import FitSettings
@@ -174,4 +175,13 @@ def bench_digits(
     x = draw(chain, None, settings.reference_samples, generator).x
     reference = (x, settings.strength * reward(x).detach())
     jobs: list[Any] = [(method, seed, settings, reference) for method in methods]
-    return run_apart(bench_method, jobs, progress)
+    return run_apart(_bench_or_fail, jobs, progress)
+
+
+def _bench_or_fail(
+    method: str, seed: int, settings: DigitsSettings, reference: tuple[Tensor, Tensor], threads: int
+) -> list[Row]:
+    try:
+        return bench_method(method, seed, settings, reference, threads)
+    except TiltflowError as error:
+        return [failed_row(method, seed, error)]

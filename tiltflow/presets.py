@@ -43,7 +43,7 @@ class Trained:
         bias: why it does not reach p_base e^{−g}; None: it does, in the limit.
         gradient: whether it needs ∇r.
         updates: gradient steps per round. rounds: rounds kept in the buffer (None: the last only, all its rows per step).
-        rate: its learning rate over the benchmark's.
+        rate: its learning rate over the benchmark's; less for methods that nothing holds near the base.
         vectors: for states (B, d) with d small only.
     """
 
@@ -96,15 +96,16 @@ TRAINED: dict[str, Trained] = {
     "socm": Trained(
         lambda chain, cost, n, g: SOCM(chain, cost, LearnedMatrices(chain.base.event_shape[0]), n), vectors=True
     ),
-    "draft_1": Trained(lambda chain, cost, n, g: draft(chain, cost, n), NO_KL),
-    "draft_10": Trained(lambda chain, cost, n, g: draft(chain, cost, n, last=10), NO_KL),
-    "refl": Trained(lambda chain, cost, n, g: refl(chain, cost, n), NO_KL),
+    "draft_1": Trained(lambda chain, cost, n, g: draft(chain, cost, n), NO_KL, rate=0.1),
+    "draft_10": Trained(lambda chain, cost, n, g: draft(chain, cost, n, last=10), NO_KL, rate=0.1),
+    "refl": Trained(lambda chain, cost, n, g: refl(chain, cost, n), NO_KL, rate=0.1),
     "reinforce": Trained(lambda chain, cost, n, g: reinforce(chain, cost, n), gradient=False),
     "flow_grpo": Trained(
         lambda chain, cost, n, g: flow_grpo(chain, cost, n),
         "the reward is divided by its spread in the group, so λ is lost; clipped ratios",
         gradient=False,
         updates=4,
+        rate=0.1,
     ),
     "reward_weighted": Trained(
         lambda chain, cost, n, g: reward_weighted(chain, cost, batch=n), gradient=False, updates=8, rounds=20
