@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    started = time.perf_counter()
 
     def progress(what: str, done: int, total: int) -> None:
         print(f"{what}: {done}/{total}", file=sys.stderr)
@@ -87,7 +88,7 @@ def main() -> None:
     command = shlex.join(["python", *sys.argv])
     document = {"command": command, "version": __version__, "seed": arguments.seed, "device": "cpu", "rows": rows}
     if arguments.out is not None:
-        write_result(arguments.out, document | {"verdict": None})
+        write_result(arguments.out, document | {"verdict": None}, time.perf_counter() - started)
     print(json.dumps(document))
 
 

@@ -144,6 +144,23 @@ def test_unknown_problem_is_misuse():
     assert done.returncode == 2 and "mixture2d" in done.stderr
 
 
+@pytest.mark.parametrize("what", [["tilt"], ["digits"], ["control"]])
+def test_bench_refuses_unknown_methods_and_other_devices(what):
+    done = tiltflow("bench", *what, "--methods", "nope")
+    assert done.returncode == 2 and "unknown method 'nope'" in done.stderr
+    done = tiltflow("bench", *what, "--device", "meta")
+    assert done.returncode == 2 and "CPU only" in done.stderr
+
+
+def test_bench_prints_and_writes_one_document(tmp_path):
+    out = tmp_path / "deep" / "result.json"
+    done = tiltflow("bench", "control", "--methods", "log_variance", "--iterations", "2", "--json", "--out", str(out))
+    assert done.returncode == 0
+    document, written = json.loads(done.stdout), json.loads(out.read_text(encoding="utf-8"))
+    assert {"command", "version", "seed", "device", "rows", "verdict"} == set(document)
+    assert len(document["rows"]) == 3 and written["rows"] == document["rows"] and written["duration"] > 0
+
+
 TINY = ["--iterations", "2", "--batch", "8", "--steps", "10", "--reference-samples", "600", "--samples", "200"]
 
 

@@ -281,10 +281,9 @@ def run_apart(
     return [row for job in running for row in job.result()]
 
 
-def write_result(path: Path, document: dict[str, Any]) -> None:
-    """Write a command's document as a benchmark result, with the commit it ran on and its duration."""
+def write_result(path: Path, document: dict[str, Any], seconds: float) -> None:
+    """Write a command's document as a benchmark result, with the commit it ran on and how long it took."""
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    duration = sum(row.get("seconds", 0.0) for row in document["rows"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    stamped = document | {"commit": head.stdout.strip() or None, "duration": duration}
+    stamped = document | {"commit": head.stdout.strip() or None, "duration": seconds}
     write_text(path, json.dumps(stamped, indent=1) + "\n")
