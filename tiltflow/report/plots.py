@@ -257,7 +257,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], gain: str, costs: Sequence[str]) -
     fig, first = figure(5.2 * len(costs), 4.2)
     fig.delaxes(first)
     names = list(dict.fromkeys(row["method"] for row in rows))
-    colours = require("matplotlib").colormaps["tab20"].resampled(len(names))
+    colours = require("matplotlib").colormaps["tab20"]
     for i, cost in enumerate(costs):
         axes = fig.add_subplot(1, len(costs), i + 1)
         axes.patch.set_alpha(0.0)
@@ -265,8 +265,9 @@ def pareto(rows: Sequence[Mapping[str, Any]], gain: str, costs: Sequence[str]) -
             mine = [row for row in rows if row["method"] == name and row.get(cost) is not None]
             if not mine:
                 continue
-            face = "none" if mine[0]["biased"] else colours(j)
-            axes.plot([r[cost] for r in mine], [r[gain] for r in mine], color=colours(j), lw=0.7, marker="o", ms=6,
+            colour, marker = colours(j % 20), "oD^"[j // 20 % 3]
+            face = "none" if mine[0]["biased"] else colour
+            axes.plot([r[cost] for r in mine], [r[gain] for r in mine], color=colour, lw=0.7, marker=marker, ms=6,
                       markerfacecolor=face, label=name)  # fmt: skip
         known = [row for row in rows if f"{cost}_reference" in row]
         if known:
@@ -281,6 +282,9 @@ def pareto(rows: Sequence[Mapping[str, Any]], gain: str, costs: Sequence[str]) -
         axes.tick_params(colors=INK, labelsize=9)
         if cost == "kl":
             axes.set_xscale("symlog", linthresh=0.1)
+            axes.set_xlim(left=0)
+        for spine in axes.spines.values():
+            spine.set_color(INK)
         axes.grid(True, color=INK, alpha=0.18, linewidth=0.7)
     axes.legend(fontsize=6, frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return png(fig)
