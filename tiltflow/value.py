@@ -16,9 +16,10 @@ from torch import Tensor
 
 from tiltflow.chain import Chain, at, times
 from tiltflow.control import Control
-from tiltflow.cost import Cost
+from tiltflow.cost import Cost, mean_reward
 from tiltflow.errors import TiltflowError
 from tiltflow.simulate import event_sum, sample, walk
+from tiltflow.weights import ess
 
 
 class Estimate(NamedTuple):
@@ -51,6 +52,14 @@ class WeightedPaths(NamedTuple):
     running: Tensor
     energy: Tensor
     log_weight: Tensor
+
+    def metrics(self, cost: Cost) -> dict[str, float]:
+        """Mean reward and KL to the base of the walk, and the effective sample size of its weights."""
+        return {
+            "reward": mean_reward(cost, self.terminal),
+            "kl": float(self.energy.mean()),
+            "ess": ess(self.log_weight),
+        }
 
 
 def running_cost(chain: Chain, cost: Cost, k: int, x: Tensor) -> Tensor:

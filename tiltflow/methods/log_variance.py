@@ -22,12 +22,11 @@ from torch.nn.utils import parametrize
 from tiltflow.buffer import Material, condition_rows, conditions_of
 from tiltflow.chain import Chain, at
 from tiltflow.control import Control
-from tiltflow.cost import Cost, mean_reward
+from tiltflow.cost import Cost
 from tiltflow.errors import TiltflowError
 from tiltflow.methods import Conditions, Method, Round, State
 from tiltflow.simulate import event_sum
 from tiltflow.value import weighted_paths
-from tiltflow.weights import ess
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,7 @@ class LogVariance(Method):
             "start": torch.zeros_like(numbers) if self.paths_per_start is None else numbers,
             **condition_rows(condition),
         }
-        metrics = {
-            "reward": mean_reward(self.cost, paths.terminal),
-            "kl": float(paths.energy.mean()),
-            "ess": ess(paths.log_weight),
-        }
-        return Round(material, metrics, {})
+        return Round(material, paths.metrics(self.cost), {})
 
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """Sample variance of log dP^θ/dP* among paths of the same start, pooled over the starts."""

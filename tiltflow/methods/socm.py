@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from tiltflow.buffer import Material, condition_rows, conditions_of
 from tiltflow.chain import Chain, at, times
 from tiltflow.control import Control
-from tiltflow.cost import Cost, mean_reward
+from tiltflow.cost import Cost
 from tiltflow.errors import TiltflowError
 from tiltflow.loss import matching_terms, reduce_terms
 from tiltflow.methods import Conditions, Method, Round, State
 from tiltflow.nn.mlp import MLP
 from tiltflow.value import WeightedPaths, weighted_paths
-from tiltflow.weights import ess, normalised
+from tiltflow.weights import normalised
 
 
 class LearnedMatrices(nn.Module):
@@ -144,12 +144,7 @@ class SOCM(Method):
             "weight": (normalised(paths.log_weight) * self.batch).to(x0.dtype),
             **condition_rows(condition),
         }
-        metrics = {
-            "reward": mean_reward(self.cost, paths.terminal),
-            "kl": float(paths.energy.mean()),
-            "ess": ess(paths.log_weight),
-        }
-        return Round(material, metrics, {})
+        return Round(material, paths.metrics(self.cost), {})
 
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """Weighted matching loss, mean over paths and steps, in the control's weights and the matrices'."""
