@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tiltflow import __version__
 from tiltflow.bench import TiltSettings, chain_of, mode_weights, train
 from tiltflow.chain import InterpolantChain, euler_maruyama, uniform_grid
 from tiltflow.control import FineTuned
@@ -15,7 +16,7 @@ from tiltflow.metrics.distance import mean_w2, total_variation
 from tiltflow.noise import Constant, Memoryless, NoiseSchedule, memoryless_residual
 from tiltflow.problems import mixture2d
 from tiltflow.report import plots
-from tiltflow.run import RunFolder
+from tiltflow.run import RunFolder, finite
 from tiltflow.simulate import sample
 
 STEPS, SAMPLES, SHOWN = 60, 20_000, 1_500
@@ -27,8 +28,9 @@ def memoryless_demo(
     iterations: int,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     overwrite: bool = False,
-) -> tuple[list[dict[str, Any]], Path]:
-    """Fine-tune `mixture2d` with three noise schedules; rows of distances to the exact tilt, and the picture's path."""
+    command: str = "",
+) -> dict[str, Any]:
+    """Fine-tune `mixture2d` with three noise schedules; the document that metrics.json holds, beside memoryless.png."""
     config = {"command": "demo memoryless", "seed": seed, "iterations": iterations}
     with RunFolder(out, config, overwrite=overwrite) as folder:
         problem = mixture2d()
@@ -66,6 +68,9 @@ def memoryless_demo(
                     "w2_floor": floor,
                 }
             )
-        folder.write_json("metrics.json", {"rows": rows})
+        document = finite(
+            {"command": command, "version": __version__, "seed": seed, "device": "cpu", "rows": rows, "verdict": None}
+        )
+        folder.write_json("metrics.json", document)
         (folder.path / "memoryless.png").write_bytes(plots.panels2d(panels))
-    return rows, out / "memoryless.png"
+    return document
