@@ -12,6 +12,7 @@ from tiltflow.control import NetworkControl
 from tiltflow.control_problems import DoubleWell, ExactControl, LinearQuadraticProblem, control_error
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
+from tiltflow.geometry import Euclidean
 from tiltflow.fit import FitSettings, fit
 from tiltflow.methods import State
 from tiltflow.methods.socm import SOCM, LearnedMatrices, reparametrised, stein_terms
@@ -220,7 +221,7 @@ def test_conditions_reach_the_base_the_reward_and_the_control(generator):
     class Base:
         """Brownian motion from 0."""
 
-        t, std = uniform_grid(4), torch.full((4,), 0.5)
+        t, std, geometry = uniform_grid(4), torch.full((4,), 0.5), Euclidean()
 
         def base_mean(self, k, x, side):
             seen.add("base")

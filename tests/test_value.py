@@ -219,7 +219,7 @@ def test_conditions_are_repeated_for_every_path(generator):
     class Conditional:
         """The same chain, which takes and ignores the condition."""
 
-        t, std = chain.t, chain.std
+        t, std, geometry = chain.t, chain.std, chain.geometry
 
         def base_mean(self, k, x, strength):
             assert strength.shape == x.shape[:1]

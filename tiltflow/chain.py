@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from tiltflow.errors import TiltflowError
+from tiltflow.geometry import Euclidean, Geometry
 from tiltflow.noise import NoiseSchedule
 from tiltflow.process import Process
 
@@ -48,6 +49,9 @@ class Chain(Protocol):
 
     @property
     def std(self) -> Tensor: ...
+
+    @property
+    def geometry(self) -> Geometry: ...
 
     def base_mean(self, k: Index, x: Tensor, **condition: Any) -> Tensor:
         """E[x_{k+1} | x_k = x] of the base; k an int, or a LongTensor (B,) with one step per sample."""
@@ -84,6 +88,7 @@ class InterpolantChain:
     b: Tensor
     std: Tensor
     memoryless: bool
+    geometry: ClassVar[Geometry] = Euclidean()
 
     def mean(self, k: Index, x: Tensor, x1: Tensor) -> Tensor:
         """A_k x + B_k x1, for the base's or a fine-tuned model's X̂_1."""
@@ -179,6 +184,7 @@ class DriftChain:
     initial: Callable[[int, torch.Generator], Tensor]
     t: Tensor
     std: Tensor
+    geometry: ClassVar[Geometry] = Euclidean()
 
     @classmethod
     def build(

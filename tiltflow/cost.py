@@ -22,6 +22,13 @@ def mean_reward(cost: Cost, value: Tensor) -> float:
     return float(-value.mean() / (getattr(cost, "strength", 1.0) or 1.0))
 
 
+def clip_rows(grad: Tensor, bound: float, each_particle: bool = False) -> Tensor:
+    """grad (B, *event) shortened to norm ``bound``, sample by sample, or particle by particle (over the last axis)."""
+    rows = grad if each_particle else grad.flatten(1)
+    norm = rows.norm(dim=-1).reshape(*rows.shape[:-1], *(1,) * (grad.ndim - rows.ndim + 1))
+    return grad * (bound / norm.clamp_min(1e-30)).clamp_max(1.0)
+
+
 class Cost(Protocol):
     """g and ∇g, and optionally a state cost f(x, t)."""
 
@@ -104,7 +111,5 @@ class RewardCost:
                 "Run `tiltflow check-reward`."
             )
         if self.max_grad_norm is not None:
-            norm = grad.flatten(1).norm(dim=1).clamp_min(1e-30)
-            scale = (self.max_grad_norm / norm).clamp_max(1.0)
-            grad = grad * scale.reshape(-1, *(1,) * (grad.ndim - 1))
+            grad = clip_rows(grad, self.max_grad_norm)
         return grad

@@ -86,7 +86,7 @@ def fit(
     module = state.control.module
     others = [p for item in method.auxiliary.values() if isinstance(item, nn.Module) for p in item.parameters()]
     weights = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam([*weights, *others], lr=settings.learning_rate, betas=settings.betas)
+    optimiser = torch.optim.Adam([*weights, *others], lr=settings.learning_rate, betas=settings.betas, fused=True)
     average = [p.detach().clone() for p in weights]
     history: History = []
     if checkpoint is not None:

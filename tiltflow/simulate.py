@@ -2,11 +2,14 @@ r"""Simulation: walks along a chain, controlled or not, and the probability-flow
 
 One walk serves paths (for adjoints), end points (for samples) and path weights. With ε_k ~ N(0, I):
 
-    x_{k+1} = mean_u(k, x_k) + s_k ε_k,        s_k u_k = mean_u − mean_base
+    x_{k+1} = mean_u(k, x_k) + ρ_k s_k ε_k,        s_k u_k = mean_u − mean_base
+
+ρ_k = 1, unless the control has its own step variance (:class:`~tiltflow.control.DriftControl`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,11 +19,12 @@ from torch import Tensor
 from tiltflow.chain import Chain, InterpolantChain, at, times, uniform_grid
 from tiltflow.control import Control
 from tiltflow.errors import TiltflowError
+from tiltflow.geometry import noise as tangent_noise
 from tiltflow.process import Process
 
 
 class Step(NamedTuple):
-    """One transition; ``u`` (scaled: √h times the control) is None when the base mean was not asked for."""
+    """One transition; ``u`` (scaled: √h times the control) is None if the base mean was not asked for; ``ratio`` is ρ_k."""
 
     k: int
     x: Tensor
@@ -28,6 +32,20 @@ class Step(NamedTuple):
     x_next: Tensor
     mean: Tensor
     u: Tensor | None
+    ratio: float = 1.0
+
+    def log_ratio(self, dimension: int) -> Tensor:
+        """log p_base/p_u of the transition, −½‖u + ρε‖² + ½‖ε‖² + d log ρ, (B,)."""
+        assert self.u is not None
+        if self.ratio == 1.0:
+            return -event_sum(self.u * (0.5 * self.u + self.noise))
+        squares = event_sum(self.noise**2 - (self.u + self.ratio * self.noise) ** 2)
+        return 0.5 * squares + dimension * math.log(self.ratio)
+
+    def kl(self, dimension: int) -> Tensor:
+        """KL(p_u ‖ p_base) of the transition, ½‖u‖² + d(½(ρ² − 1) − log ρ), (B,)."""
+        assert self.u is not None
+        return 0.5 * event_sum(self.u**2) + dimension * (0.5 * (self.ratio**2 - 1) - math.log(self.ratio))
 
 
 class Path(NamedTuple):
@@ -40,8 +58,8 @@ class Path(NamedTuple):
 class Samples(NamedTuple):
     """End points with what their paths say of them, each (B,).
 
-    log_ratio: log dP_base/dP_u of the chain, Σ_k −(½‖u_k‖² + u_k·ε_k).
-    kl: Σ_k ½‖u_k‖², whose mean estimates KL(P^u ‖ P_base).
+    log_ratio: log dP_base/dP_u of the chain, Σ_k −(½‖u_k‖² + u_k·ε_k) where ρ_k = 1.
+    kl: Σ_k ½‖u_k‖² (ρ_k = 1), whose mean estimates KL(P^u ‖ P_base).
     running: Σ_k h f(x_k, t_k) of the cost's state part (zeros without one).
     log_kernel_ratio: Σ_k log q(x_k|x_{k+1}) − log p_0(x_0) − Σ_k log N(x_{k+1}; mean_u, s_k²), or None where the chain
     is not memoryless or ends noiselessly.
@@ -77,9 +95,9 @@ def walk(
 
     ``control`` None walks the base. ``with_base`` also evaluates the base mean, hence u.
     """
-    x = x0
+    x, ratios = x0, getattr(control, "ratios", lambda chain: None)(chain)
     for k in range(len(chain.t) - 1):
-        std = at(chain.std, k, x)
+        std, ratio = at(chain.std, k, x), 1.0 if ratios is None else float(ratios[k])
         if control is None or not bool((chain.std[k] > 0).all()):
             mean = chain.base_mean(k, x, **condition)
             u = torch.zeros_like(x) if with_base else None
@@ -87,9 +105,9 @@ def walk(
             base_mean = chain.base_mean(k, x, **condition) if with_base else None
             mean = control.mean(chain, k, x, base_mean=base_mean, **condition)
             u = (mean - base_mean) / std if base_mean is not None else None
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        x_next = mean + std * noise
-        yield Step(k, x, noise, x_next, mean, u)
+        noise = tangent_noise(chain.geometry, x, generator)
+        x_next = mean + ratio * std * noise
+        yield Step(k, x, noise, x_next, mean, u, ratio)
         x = x_next
 
 
@@ -118,13 +136,11 @@ def sample(
     kernel = isinstance(chain, InterpolantChain) and chain.memoryless and bool((chain.std > 0).all())
     log_ratio, kl, state_cost = (x0.new_zeros(len(x0)) for _ in range(3))
     log_kernel = -normal_log_prob(x0, 0.0, torch.ones_like(x0[:1])) if kernel else None
-    x = x0
+    x, dimension = x0, chain.geometry.dimension(x0.shape[1:])
     for s in walk(chain, control, x0, generator, with_base=True, **condition):
         x = s.x_next
-        assert s.u is not None
-        energy = 0.5 * event_sum(s.u**2)
-        kl = kl + energy
-        log_ratio = log_ratio - energy - event_sum(s.u * s.noise)
+        kl = kl + s.kl(dimension)
+        log_ratio = log_ratio + s.log_ratio(dimension)
         if running is not None:
             h = float(chain.t[s.k + 1] - chain.t[s.k])
             state_cost = state_cost + h * running(s.x, times(chain, s.k, s.x))

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tiltflow.brownian import BrownianChain
 from tiltflow.chain import Chain, at, times
 from tiltflow.control import Control
 from tiltflow.cost import Cost, mean_reward
 from tiltflow.errors import TiltflowError
-from tiltflow.simulate import event_sum, sample, walk
+from tiltflow.geometry import noise as tangent_noise
+from tiltflow.simulate import Step, event_sum, sample, walk
 from tiltflow.weights import ess
 
 
@@ -74,13 +76,12 @@ def weighted_paths(
     chain: Chain, control: Control | None, cost: Cost, x0: Tensor, generator: torch.Generator, **condition: Any
 ) -> WeightedPaths:
     """Paths from ``x0`` (B, *event) under ``control`` (None: the base), with the cost's values only, never its gradient."""
-    states, means = [x0], []
+    states, means, dimension = [x0], [], chain.geometry.dimension(x0.shape[1:])
     running, energy, log_ratio = (x0.new_zeros(len(x0)) for _ in range(3))
     for s in walk(chain, control, x0, generator, with_base=True, **condition):
         assert s.u is not None
-        half = 0.5 * event_sum(s.u**2)
         running = running + running_cost(chain, cost, s.k, s.x)
-        energy, log_ratio = energy + half, log_ratio - half - event_sum(s.u * s.noise)
+        energy, log_ratio = energy + s.kl(dimension), log_ratio + s.log_ratio(dimension)
         states.append(s.x_next)
         means.append(s.mean - at(chain.std, s.k, s.x) * s.u)
     terminal = cost.value(states[-1], **condition).detach()
@@ -116,7 +117,7 @@ def value(
     for j in range(k, steps):
         log_w = log_w - running_cost(chain, cost, j, y)
         base_mean, std = chain.base_mean(j, y, **condition), at(chain.std, j, y)
-        noise = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
+        noise = tangent_noise(chain.geometry, y, generator)
         mean = base_mean
         if control is not None and bool((chain.std[j] > 0).all()):
             mean = control.mean(chain, j, y, base_mean=base_mean, **condition)
@@ -143,3 +144,31 @@ def objective(
     total = (runs.running + terminal - runs.log_ratio).double()
     parts = (float(v.double().mean()) for v in (runs.kl, runs.running, terminal))
     return Objective(float(total.mean()), float(total.std()) / math.sqrt(n), *parts)
+
+
+@torch.no_grad()
+def reversed_log_ratio(chain: BrownianChain, control: Control, x1: Tensor, generator: torch.Generator) -> Tensor:
+    """log dP_base/dP_u of paths drawn backwards from end points x1 (B, *event), from the bridge of a base that starts at 0.
+
+    If x1 ~ p*, the paths are draws of P*, and log w = log_ratio − g(x1) seen from there: E*[log w] ≥ log Z (the upper bound,
+    EUBO), 1/Z = E*[1/w], and the forward effective sample size 1/(E*[w] E*[1/w]).
+
+    Raises:
+        TiltflowError: a chain with a random source.
+    """
+    if chain.initial is not None:
+        raise TiltflowError("paths can be reversed exactly for a base that starts at the point 0 only.")
+    x_next = chain.geometry.lift(x1, chain.end_variance, generator)
+    log_ratio = x1.new_zeros(len(x1))
+    ratios = getattr(control, "ratios", lambda chain: None)(chain)
+    dimension = chain.geometry.dimension(chain.event_shape)
+    for k in reversed(range(len(chain.std))):
+        shrink = chain.variance[k] / chain.variance[k + 1]
+        spread = float((chain.variance[k] * (1 - shrink)).sqrt())
+        x = float(shrink) * x_next + spread * tangent_noise(chain.geometry, x_next, generator)
+        std, ratio = at(chain.std, k, x), 1.0 if ratios is None else float(ratios[k])
+        u = (control.mean(chain, k, x) - x) / std
+        step = Step(k, x, ((x_next - x) / std - u) / ratio, x_next, x + std * u, u, ratio)
+        log_ratio += step.log_ratio(dimension)
+        x_next = x
+    return log_ratio

@@ -31,6 +31,7 @@ from tiltflow.chain import Chain, at, times
 from tiltflow.control import Control, FineTuned
 from tiltflow.cost import Cost, mean_reward
 from tiltflow.errors import TiltflowError
+from tiltflow.geometry import noise as tangent_noise
 from tiltflow.methods import Conditions, Method, Round, State
 from tiltflow.simulate import event_sum
 
@@ -86,7 +87,7 @@ class Backpropagation(Method):
         with torch.no_grad(), parametrize.cached():
             for k in range(len(self.chain.std) if self.stop is None else first):
                 start = x if k == first else start
-                noise.append(torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device))
+                noise.append(tangent_noise(self.chain.geometry, x, generator))
                 x, energy = self._step(control, k, x, noise[k], True, condition)
                 kl += float(energy.mean())
             material = condition_rows(condition)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
+
+from tiltflow.nn.features import time_features
 
 
 class MLP(nn.Module):
@@ -22,8 +22,20 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Output (B, out)."""
-        angle = t[:, None] * math.pi * torch.arange(1, self.frequencies + 1, dtype=t.dtype, device=t.device)
-        h = self.first(torch.cat([x, t[:, None], angle.sin(), angle.cos()], 1))
+        h = self.first(torch.cat([x, time_features(t, self.frequencies)], 1))
         for layer in self.hidden:
             h = h + layer(nn.functional.silu(h))
         return self.last(nn.functional.silu(h))
+
+
+class EventMLP(nn.Module):
+    """An :class:`MLP` on events of any shape; ``periodic`` gives it the sines and cosines of angles (B, d) instead."""
+
+    def __init__(self, net: MLP, periodic: bool = False) -> None:
+        super().__init__()
+        self.net, self.periodic = net, periodic
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Output of the shape of x."""
+        rows = torch.cat([x.sin(), x.cos()], -1) if self.periodic else x
+        return self.net(rows.flatten(1), t).reshape(x.shape)

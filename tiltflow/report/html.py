@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,18 @@ def write_report(folder: Path, record: RunRecord) -> Path:
     Raises:
         TiltflowError: if the folder is missing, or matplotlib or jinja2 is not installed.
     """
+    return write_page(folder, lambda: render(record))
+
+
+def write_page(folder: Path, make: Callable[[], str]) -> Path:
+    """Write the page to ``folder/report.html``: all of it or nothing."""
     folder = Path(folder)
     if not folder.is_dir():
         raise TiltflowError(f"no folder {str(folder)!r} to put the report in; create it first.")
     target = folder / "report.html"
     partial = folder / f".report.{os.getpid()}.tmp"
     try:
-        partial.write_text(render(record), encoding="utf-8")
+        partial.write_text(make(), encoding="utf-8")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -52,23 +57,32 @@ def write_report(folder: Path, record: RunRecord) -> Path:
 
 def render(record: RunRecord) -> str:
     """The page as a string."""
+    return render_template(
+        "run.html.j2", record, galleries=_galleries(record), figures=_figures(record)
+    )
+
+
+def render_template(template: str, record: Any, **facts: Any) -> str:
+    """A page of this folder's templates; ``record`` has the fields that every page shows."""
     jinja2 = plots.require("jinja2")
+    here = resources.files("tiltflow.report")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(lambda name: here.joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["number"] = number
     environment.filters["exact"] = lambda value: (
         value if isinstance(value, (str, int)) else repr(float(value))
     )
-    source = resources.files("tiltflow.report").joinpath("run.html.j2").read_text(encoding="utf-8")
-    columns = list(dict.fromkeys(key for row in record.history for key in row))
-    return environment.from_string(source).render(
+    return environment.get_template(template).render(
         run=record,
         worst_first=sorted(record.verdict, key=lambda line: SEVERITY.index(line.status)),
         tally=[(status, sum(line.status == status for line in record.verdict)) for status in STATUSES],
-        galleries=_galleries(record),
-        figures=_figures(record),
-        columns=columns,
+        columns=list(dict.fromkeys(key for row in record.history for key in row)),
+        **facts,
     )
 
 
@@ -104,7 +118,7 @@ def _galleries(record: RunRecord) -> list[dict[str, str]]:
         limits = plots.limits2d(*(samples for _, samples, _ in given))
         pictures = [plots.scatter2d(samples, limits, color) for _, samples, color in given]
     names = (name for name, _, _ in given)
-    return [{"name": name, "src": _data_uri(data)} for name, data in zip(names, pictures, strict=True)]
+    return [{"name": name, "src": data_uri(data)} for name, data in zip(names, pictures, strict=True)]
 
 
 def _figures(record: RunRecord) -> list[dict[str, str]]:
@@ -112,13 +126,7 @@ def _figures(record: RunRecord) -> list[dict[str, str]]:
     for row in record.summary:
         if row.name.lower() in ("reward", "mean reward"):
             levels = {"before": row.before, "reference": row.reference}
-    figures: list[tuple[str, str, bytes]] = []
-    for key, name, unit, log, caption in CURVES:
-        steps, values = _series(record.history, key)
-        if values:
-            lines = levels if key == "reward" else None
-            picture = plots.curve(steps, {key: values}, "iteration", unit, lines, log)
-            figures.append((name, caption, picture))
+    figures = curves(record.history, CURVES, {"reward": levels})
     if any("kl" in row and "reward" in row for row in record.history):
         both = [row for row in record.history if "kl" in row and "reward" in row]
         picture = plots.reward_against_kl(_series(both, "kl")[1], _series(both, "reward")[1], levels)
@@ -127,7 +135,27 @@ def _figures(record: RunRecord) -> list[dict[str, str]]:
         caption = "Solved backwards from t = 1; an explosion towards t = 0 drowns the target in noise."
         picture = plots.adjoint_norms(record.adjoint_t, record.adjoint_norm)
         figures.append(("Adjoint norm over t", caption, picture))
-    return [{"name": name, "caption": caption, "src": _data_uri(data)} for name, caption, data in figures]
+    return inlined(figures)
+
+
+def curves(
+    history: Sequence[Mapping[str, Any]],
+    asked: Sequence[tuple[str, str, str, bool, str]],
+    levels: Mapping[str, Mapping[str, float | None]],
+) -> list[tuple[str, str, bytes]]:
+    """(heading, caption, picture) of every asked key that some row has; ``levels`` of a key are horizontal lines."""
+    figures = []
+    for key, name, unit, log, caption in asked:
+        steps, values = _series(history, key)
+        if values:
+            picture = plots.curve(steps, {key: values}, "iteration", unit, levels.get(key), log)
+            figures.append((name, caption, picture))
+    return figures
+
+
+def inlined(figures: Sequence[tuple[str, str, bytes]]) -> list[dict[str, str]]:
+    """Figures as a template takes them."""
+    return [{"name": name, "caption": caption, "src": data_uri(data)} for name, caption, data in figures]
 
 
 def _series(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
@@ -136,5 +164,6 @@ def _series(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[floa
     return [float(row.get("iteration", index)) for index, row in rows], [float(row[key]) for _, row in rows]
 
 
-def _data_uri(data: bytes) -> str:
+def data_uri(data: bytes) -> str:
+    """A PNG inside the page."""
     return "data:image/png;base64," + base64.b64encode(data).decode("ascii")

@@ -288,3 +288,24 @@ def pareto(rows: Sequence[Mapping[str, Any]], gain: str, costs: Sequence[str]) -
         axes.grid(True, color=INK, alpha=0.18, linewidth=0.7)
     axes.legend(fontsize=6, frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return png(fig)
+
+
+def histogram(series: Mapping[str, Tensor], xlabel: str, bins: int = 80) -> bytes:
+    """Densities of several sets of numbers, (n,) each, on common bins over their 0.5 … 99.5 % range."""
+    fig, axes = figure()
+    values = {label: v.detach().double().cpu().numpy().ravel() for label, v in series.items()}
+    finite = {label: v[np.isfinite(v)] for label, v in values.items()}
+    shown = [v for v in finite.values() if len(v)]
+    if shown:
+        low = min(float(np.quantile(v, 0.005)) for v in shown)
+        high = max(float(np.quantile(v, 0.995)) for v in shown)
+        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+        for color, (label, v) in zip((AFTER, REFERENCE, BEFORE), finite.items(), strict=False):
+            density = np.histogram(v, edges)[0] / (max(len(v), 1) * np.diff(edges))
+            axes.stairs(density, edges, color=color, linewidth=1.5, label=label)
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel("density", color=INK)
+    _legend(axes)
+    total = sum(len(v) for v in values.values())
+    _say_missing(axes, total - sum(len(v) for v in finite.values()), total)
+    return png(fig)

@@ -1,0 +1,207 @@
+r"""`tiltflow bench sampling`: samplers of e^{−E} side by side, and parallel tempering as the classical one.
+
+Protocol: 10,000 samples; log Z and ESS from all of them, distances from 2,000 beside their floors (:mod:`tiltflow.assess`).
+Each method has the problem's default settings but for its name. Counted during training only: calls of the energy and rows
+it evaluated (an energy with its gradient is one), rows through the network, gradient steps, seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tiltflow.bench import run_apart
+from tiltflow.cost import clip_rows
+from tiltflow.energies import EnergyProblem, Evaluator
+from tiltflow.errors import TiltflowError
+from tiltflow.mcmc import parallel_tempering
+from tiltflow.registry import load_problem
+from tiltflow.sampler import METHODS, ON_POLICY, Drawn, SamplerSettings, TrainedSampler, train_sampler
+from tiltflow.sampler_run import EVALUATION_SEED, assess_all, base_draws, default_settings
+
+Row = dict[str, Any]
+TEMPERING = "parallel_tempering"
+NAMES = (*METHODS, TEMPERING)
+SAMPLES, COMPARED = 10_000, 2_000
+COLUMNS = (
+    "problem", "method", "seed", "w2", "w2_floor", "energy_w2", "energy_w2_floor", "mode_tv", "ess", "log_z_error",
+    "energy_calls", "gradient_steps", "seconds", "network_evaluations", "energy_evaluations",
+)  # fmt: skip
+"""Keys of every row; None where they do not apply."""
+ROWS_TWICE = ("asbs", "bridge_matching")
+"""Methods that send each training row through a second network: the corrector, or the last round's control."""
+
+
+@dataclass(frozen=True)
+class Tempering:
+    """A plan of parallel tempering: a geometric ladder 1 … ``top`` of ``replicas``, and its ``chains`` and moves."""
+
+    top: float = 10.0
+    replicas: int = 8
+    chains: int = 50
+    steps: int = 4_000
+    burn_in: int = 2_000
+    relax: int = 500
+
+    @property
+    def ladder(self) -> list[float]:
+        """The temperatures."""
+        return [self.top ** (i / (self.replicas - 1)) for i in range(self.replicas)]
+
+
+LADDERS = {
+    "gmm9": Tempering(30.0, 6),
+    "gmm40": Tempering(200.0, 10),
+    "gmm40-50d": Tempering(1000.0, 40),
+    "many-well": Tempering(10.0, 12),
+    "ring": Tempering(30.0, 8),
+    "lj13": Tempering(10.0, 14),
+    "lj55": Tempering(10.0, 28),
+}
+"""Others: the default. The replicas grow with √d, so that neighbours overlap."""
+
+
+def chosen_samplers(text: str) -> tuple[str, ...]:
+    """ "all" or names with commas. Raises TiltflowError for an unknown one."""
+    names = NAMES if text == "all" else tuple(text.split(","))
+    unknown = [n for n in names if n not in NAMES]
+    if unknown:
+        raise TiltflowError(f"unknown method {unknown[0]!r}: use all, or names with commas of {', '.join(NAMES)}.")
+    return names
+
+
+def bench_sampling(
+    problems: tuple[str, ...],
+    methods: tuple[str, ...],
+    seed: int,
+    iterations: int | None = None,
+    reference: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[Row]:
+    """One row per problem and method, each in a process of its own.
+
+    Args:
+        problems: names, or module:function giving an EnergyProblem. methods: of :data:`NAMES`.
+        iterations: rounds of training (parallel tempering: kept moves) instead of the default.
+        reference: a NumPy file (N, *event) to compare with instead of the problem's own samples; one problem only.
+
+    Raises:
+        TiltflowError: an unknown problem, a reference that does not fit.
+    """
+    if reference is not None and len(problems) != 1:
+        raise TiltflowError(f"--reference is for one --problem, got {len(problems)}.")
+    if iterations is not None and iterations < 1:
+        raise TiltflowError(f"--iterations must be at least 1, got {iterations}.")
+    for name in problems:
+        _problem(name, reference)
+    jobs = [(name, method, seed, iterations, reference) for name in problems for method in methods]
+    return run_apart(_bench_apart, jobs, progress)
+
+
+def _bench_apart(
+    name: str, method: str, seed: int, iterations: int | None, reference: Path | None, threads: int
+) -> list[Row]:
+    torch.set_num_threads(threads)
+    try:
+        return [bench_one(_problem(name, reference), name, method, seed, iterations)]
+    except TiltflowError as error:  # a method that diverges is a result, and must not cost the others theirs
+        return [dict.fromkeys(COLUMNS) | {"problem": name, "method": method, "seed": seed, "error": str(error)}]
+
+
+def bench_one(problem: EnergyProblem, name: str, method: str, seed: int, iterations: int | None = None) -> Row:
+    """The row of one method on one problem."""
+    row: Row = dict.fromkeys(COLUMNS) | {"problem": name, "method": method, "seed": seed}
+    trained: TrainedSampler | None = None
+    if method == TEMPERING:
+        plan = LADDERS.get(name, Tempering())
+        plan = plan if iterations is None else replace(plan, steps=iterations, burn_in=iterations // 2)
+        drawn, spent = temper(problem, plan, seed)
+    else:
+        settings = replace(default_settings(name), method=method)
+        settings = settings if iterations is None else replace(settings, iterations=iterations)
+        started = time.perf_counter()
+        trained = train_sampler(problem, settings, seed=seed)
+        spent = {
+            "seconds": time.perf_counter() - started,
+            "energy_calls": trained.energy.calls,
+            "energy_evaluations": trained.energy.evaluations,
+            "network_evaluations": network_evaluations(settings),
+            "gradient_steps": settings.iterations * (1 if method in ON_POLICY else settings.updates),
+            "iterations": settings.iterations,
+            "steps": settings.steps,
+        }
+        started = time.perf_counter()
+        drawn = trained.draw(SAMPLES, seed=EVALUATION_SEED + seed)
+        spent["sample_seconds"] = time.perf_counter() - started
+    generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
+    return row | assess_all(problem, drawn, trained, generator, COMPARED).row | spent
+
+
+def network_evaluations(s: SamplerSettings) -> int:
+    """Rows through networks of this size in training: simulation and loss."""
+    if s.method in ON_POLICY:
+        return 2 * s.iterations * s.batch * s.steps
+    rows = [min(s.minibatch, s.batch * min(i + 1, s.buffer_rounds)) for i in range(s.iterations)]
+    return s.iterations * s.batch * s.steps + s.updates * sum(rows) * (2 if s.method in ROWS_TWICE else 1)
+
+
+def temper(problem: EnergyProblem, plan: Tempering, seed: int) -> tuple[Drawn, Row]:
+    """SAMPLES draws of parallel tempering from relaxed draws of the base, in random order, and what they cost."""
+    generator = torch.Generator().manual_seed(seed)
+    evaluator, started = Evaluator(problem.energy), time.perf_counter()
+    x = base_draws(problem, plan.chains, generator)
+    step = 0.1 * problem.finest
+    for _ in range(plan.relax):  # particles on top of each other would never be moved
+        _, grad = evaluator.value_and_grad(x)
+        x = x - step * clip_rows(grad, 1.0, each_particle=x.ndim > 2)
+    found = parallel_tempering(
+        evaluator,
+        x,
+        plan.ladder,
+        plan.steps,
+        generator,
+        burn_in=plan.burn_in,
+        thin=max(1, plan.steps * plan.chains // SAMPLES),
+        step=problem.finest**2,
+        geometry=problem.geometry,
+    )
+    spent = {
+        "seconds": time.perf_counter() - started,
+        "energy_calls": evaluator.calls,
+        "energy_evaluations": evaluator.evaluations,
+        "network_evaluations": 0,
+        "gradient_steps": 0,
+        "acceptance": float(found.acceptance[0]),
+        "lowest_swap": float(found.swaps.min()),
+    }
+    x = found.samples.flatten(0, 1)
+    x = x[torch.randperm(len(x), generator=generator)[:SAMPLES]]
+    return Drawn(x, problem.energy(x).detach(), None), spent
+
+
+def _problem(name: str, reference: Path | None) -> EnergyProblem:
+    problem = load_problem(name)
+    if reference is None:
+        if problem.reference is not None:
+            problem.reference()  # missing samples are found before anything is trained
+        return problem
+    try:
+        samples = torch.from_numpy(np.load(reference, allow_pickle=False)).float()
+    except (OSError, ValueError, TypeError) as error:
+        raise TiltflowError(f"--reference {reference}: not a NumPy file of numbers ({error}).") from error
+    if samples.ndim == 2 and samples.shape[1] == math.prod(problem.event_shape):  # stored flat
+        samples = samples.reshape(-1, *problem.event_shape)
+    if samples.shape[1:] != problem.event_shape or not bool(torch.isfinite(samples).all()):
+        raise TiltflowError(
+            f"--reference {reference}: finite samples of shape (N, {', '.join(map(str, problem.event_shape))}) are needed, "
+            f"got {tuple(samples.shape)}."
+        )
+    return replace(problem, sample=None, reference=partial(problem.geometry.wrap, samples))

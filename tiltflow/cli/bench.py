@@ -1,0 +1,99 @@
+"""The benchmarks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tiltflow.cli.common import Bars, common, document, finish, table
+from tiltflow.errors import TiltflowError
+
+
+@click.group("bench")
+def bench() -> None:
+    """Measurements against closed forms; rows accumulate in benchmarks/results."""
+
+
+def bench_options(function: Any) -> Any:
+    """Rounds and the result file, on top of the common options."""
+    function = click.option("--out", type=click.Path(path_type=Path), help="Also write the document to this file.")(function)
+    function = click.option("--iterations", type=int, help="Rounds of training (default: the protocol's).")(function)
+    return common(function)
+
+
+def measure(
+    run: Callable[[Bars], list[dict[str, Any]]], columns: str, out: Path | None, seed: int, device: str, as_json: bool
+) -> None:
+    """Run a benchmark, write its result, print its rows."""
+    from tiltflow.bench import write_result
+
+    if device != "cpu":
+        raise TiltflowError(f"--device {device}: the benchmarks compare processor seconds and run on the CPU only.")
+    started, bars = time.perf_counter(), Bars()
+    rows = run(bars)
+    bars.close()
+    result = document(seed, device, rows, None)
+    if out is not None:
+        write_result(out, result, time.perf_counter() - started)
+    finish(result, as_json, table(rows, columns.split()))
+
+
+@bench.command("tilt")
+@click.option("--problem", "problems", multiple=True, help="Only these (default: all; with --methods: mixture2d).")
+@click.option("--methods", help="all, or names with commas, at one budget (default: Adjoint Matching at its own).")
+@bench_options
+def tilt_command(problems: tuple[str, ...], methods: str | None, iterations: int | None, seed: int, **options: Any) -> None:
+    """Methods on the analytic problems, SDE and ODE sampling."""
+    from tiltflow.bench import bench_tilt
+    from tiltflow.presets import chosen
+
+    names = None if methods is None else chosen(methods, vectors=True)
+    columns = "problem method sampler seed w2 w2_floor mode_tv mode_weight_error log_z_error ess chain_ess seconds"
+    measure(lambda bars: bench_tilt(problems, seed, iterations, bars, names), columns, seed=seed, **options)
+
+
+@bench.command("digits")
+@click.option("--methods", default="all", show_default=True, help="all, or names with commas.")
+@bench_options
+def digits_command(methods: str, iterations: int | None, seed: int, **options: Any) -> None:
+    """Every method on the digits base, at one budget."""
+    from tiltflow.bench_digits import bench_digits
+    from tiltflow.presets import chosen
+
+    names = chosen(methods, vectors=False)
+    columns = "method reward judge_thickness kl diversity w2 ess base_evaluations reward_calls seconds"
+    measure(lambda bars: bench_digits(names, seed, iterations, bars), columns, seed=seed, **options)
+
+
+@bench.command("control")
+@click.option("--methods", default="all", show_default=True, help="all, or names with commas.")
+@bench_options
+def control_command(methods: str, iterations: int | None, seed: int, **options: Any) -> None:
+    """Optimal-control methods on problems whose exact control is known."""
+    from tiltflow.bench_control import bench_control
+
+    columns = "problem method control_error control_error_own_paths objective objective_exact seconds"
+    measure(lambda bars: bench_control(methods, seed, iterations, bars), columns, seed=seed, **options)
+
+
+@bench.command("sampling")
+@click.option("--problem", "problems", multiple=True, required=True, help="gmm40, dw4, module:function, …; repeatable.")
+@click.option("--methods", default="all", show_default=True, help="all, or names with commas.")
+@click.option("--reference", type=click.Path(path_type=Path), help="FILE.npy of samples (N, *event) to compare with.")
+@bench_options
+def sampling_command(
+    problems: tuple[str, ...], methods: str, reference: Path | None, iterations: int | None, seed: int, **options: Any
+) -> None:
+    """Samplers of e^{−E} and parallel tempering."""
+    from tiltflow.bench_sampling import COLUMNS, bench_sampling, chosen_samplers
+
+    names = chosen_samplers(methods)
+
+    def run(bars: Bars) -> list[dict[str, Any]]:
+        return bench_sampling(problems, names, seed, iterations, reference, bars)
+
+    measure(run, " ".join(COLUMNS), seed=seed, **options)

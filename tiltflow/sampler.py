@@ -1,0 +1,276 @@
+"""Train a sampler of e^{−E} from the energy alone: the second job in one call.
+
+    from tiltflow import EnergyProblem, train_sampler
+    energy = lambda x: 8 * (x.norm(dim=1) - 2) ** 2
+    problem = EnergyProblem(name="ring", energy=energy, event_shape=(2,), scale=3, finest=0.03)
+    trained = train_sampler(problem)
+    drawn = trained.draw(10_000)          # drawn.x, drawn.log_weights, drawn.energy
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tiltflow.brownian import BrownianChain, NoiseChain, OrnsteinUhlenbeckChain, geometric_chain
+from tiltflow.buffer import Buffer
+from tiltflow.control import DriftControl, StepVariance
+from tiltflow.energies import EnergyProblem, Evaluator
+from tiltflow.energies.cost import EnergyCost
+from tiltflow.errors import TiltflowError
+from tiltflow.fit import FitSettings, History, fit
+from tiltflow.geometry import Centred, Torus, noise
+from tiltflow.methods import Method, State
+from tiltflow.methods.adjoint_sampling import AdjointSampling
+from tiltflow.methods.backpropagation import discrete_adjoint
+from tiltflow.methods.bridge_sampling import AdjointBridgeSampling, DampedBridgeMatching
+from tiltflow.methods.idem import IteratedDenoising
+from tiltflow.methods.log_variance import LogVariance
+from tiltflow.nn.mlp import MLP, EventMLP
+from tiltflow.nn.particles import ParticleNet
+from tiltflow.simulate import sample
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How to train a sampler.
+
+    Args:
+        method: a key of :data:`METHODS`.
+        iterations: rounds of simulation and energy evaluation. batch: end points per round.
+        updates, minibatch: gradient steps per round, and their rows. buffer_rounds: rounds kept.
+        steps: simulation steps K.
+        scale, finest: σ_max and σ_min of the noise (None: the problem's).
+        hidden, layers: of the network.
+        learning_rate, gradient_clip, ema: see :class:`~tiltflow.fit.FitSettings`.
+        max_grad_norm: bound on ‖∇E‖, of each particle, or of each sample for vectors.
+        minimum_ess: path weights are tempered to this ESS fraction (methods that use them).
+        hot, cooling: rounds start at temperature ``hot`` and cool geometrically to 1 over this share of them.
+    """
+
+    method: str = "weighted_adjoint_sampling"
+    iterations: int = 200
+    batch: int = 512
+    updates: int = 100
+    minibatch: int = 512
+    buffer_rounds: int = 10
+    steps: int = 50
+    scale: float | None = None
+    finest: float | None = None
+    hidden: int = 64
+    layers: int = 3
+    learning_rate: float = 1e-3
+    gradient_clip: float = 1.0
+    ema: float = 0.9
+    max_grad_norm: float | None = 100.0
+    minimum_ess: float = 0.3
+    hot: float = 1.0
+    cooling: float = 0.5
+
+    def temperature(self, iteration: int) -> float:
+        """T of a round."""
+        left = max(0.0, 1 - iteration / max(self.cooling * self.iterations, 1e-9))
+        return self.hot**left
+
+
+class Setup(NamedTuple):
+    """What a method trains on."""
+
+    method: Method
+    chain: NoiseChain
+    control: DriftControl
+
+
+class Drawn(NamedTuple):
+    """Samples (n, *event), their energies (n,), and unnormalised log path weights (n,) or None: mean e^{log_weights} ≈ Z."""
+
+    x: Tensor
+    energy: Tensor
+    log_weights: Tensor | None
+
+
+@dataclass(frozen=True)
+class TrainedSampler:
+    """The learned control on its chain; ``energy`` counts every evaluation."""
+
+    problem: EnergyProblem
+    settings: SamplerSettings
+    chain: NoiseChain
+    control: DriftControl
+    energy: Evaluator
+    history: History
+
+    @torch.no_grad()
+    def draw(self, n: int, seed: int = 0, batch: int = 2_000) -> Drawn:
+        """n samples with path weights (where the source is a point, or the base stationary)."""
+        generator = torch.Generator().manual_seed(seed)
+        geometry = self.chain.geometry
+        x, energy, log_w = [], [], []
+        for start in range(0, n, batch):
+            source = self.chain.source(min(batch, n - start), generator)
+            part = sample(self.chain, self.control, source, generator)
+            x.append(geometry.wrap(part.x))
+            energy.append(self.energy.value(x[-1]))
+            log_w.append(part.log_ratio - energy[-1])
+        points = torch.cat(x)
+        weighted = self.chain.initial is None
+        weights = torch.cat(log_w) - geometry.log_normal(points, self.chain.end_variance) if weighted else None
+        return Drawn(points, torch.cat(energy), weights)
+
+
+def network(problem: EnergyProblem, settings: SamplerSettings) -> tuple[nn.Module, float]:
+    """The problem's network and the number that divides its input."""
+    scale, finest = _noise(problem, settings)
+    if isinstance(problem.geometry, Centred) and problem.identical:
+        particles, space = problem.event_shape
+        net: nn.Module = ParticleNet(
+            particles,
+            space,
+            settings.hidden,
+            settings.layers,
+            lengths=(0.4 * scale, 4 * scale),
+            noise=lambda t: scale * (finest / scale) ** t,
+        )
+        return net, 1.0
+    dim = math.prod(problem.event_shape)
+    periodic = isinstance(problem.geometry, Torus)
+    if periodic:
+        return EventMLP(MLP(2 * dim, dim, settings.hidden, settings.layers), periodic=True), 1.0
+    return EventMLP(MLP(dim, dim, settings.hidden, settings.layers)), scale
+
+
+def _noise(problem: EnergyProblem, settings: SamplerSettings) -> tuple[float, float]:
+    return settings.scale or problem.scale, settings.finest or problem.finest
+
+
+def _brownian(problem: EnergyProblem, settings: SamplerSettings, spread: float = 0.0) -> BrownianChain:
+    """Geometric noise from the point 0, or from N(0, spread² I)."""
+
+    def source(n: int, generator: torch.Generator) -> Tensor:
+        return spread * noise(problem.geometry, torch.zeros(n, *problem.event_shape, device=generator.device), generator)
+
+    return geometric_chain(
+        problem.geometry, problem.event_shape, settings.steps, *_noise(problem, settings), source if spread else None
+    )
+
+
+def _adjoint_sampling(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
+    chain = _brownian(problem, s)
+    cost = EnergyCost(energy, chain, s.max_grad_norm)
+    return Setup(AdjointSampling(chain, cost, s.batch, "adjoint", None, s.temperature), chain, control)
+
+
+def _weighted(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
+    chain = _brownian(problem, s)
+    cost = EnergyCost(energy, chain, s.max_grad_norm)
+    return Setup(AdjointSampling(chain, cost, s.batch, "least_variance", s.minimum_ess, s.temperature), chain, control)
+
+
+def _asbs(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
+    scale = _noise(problem, s)[0]
+    chain = _brownian(problem, s, spread=scale)
+    cost = EnergyCost(energy, chain, s.max_grad_norm)
+    corrector, input_scale = network(problem, s)
+    return Setup(AdjointBridgeSampling(chain, cost, corrector, s.batch, input_scale), chain, control)
+
+
+def _bridge_matching(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
+    chain = _brownian(problem, s, spread=_noise(problem, s)[0])
+    return Setup(DampedBridgeMatching(chain, EnergyCost(energy, chain, s.max_grad_norm), control, s.batch), chain, control)
+
+
+def _idem(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
+    scale, finest = _noise(problem, s)
+    chain = _brownian(problem, s, spread=scale)
+    cost = EnergyCost(energy, chain, s.max_grad_norm)
+    return Setup(IteratedDenoising(chain, cost, finest, s.batch, max_score=s.max_grad_norm), chain, control)
+
+
+def _pis(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
+    chain = _brownian(problem, s)
+    return Setup(discrete_adjoint(chain, EnergyCost(energy, chain, s.max_grad_norm), s.batch), chain, control)
+
+
+def _dds(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
+    chain = OrnsteinUhlenbeckChain(problem.geometry, problem.event_shape, s.steps, _noise(problem, s)[0])
+    return Setup(discrete_adjoint(chain, EnergyCost(energy, chain, s.max_grad_norm), s.batch), chain, control)
+
+
+def _log_variance(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
+    chain = _brownian(problem, s)
+    return Setup(LogVariance(chain, EnergyCost(energy, chain), s.batch), chain, control)
+
+
+METHODS: dict[str, Callable[[EnergyProblem, SamplerSettings, Evaluator, DriftControl], Setup]] = {
+    "adjoint_sampling": _adjoint_sampling,
+    "weighted_adjoint_sampling": _weighted,
+    "asbs": _asbs,
+    "bridge_matching": _bridge_matching,
+    "pis": _pis,
+    "dds": _dds,
+    "log_variance": _log_variance,
+    "idem": _idem,
+}
+"""Name → what it trains on. The whole-path methods take one gradient step per round, on that round."""
+
+DEFAULTS: dict[str, SamplerSettings] = {
+    "gmm40": SamplerSettings(iterations=120, batch=1024, minibatch=1024, steps=40, hidden=128),
+    "dw4": SamplerSettings(iterations=400, updates=50, steps=30),
+    "lj13": SamplerSettings(iterations=300, updates=40, steps=40, buffer_rounds=5),
+}
+"""Settings of named problems where they differ from the class's; chosen on seed 0, see docs/lab-notes.md."""
+
+ON_POLICY = ("pis", "dds", "log_variance")
+STEP_VARIANCE = ("adjoint_sampling", "weighted_adjoint_sampling", "asbs", "bridge_matching")
+
+
+def train_sampler(
+    problem: EnergyProblem,
+    settings: SamplerSettings | None = None,
+    *,
+    energy: Evaluator | None = None,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainedSampler:
+    """Learn to sample e^{−E}/Z.
+
+    Args:
+        problem: the energy, its space, and the two lengths ``scale`` and ``finest``.
+        settings: how. energy: the evaluator to use (None: a new one, with neither budget nor cache).
+        seed: of the weights and of every draw. checkpoint, resume, callback: see :func:`tiltflow.fit.fit`.
+
+    Raises:
+        TiltflowError: an unknown method, an energy that fails (see :class:`~tiltflow.energies.Evaluator`), divergence.
+    """
+    s = settings or SamplerSettings()
+    if s.method not in METHODS:
+        raise TiltflowError(f"unknown sampling method {s.method!r}; choose one of {', '.join(METHODS)}.")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net, input_scale = network(problem, s)
+        if s.method in STEP_VARIANCE:
+            net = StepVariance(net, _brownian(problem, s))
+        control = DriftControl(net, _noise(problem, s)[1], input_scale)
+        evaluator = energy or Evaluator(problem.energy)
+        setup = METHODS[s.method](problem, s, evaluator, control)
+    on_policy = s.method in ON_POLICY
+    fit_settings = FitSettings(
+        s.iterations,
+        s.learning_rate,
+        gradient_clip=s.gradient_clip,
+        ema=s.ema,
+        updates=1 if on_policy else s.updates,
+        minibatch=None if on_policy else s.minibatch,
+    )
+    buffer = Buffer() if on_policy else Buffer(s.buffer_rounds * s.batch)
+    state = State(control, torch.Generator().manual_seed(seed))
+    history = fit(setup.method, state, fit_settings, buffer, checkpoint, resume, callback)
+    return TrainedSampler(problem, s, setup.chain, control, evaluator, history)
