@@ -12,8 +12,8 @@ from tiltflow.control import NetworkControl
 from tiltflow.control_problems import DoubleWell, ExactControl, LinearQuadraticProblem, control_error
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
-from tiltflow.geometry import Euclidean
 from tiltflow.fit import FitSettings, fit
+from tiltflow.geometry import Euclidean
 from tiltflow.methods import State
 from tiltflow.methods.socm import SOCM, LearnedMatrices, reparametrised, stein_terms
 from tiltflow.nn.mlp import MLP

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from tiltflow.bench import run_apart
 from tiltflow.cost import clip_rows
@@ -24,7 +28,7 @@ from tiltflow.energies import EnergyProblem, Evaluator
 from tiltflow.errors import TiltflowError
 from tiltflow.mcmc import parallel_tempering
 from tiltflow.registry import load_problem
-from tiltflow.sampler import METHODS, ON_POLICY, Drawn, SamplerSettings, TrainedSampler, train_sampler
+from tiltflow.sampler import METHODS, ON_POLICY, Drawn, TrainedSampler, network, train_sampler
 from tiltflow.sampler_run import EVALUATION_SEED, assess_all, base_draws, default_settings
 
 Row = dict[str, Any]
@@ -36,8 +40,6 @@ COLUMNS = (
     "energy_calls", "gradient_steps", "seconds", "network_evaluations", "energy_evaluations",
 )  # fmt: skip
 """Keys of every row; None where they do not apply."""
-ROWS_TWICE = ("asbs", "bridge_matching")
-"""Methods that send each training row through a second network: the corrector, or the last round's control."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,15 @@ def bench_one(problem: EnergyProblem, name: str, method: str, seed: int, iterati
     else:
         settings = replace(default_settings(name), method=method)
         settings = settings if iterations is None else replace(settings, iterations=iterations)
-        started = time.perf_counter()
-        trained = train_sampler(problem, settings, seed=seed)
+        with counted_rows(type(network(problem, settings)[0])) as through:
+            started = time.perf_counter()
+            trained = train_sampler(problem, settings, seed=seed)
+            seconds = time.perf_counter() - started
         spent = {
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
             "energy_calls": trained.energy.calls,
             "energy_evaluations": trained.energy.evaluations,
-            "network_evaluations": network_evaluations(settings),
+            "network_evaluations": through["rows"],
             "gradient_steps": settings.iterations * (1 if method in ON_POLICY else settings.updates),
             "iterations": settings.iterations,
             "steps": settings.steps,
@@ -145,12 +149,20 @@ def bench_one(problem: EnergyProblem, name: str, method: str, seed: int, iterati
     return row | assess_all(problem, drawn, trained, generator, COMPARED).row | spent
 
 
-def network_evaluations(s: SamplerSettings) -> int:
-    """Rows through networks of this size in training: simulation and loss."""
-    if s.method in ON_POLICY:
-        return 2 * s.iterations * s.batch * s.steps
-    rows = [min(s.minibatch, s.batch * min(i + 1, s.buffer_rounds)) for i in range(s.iterations)]
-    return s.iterations * s.batch * s.steps + s.updates * sum(rows) * (2 if s.method in ROWS_TWICE else 1)
+@contextmanager
+def counted_rows(kind: type[nn.Module]) -> Iterator[Counter[str]]:
+    """Counts the rows ("rows") that go through modules of one class, whoever calls them."""
+    counter: Counter[str] = Counter()
+
+    def see(module: nn.Module, args: Any, out: Any) -> None:
+        if type(module) is kind:
+            counter["rows"] += len(args[0])
+
+    hook = register_module_forward_hook(see)
+    try:
+        yield counter
+    finally:
+        hook.remove()
 
 
 def temper(problem: EnergyProblem, plan: Tempering, seed: int) -> tuple[Drawn, Row]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tiltflow.brownian import BrownianChain, NoiseChain, OrnsteinUhlenbeckChain, geometric_chain
+from tiltflow.brownian import BrownianChain, NoiseChain, OrnsteinUhlenbeckChain, constant_chain, geometric_chain
 from tiltflow.buffer import Buffer
 from tiltflow.control import DriftControl, StepVariance
 from tiltflow.energies import EnergyProblem, Evaluator
@@ -46,6 +47,7 @@ class SamplerSettings:
         iterations: rounds of simulation and energy evaluation. batch: end points per round.
         updates, minibatch: gradient steps per round, and their rows. buffer_rounds: rounds kept.
         steps: simulation steps K.
+        noise: "geometric", as in the paper, or "constant".
         scale, finest: σ_max and σ_min of the noise (None: the problem's).
         hidden, layers: of the network.
         learning_rate, gradient_clip, ema: see :class:`~tiltflow.fit.FitSettings`.
@@ -61,6 +63,7 @@ class SamplerSettings:
     minibatch: int = 512
     buffer_rounds: int = 10
     steps: int = 50
+    noise: Literal["geometric", "constant"] = "geometric"
     scale: float | None = None
     finest: float | None = None
     hidden: int = 64
@@ -135,7 +138,7 @@ def network(problem: EnergyProblem, settings: SamplerSettings) -> tuple[nn.Modul
             settings.hidden,
             settings.layers,
             lengths=(0.4 * scale, 4 * scale),
-            noise=lambda t: scale * (finest / scale) ** t,
+            noise=partial(_left, settings.noise, scale, finest),
         )
         return net, 1.0
     dim = math.prod(problem.event_shape)
@@ -145,19 +148,25 @@ def network(problem: EnergyProblem, settings: SamplerSettings) -> tuple[nn.Modul
     return EventMLP(MLP(dim, dim, settings.hidden, settings.layers)), scale
 
 
+def _left(noise: str, scale: float, finest: float, t: Tensor) -> Tensor:
+    """√(R_t + σ_min²): the standard deviation of the noise that is still to come."""
+    return scale * (finest / scale) ** t if noise == "geometric" else (scale**2 * (1 - t) + finest**2).sqrt()
+
+
 def _noise(problem: EnergyProblem, settings: SamplerSettings) -> tuple[float, float]:
     return settings.scale or problem.scale, settings.finest or problem.finest
 
 
 def _brownian(problem: EnergyProblem, settings: SamplerSettings, spread: float = 0.0) -> BrownianChain:
-    """Geometric noise from the point 0, or from N(0, spread² I)."""
+    """Brownian noise from the point 0, or from N(0, spread² I)."""
 
     def source(n: int, generator: torch.Generator) -> Tensor:
         return spread * noise(problem.geometry, torch.zeros(n, *problem.event_shape, device=generator.device), generator)
 
-    return geometric_chain(
-        problem.geometry, problem.event_shape, settings.steps, *_noise(problem, settings), source if spread else None
-    )
+    initial, (scale, finest) = source if spread else None, _noise(problem, settings)
+    if settings.noise == "constant":
+        return constant_chain(problem.geometry, problem.event_shape, settings.steps, scale, initial)
+    return geometric_chain(problem.geometry, problem.event_shape, settings.steps, scale, finest, initial)
 
 
 def _adjoint_sampling(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
@@ -235,6 +244,7 @@ def train_sampler(
     settings: SamplerSettings | None = None,
     *,
     energy: Evaluator | None = None,
+    net: nn.Module | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     resume: bool = False,
@@ -245,17 +255,22 @@ def train_sampler(
     Args:
         problem: the energy, its space, and the two lengths ``scale`` and ``finest``.
         settings: how. energy: the evaluator to use (None: a new one, with neither budget nor cache).
+        net: a network (x (B, *event), t (B,)) → (B, *event) of your own, e.g. :class:`~tiltflow.nn.informed.Informed` around
+            another; it sees x itself, and its output of order one is divided by √(R_t + σ_min²). None: the problem's.
         seed: of the weights and of every draw. checkpoint, resume, callback: see :func:`tiltflow.fit.fit`.
 
     Raises:
-        TiltflowError: an unknown method, an energy that fails (see :class:`~tiltflow.energies.Evaluator`), divergence.
+        TiltflowError: an unknown method or noise, an energy that fails (see :class:`~tiltflow.energies.Evaluator`), or
+            divergence.
     """
     s = settings or SamplerSettings()
     if s.method not in METHODS:
         raise TiltflowError(f"unknown sampling method {s.method!r}; choose one of {', '.join(METHODS)}.")
+    if s.noise not in ("geometric", "constant"):
+        raise TiltflowError(f"unknown noise {s.noise!r}; choose geometric or constant.")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net, input_scale = network(problem, s)
+        net, input_scale = network(problem, s) if net is None else (net, 1.0)
         if s.method in STEP_VARIANCE:
             net = StepVariance(net, _brownian(problem, s))
         control = DriftControl(net, _noise(problem, s)[1], input_scale)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tiltflow import __version__, sampler
+from tiltflow import __version__
 from tiltflow.assess import assess, from_both_sides, polished, reference_samples
 from tiltflow.check_energy import check_energy
 from tiltflow.energies import EnergyProblem, virial
@@ -25,7 +25,7 @@ from tiltflow.geometry import Centred, Torus, noise
 from tiltflow.registry import load_problem
 from tiltflow.report.sampler import SamplerRecord, write_sampler_report
 from tiltflow.run import RunFolder, finite
-from tiltflow.sampler import Drawn, SamplerSettings, TrainedSampler, train_sampler
+from tiltflow.sampler import DEFAULTS, Drawn, SamplerSettings, TrainedSampler, train_sampler
 from tiltflow.sampler_verdict import judge_sampler
 from tiltflow.store import load_weights, save_weights
 from tiltflow.verdict import Verdict
@@ -112,8 +112,7 @@ class SamplerConfig:
 
 def default_settings(problem: str) -> SamplerSettings:
     """The settings that suit a problem, by its name."""
-    defaults: dict[str, SamplerSettings] = getattr(sampler, "DEFAULTS", {})
-    return defaults.get(problem, SamplerSettings())
+    return DEFAULTS.get(problem, SamplerSettings())
 
 
 def is_sampler_run(folder: Path) -> bool:

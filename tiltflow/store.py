@@ -86,8 +86,11 @@ def load_weights(path: Path, module: torch.nn.Module) -> None:
         raise TiltflowError(f"{path} does not fit {type(module).__name__}: {error}.") from error
 
 
-def save_weights(path: Path, module: torch.nn.Module, metadata: dict[str, str] | None = None) -> None:
-    """Write a module's weights as plain safetensors, atomically."""
+def save_weights(
+    path: Path, module: torch.nn.Module, metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write a module's weights as plain safetensors (cast to ``dtype``, if given), atomically."""
     part = path.with_name(path.name + ".part")
-    save_file({name: v.detach().contiguous().clone() for name, v in module.state_dict().items()}, part, metadata)
+    save_file({name: v.detach().to(dtype or v.dtype).contiguous().clone() for name, v in module.state_dict().items()},
+              part, metadata)  # fmt: skip
     os.replace(part, path)

@@ -6,20 +6,20 @@ loading gives float32.
 """
 
 import json
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import nn
 
 from tiltflow.errors import TiltflowError
 from tiltflow.interpolant import Linear
 from tiltflow.nn.digits import DigitNet, JudgeClassifier, RewardClassifier
 from tiltflow.process import Process
+from tiltflow.store import save_weights
 
 __all__ = [
     "INTERPOLANTS",
@@ -53,12 +53,8 @@ def save_network(
     **metadata: Any,
 ) -> None:
     """Write weights and header atomically: the file is complete or the old one is untouched."""
-    kind = type(network).__name__
-    header = json.dumps({"kind": kind, "kwargs": kwargs, **metadata})
-    tensors = {name: value.detach().to(dtype).contiguous() for name, value in network.state_dict().items()}
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_bytes(save(tensors, {"tiltflow": header}))
-    os.replace(scratch, path)
+    header = json.dumps({"kind": type(network).__name__, "kwargs": kwargs, **metadata})
+    save_weights(path, network, {"tiltflow": header}, dtype)
 
 
 def load_network(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:

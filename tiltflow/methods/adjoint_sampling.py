@@ -48,8 +48,8 @@ def update_step_variance(
 ) -> None:
     """Move the v_k of a control with :class:`~tiltflow.control.StepVariance` a fifth of the way to this round's.
 
-    v_k = E‖X_1 − X_k − R_k b(X_k)‖²/d over weighted ambient end points x1 (n, *event), an eighth of them at each step. What the
-    drift has not learned yet counts as variance.
+    v_k = E‖X_1 − X_k − R_k b(X_k)‖²/d over weighted ambient end points x1 (n, *event), an eighth of them at each step. What
+    the drift has not learned yet counts as variance.
     """
     if not isinstance(control, DriftControl) or not isinstance(control.module, StepVariance):
         return

@@ -1,0 +1,321 @@
+"""Runs of the second job: resumed exactly, refused when misused; and a verdict that wrong samplers do not pass."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiltflow import bench_sampling
+from tiltflow.energies import ENERGY_PROBLEMS
+from tiltflow.errors import TiltflowError
+from tiltflow.registry import load_problem
+from tiltflow.report.sampler import SamplerRecord, project, render_sampler
+from tiltflow.run import RunFolder
+from tiltflow.sampler import DEFAULTS, Drawn, SamplerSettings
+from tiltflow.sampler_run import SamplerConfig, assess_all, load_sampler, run_sampler
+from tiltflow.sampler_verdict import judge_sampler
+
+ENERGIES = str(Path(__file__).with_name("energies_by_name.py"))
+TINY = SamplerSettings(iterations=54, batch=32, updates=1, minibatch=32, steps=10, hidden=16, layers=2)
+UNEQUAL = ENERGY_PROBLEMS["unequal2d"]()
+UNKNOWN = replace(UNEQUAL, sample=None, log_z=None, modes=None)
+
+
+def config(**changes):
+    usual = {"problem": "gaussian2d", "seed": 3, "samples": 300, "compared": 100, "settings": TINY}
+    return SamplerConfig(**(usual | changes))
+
+
+# --- the verdict
+
+
+def honest(problem, generator):
+    x = UNEQUAL.sample(6_000, generator)
+    return Drawn(x, problem.energy(x), 0.5 * torch.randn(6_000, generator=generator) - 0.125)
+
+
+def one_mode(problem, generator):
+    """A sampler that lost the mode of weight .3, and is perfect on the other: it cannot know."""
+    x = UNEQUAL.sample(12_000, generator)
+    x = x[x[:, 0] < 0][:6_000]
+    return Drawn(x, problem.energy(x), torch.full((6_000,), math.log(0.7)))
+
+
+def hot(problem, generator):
+    """Temperature 2, with the path weights of a sampler that is right."""
+    x = UNEQUAL.sample(6_000, generator)
+    x = x + torch.randn(x.shape, generator=generator)  # N(m, 1) becomes N(m, 2)
+    return honest(problem, generator)._replace(x=x, energy=problem.energy(x))
+
+
+def untrained(problem, generator):
+    x = 4 * torch.randn(6_000, 2, generator=generator)
+    return Drawn(x, problem.energy(x), -problem.energy(x))
+
+
+def diverged(problem, generator):
+    drawn = honest(problem, generator)
+    return drawn._replace(energy=drawn.energy.masked_fill(torch.arange(6_000) < 300, torch.inf))
+
+
+def lines_of(problem, sampler, generator, compared=700):
+    row = assess_all(problem, sampler(problem, generator), None, generator, compared).row
+    verdict = judge_sampler(row)
+    return verdict.status, {line.name: line.status for line in verdict.lines}
+
+
+def test_a_sampler_that_is_right_passes(generator):
+    status, lines = lines_of(UNEQUAL, honest, generator)
+    assert status == "pass" and len(lines) >= 6, lines
+
+
+@pytest.mark.parametrize(
+    ("sampler", "sees"),
+    [
+        (one_mode, ("log Z", "mode weights (total variation)")),
+        (hot, ("energy W2 over its floor",)),
+        (untrained, ("energy W2 over its floor",)),
+        (diverged, ("rejected energies",)),
+    ],
+)
+def test_samplers_that_are_wrong_fail(sampler, sees, generator):
+    status, lines = lines_of(UNEQUAL, sampler, generator)
+    assert status == "fail" and all(lines[name] == "fail" for name in sees), lines
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [(honest, "cannot tell"), (one_mode, "cannot tell"), (hot, "fail"), (untrained, "fail"), (diverged, "fail")],
+)
+def test_without_a_reference_nothing_passes(sampler, expected, generator):
+    """The lost mode is not seen, and the verdict says that it could not; the wrong temperature is seen all the same."""
+    status, lines = lines_of(UNKNOWN, sampler, generator)
+    assert status == expected and lines["lost modes"] == "cannot tell", lines
+    if sampler is hot:
+        assert lines["virial identity"] == "fail" and lines["path weights ESS"] == "pass"
+
+
+def test_few_good_paths_cannot_tell():
+    known = {"samples": 10_000, "rejected": 0, "elbo": -9.0, "log_z": 0.0, "log_z_std": 0.05, "log_z_error": 0.0}
+    assert judge_sampler(known | {"ess": 0.5}).status == "pass"
+    verdict = judge_sampler(known | {"ess": 0.005})
+    assert verdict.status == "cannot tell"
+    assert [line.status for line in verdict.lines] == ["pass", "cannot tell", "cannot tell"]
+    both = {"log_z_forward": 0.0, "log_z_forward_std": 0.02, "eubo": 1.0, "energy_w2": 1.0, "energy_w2_floor": 0.9}
+    assert judge_sampler(known | both | {"ess": 0.5, "forward_ess": 0.4}).status == "pass"
+    apart = judge_sampler(known | both | {"ess": 0.5, "forward_ess": 0.4, "log_z_forward": 0.5})
+    assert apart.status == "fail" and any(x.name == "log Z from both sides" and x.status == "fail" for x in apart.lines)
+
+
+# --- the run
+
+
+class Stopped(Exception):
+    pass
+
+
+def run(path, settings=None, stop_at=None, **kw):
+    wanted = settings or config()
+
+    def progress(what, done, total, note):
+        if stop_at is not None and done == stop_at:
+            raise Stopped
+
+    with RunFolder(path, wanted.as_dict(), **kw) as folder:
+        return run_sampler(wanted, folder, "tiltflow train-sampler", progress)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    path = tmp_path_factory.mktemp("sampler") / "run"
+    document = run(path)
+    torch.set_default_dtype(before)
+    return path, document
+
+
+def test_what_a_run_leaves(finished):
+    path, document = finished
+    assert set(document) == {"command", "version", "seed", "device", "rows", "verdict"}
+    assert json.loads((path / "metrics.json").read_text()) == document
+    kinds = [row["kind"] for row in document["rows"]]
+    assert kinds[0] == "summary" and kinds.count("iteration") == TINY.iterations and "verdict" in kinds
+    summary = document["rows"][0]
+    assert summary["energy_calls"] == TINY.iterations and summary["energy_evaluations"] == TINY.iterations * TINY.batch
+    assert {"w2", "w2_floor", "w2_resampled", "energy_w2", "log_z_error", "log_z_forward", "ess"} <= set(summary)
+    saved = load_file(path / "samples.safetensors")
+    assert saved["x"].shape == (300, 2) and saved["energy"].shape == saved["log_weights"].shape == (300,)
+    torch.testing.assert_close(saved["energy"], ENERGY_PROBLEMS["gaussian2d"]().energy(saved["x"]))
+    page = (path / "report.html").read_text(encoding="utf-8")
+    assert "://" not in page and "<script" not in page and 'class="samples"' in page
+    for heading in ("Energies", "Sorted path weights", "Reference", "W2 of energies", "Path weights"):
+        assert heading in page, heading
+
+
+def test_a_finished_run_draws_the_same_again(finished):
+    path, _ = finished
+    settings, trained = load_sampler(path)
+    assert settings == config()
+    drawn = trained.draw(300, seed=10_003)
+    assert torch.equal(drawn.x, load_file(path / "samples.safetensors")["x"])
+
+
+def test_resume_equals_uninterrupted(finished, tmp_path):
+    path, document = finished
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", stop_at=52)
+    resumed = run(tmp_path / "run", resume=True)
+    for name in ("weights.safetensors", "samples.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (path / name).read_bytes()
+    timed = ("seconds", "train_seconds")
+    first, second = ({k: v for k, v in d["rows"][0].items() if k not in timed} for d in (document, resumed))
+    assert first == second and first["energy_evaluations"] > 0
+    other = run(tmp_path / "other", config(seed=4))
+    assert other["rows"][0]["median_energy"] != first["median_energy"]  # the comparison can fail
+
+
+def test_the_folder_is_refused(finished):
+    path, _ = finished
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    with pytest.raises(TiltflowError, match="already holds a run"):
+        run(path)
+    with pytest.raises(TiltflowError, match="cannot resume"):
+        run(path, config(seed=9), resume=True)
+    with RunFolder(path, config().as_dict(), resume=True), pytest.raises(TiltflowError, match="in use"):
+        run(path, overwrite=True)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": replace(TINY, iterations=0)}, "iterations must be at least 1"),
+        ({"settings": replace(TINY, method="magic")}, "unknown sampling method 'magic'"),
+        ({"settings": replace(TINY, scale=-1.0)}, "scale is a length"),
+        ({"settings": replace(TINY, finest=9.0)}, "finest < scale"),
+        ({"samples": 0}, "samples must be"),
+        ({"device": "meta"}, "on the CPU"),
+    ],
+)
+def test_settings_are_checked(changes, message):
+    wanted = config(**changes)
+    with pytest.raises(TiltflowError, match=message):
+        wanted.check(wanted.load_problem())
+
+
+@pytest.mark.parametrize(
+    ("energy", "check"),
+    [
+        ("detached", "differentiable"), ("wrong_length", "output length"), ("nan", "finite value"),
+        ("raises", "no such atom"), ("constant", "gradient norm"), ("wrong_forces", "gradient check"),
+        ("blow_up", "finite value"),
+    ],
+)  # fmt: skip
+def test_energies_are_checked(energy, check):
+    wanted = config(problem=f"{ENERGIES}:{energy}", shape=(2,), settings=replace(TINY, scale=2.0, finest=0.1))
+    with pytest.raises(TiltflowError, match=check):
+        wanted.check(wanted.load_problem())
+
+
+def test_symmetries_are_checked():
+    lengths = {"settings": replace(TINY, scale=2.0, finest=0.1)}
+    for name, shape, space, message in [
+        ("springs", (3, 2), "particles", None),
+        ("labelled", (3, 2), "particles", "permutation"),
+        ("angles", (2,), "torus", None),
+        ("bowl", (2,), "torus", "periodicity"),
+    ]:
+        wanted = config(problem=f"{ENERGIES}:{name}", shape=shape, space=space, **lengths)
+        if message is None:
+            wanted.check(wanted.load_problem())
+        else:
+            with pytest.raises(TiltflowError, match=message):
+                wanted.check(wanted.load_problem())
+
+
+def test_problems_by_name(generator):
+    x = torch.randn(5, 2, generator=generator)
+    own = dict(shape=(2,), scale=2.0, finest=0.1)
+    exact = load_problem(f"{ENERGIES}:problem").energy(x)
+    for name in ("bowl", "Forces"):
+        torch.testing.assert_close(load_problem(f"{ENERGIES}:{name}", **own).energy(x), exact)
+    with pytest.raises(TiltflowError, match="--scale and --finest"):
+        load_problem(f"{ENERGIES}:bowl", (2,))
+    with pytest.raises(TiltflowError, match="is a int; an energy maps"):
+        load_problem(f"{ENERGIES}:NUMBER", **own)
+    with pytest.raises(TiltflowError, match="unknown problem 'nope'"):
+        load_problem("nope")
+    with pytest.raises(TiltflowError, match="leave out --shape"):
+        load_problem("gmm9", (2,))
+
+
+# --- the report
+
+
+def record(x, **changes):
+    facts = {
+        "title": "t", "command": "c", "status": "cannot tell", "verdict": [], "row": {"rejected": 1},
+        "samples": x, "energy": torch.full((len(x),), torch.nan),
+    }  # fmt: skip
+    return SamplerRecord(**(facts | changes))
+
+
+def test_reports_of_other_shapes(generator):
+    x = torch.randn(40, 4, 2, generator=generator)
+    page = render_sampler(record(x, particles=True, reference=x, reference_energy=x.sum((1, 2))))
+    assert "Distances of particles" in page and "sorted distances of 4 particles" in page
+    assert "Reference" not in render_sampler(record(x[:, 0]))
+    assert "No sample is finite" in render_sampler(record(torch.full((5, 3), torch.nan)))
+    assert "Sorted path weights" in render_sampler(record(x[:, 0, :1], log_weights=torch.zeros(40)))
+
+
+def test_projection_sees_what_rotation_cannot_hide(generator):
+    x = torch.randn(500, 4, 2, generator=generator)
+    turn = torch.linalg.qr(torch.randn(2, 2, generator=generator)).Q
+    a, b = project([x, (x @ turn)[:, [2, 0, 3, 1]]], True)[0]
+    torch.testing.assert_close(a, b)
+    points, text = project([x.flatten(1) * torch.arange(1.0, 9.0)], False)
+    assert "principal" in text and points[0].std(0).tolist() == pytest.approx([8, 7], rel=0.1)
+
+
+# --- the benchmark
+
+
+@pytest.mark.parametrize(("method", "expected"), [("pis", 2 * 3 * 8 * 4), ("idem", 3 * 8 * 4 + 3 * (8 + 16 + 16))])
+def test_every_row_through_the_network_counts(method, expected, monkeypatch):
+    settings = replace(TINY, method=method, iterations=3, batch=8, minibatch=20, buffer_rounds=2, updates=3, steps=4)
+    monkeypatch.setitem(DEFAULTS, "gaussian2d", settings)
+    monkeypatch.setattr(bench_sampling, "COMPARED", 50)
+    monkeypatch.setattr(bench_sampling, "SAMPLES", 100)
+    row = bench_sampling.bench_one(ENERGY_PROBLEMS["gaussian2d"](), "gaussian2d", method, 0)
+    assert row["network_evaluations"] == expected
+    assert row["gradient_steps"] == (3 if method == "pis" else 9)
+
+
+def test_parallel_tempering_is_a_method(monkeypatch):
+    plan = bench_sampling.Tempering(10.0, 4, 50, 400, 200, 50)
+    monkeypatch.setitem(bench_sampling.LADDERS, "unequal2d", plan)
+    monkeypatch.setattr(bench_sampling, "COMPARED", 200)
+    row = bench_sampling.bench_one(UNEQUAL, "unequal2d", "parallel_tempering", 0)
+    assert list(row)[: len(bench_sampling.COLUMNS)] == list(bench_sampling.COLUMNS)
+    assert row["mode_tv"] < 0.05 and row["ess"] is None and row["gradient_steps"] == 0
+    assert row["energy_evaluations"] == 50 * 50 + (200 + 400 + 1) * 4 * 50
+    assert judge_sampler(row).status in ("pass", "warn")
+
+
+def test_a_reference_of_ones_own(tmp_path, generator):
+    import numpy as np
+
+    file, wrong = tmp_path / "x.npy", tmp_path / "y.npy"
+    np.save(file, UNEQUAL.sample(50, generator).numpy())
+    np.save(wrong, np.zeros((5, 3)))
+    assert bench_sampling._problem("unequal2d", file).reference().shape == (50, 2)
+    for path, message in ((wrong, "got (5, 3)"), (tmp_path / "z.npy", "not a NumPy file")):
+        with pytest.raises(TiltflowError) as caught:
+            bench_sampling._problem("unequal2d", path)
+        assert message in str(caught.value)
