@@ -51,7 +51,7 @@ def rows(seed: int) -> list[dict[str, float | int | str]]:
         for name in ("base", "matched"):
             net: nn.Module = Exact(chain)
             if name == "matched":
-                net = StepVariance(net, chain)
+                net = StepVariance(net, steps)
             control = DriftControl(net, FINEST)
             for _ in range(60 if name == "matched" else 0):
                 x1 = TARGET.sample(2_000, generator)

@@ -15,6 +15,8 @@ from typing import Any
 
 from tiltflow.bench_control import METHODS as CONTROL_METHODS
 from tiltflow.bench_control import PROBLEMS as CONTROL_PROBLEMS
+from tiltflow.bench_sampling import NAMES as SAMPLERS
+from tiltflow.energies import ENERGY_PROBLEMS
 from tiltflow.presets import METHODS, TRAINED
 from tiltflow.report import plots
 
@@ -159,6 +161,27 @@ def control() -> str:
     return markdown(["problem", "method", "seeds", *columns], lines) + "\n\n" + provenance(documents)
 
 
+def sampling() -> str:
+    """Samplers of e^{−E}: every method for each problem that was run, mean ± standard deviation over seeds."""
+    documents = load("sampling-*.json")
+    rows = [r for d in documents for r in d["rows"]]
+    columns = {
+        "w2": 2, "w2_floor": 2, "energy_w2": 2, "energy_w2_floor": 2, "mode_tv": 3, "ess": 2, "log_z_error": 3,
+        "energy_calls": 0, "gradient_steps": 0, "seconds": 0,
+    }  # fmt: skip
+    lines = []
+    for problem in dict.fromkeys((*ENERGY_PROBLEMS, *(r["problem"] for r in rows))):
+        mine = [r for r in rows if r["problem"] == problem]
+        for name in SAMPLERS if mine else ("all",):
+            found = [r for r in mine if r["method"] == name]
+            done = [r for r in found if "error" not in r]
+            seeds = f"{len(done)}" + (f", {len(found) - len(done)} failed" if len(done) < len(found) else "")
+            cells = [number([r.get(c) for r in done], digits) for c, digits in columns.items()]
+            cells = cells if done else ["failed" if found else "not run"] * len(columns)
+            lines.append([problem, name, seeds, *cells])
+    return markdown(["problem", "method", "seeds", *columns], lines) + "\n\n" + provenance(documents)
+
+
 def few_steps() -> str:
     """Training with few simulation steps."""
     documents = load("few-steps-*.json")
@@ -203,6 +226,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods digits": methods_digits,
     "control": control,
     "few steps": few_steps,
+    "sampling": sampling,
     "iteration": iteration,
 }
 

@@ -83,22 +83,29 @@ class NetworkControl:
 
 
 class StepVariance(nn.Module):
-    r"""A drift network together with v_k, the variance per coordinate of X_1 given X_k under the target, (K,).
+    r"""A drift network together with v_k/R_k, (K,); v_k is the variance per coordinate of X_1 given X_k under the target.
 
     Under P* a step of the Brownian base has, with R_k still to come at k, R_k = R_{k+1} + s_k²,
 
         Var(x_{k+1}|x_k) = s_k² R_{k+1}/R_k + (s_k²/R_k)² v_k
 
     (bridge plus end point), which is s_k² only if v_k = R_k, the base's own. The moment-matched step leaves an O(step²)
-    error where s_k² leaves O(step): a quarter of the steps for the same effective sample size.
+    error where s_k² leaves O(step). ``share`` lives on the grid of ``steps`` uniform times of training; others interpolate.
     """
 
-    residual: Tensor
+    share: Tensor
 
-    def __init__(self, net: nn.Module, chain: NoiseChain) -> None:
+    def __init__(self, net: nn.Module, steps: int) -> None:
         super().__init__()
         self.net = net
-        self.register_buffer("residual", chain.remaining[:-1].clone())
+        self.register_buffer("share", torch.ones(steps, dtype=torch.float64))
+
+    def share_at(self, t: Tensor) -> Tensor:
+        """v/R at times t in [0, 1), linear between the grid's."""
+        place = (t.double() * len(self.share)).clamp_max(len(self.share) - 1).to(self.share.device)
+        low = place.floor().long()
+        high = (low + 1).clamp_max(len(self.share) - 1)
+        return torch.lerp(self.share[low], self.share[high], place - low)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's field."""
@@ -126,8 +133,7 @@ class DriftControl:
         if not isinstance(self.module, StepVariance):
             return None
         left, s2 = chain.remaining, chain.std**2
-        residual = self.module.residual.to(left)
-        return ((left[1:] + s2 / left[:-1] * residual) / left[:-1]).sqrt()
+        return (left[1:] / left[:-1] + s2 / left[:-1] * self.module.share_at(chain.t[:-1])).sqrt()
 
     def drift(self, chain: NoiseChain, k: Index, x: Tensor) -> Tensor:
         """b(x, t_k)."""

@@ -37,16 +37,27 @@ from tiltflow.nn.mlp import MLP, EventMLP
 from tiltflow.nn.particles import ParticleNet
 from tiltflow.simulate import sample
 
+METHODS = (
+    "adjoint_sampling", "weighted_adjoint_sampling", "asbs", "bridge_matching", "pis", "dds", "log_variance", "idem",
+)  # fmt: skip
+ON_POLICY = ("pis", "dds", "log_variance")
+"""Methods on whole paths: one gradient step per round, on that round."""
+FROM_NOISE = ("asbs", "bridge_matching", "idem")
+"""Methods that start from N(0, σ_max² I); their paths have no weights here."""
+MATCHED = ("adjoint_sampling", "weighted_adjoint_sampling", "asbs", "bridge_matching")
+"""Methods that learn their step variance."""
+
 
 @dataclass(frozen=True)
 class SamplerSettings:
     """How to train a sampler.
 
     Args:
-        method: a key of :data:`METHODS`.
+        method: one of :data:`METHODS`.
         iterations: rounds of simulation and energy evaluation. batch: end points per round.
         updates, minibatch: gradient steps per round, and their rows. buffer_rounds: rounds kept.
-        steps: simulation steps K.
+        steps: simulation steps K in training. draw_steps: those of finished samples; the error of a step's variance falls as
+            1/K, and path weights are exact for any.
         noise: "geometric", as in the paper, or "constant".
         scale, finest: σ_max and σ_min of the noise (None: the problem's).
         hidden, layers: of the network.
@@ -63,6 +74,7 @@ class SamplerSettings:
     minibatch: int = 512
     buffer_rounds: int = 10
     steps: int = 50
+    draw_steps: int = 200
     noise: Literal["geometric", "constant"] = "geometric"
     scale: float | None = None
     finest: float | None = None
@@ -82,14 +94,6 @@ class SamplerSettings:
         return self.hot**left
 
 
-class Setup(NamedTuple):
-    """What a method trains on."""
-
-    method: Method
-    chain: NoiseChain
-    control: DriftControl
-
-
 class Drawn(NamedTuple):
     """Samples (n, *event), their energies (n,), and unnormalised log path weights (n,) or None: mean e^{log_weights} ≈ Z."""
 
@@ -100,7 +104,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainedSampler:
-    """The learned control on its chain; ``energy`` counts every evaluation."""
+    """The learned control on the chain it is drawn with; ``energy`` counts every evaluation."""
 
     problem: EnergyProblem
     settings: SamplerSettings
@@ -138,6 +142,7 @@ def network(problem: EnergyProblem, settings: SamplerSettings) -> tuple[nn.Modul
             settings.hidden,
             settings.layers,
             lengths=(0.4 * scale, 4 * scale),
+            basis=24,
             noise=partial(_left, settings.noise, scale, finest),
         )
         return net, 1.0
@@ -157,87 +162,48 @@ def _noise(problem: EnergyProblem, settings: SamplerSettings) -> tuple[float, fl
     return settings.scale or problem.scale, settings.finest or problem.finest
 
 
-def _brownian(problem: EnergyProblem, settings: SamplerSettings, spread: float = 0.0) -> BrownianChain:
-    """Brownian noise from the point 0, or from N(0, spread² I)."""
+def base_chain(problem: EnergyProblem, settings: SamplerSettings, steps: int) -> NoiseChain:
+    """The method's base: Brownian from the point 0 or from N(0, σ_max² I), or Ornstein–Uhlenbeck."""
+    scale, finest = _noise(problem, settings)
 
     def source(n: int, generator: torch.Generator) -> Tensor:
-        return spread * noise(problem.geometry, torch.zeros(n, *problem.event_shape, device=generator.device), generator)
+        return scale * noise(problem.geometry, torch.zeros(n, *problem.event_shape, device=generator.device), generator)
 
-    initial, (scale, finest) = source if spread else None, _noise(problem, settings)
+    if settings.method == "dds":
+        return OrnsteinUhlenbeckChain(problem.geometry, problem.event_shape, steps, scale)
+    initial = source if settings.method in FROM_NOISE else None
     if settings.noise == "constant":
-        return constant_chain(problem.geometry, problem.event_shape, settings.steps, scale, initial)
-    return geometric_chain(problem.geometry, problem.event_shape, settings.steps, scale, finest, initial)
+        return constant_chain(problem.geometry, problem.event_shape, steps, scale, initial)
+    return geometric_chain(problem.geometry, problem.event_shape, steps, scale, finest, initial)
 
 
-def _adjoint_sampling(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
-    chain = _brownian(problem, s)
+def build(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Method:
+    """The method of the settings on its base."""
+    chain = base_chain(problem, s, s.steps)
     cost = EnergyCost(energy, chain, s.max_grad_norm)
-    return Setup(AdjointSampling(chain, cost, s.batch, "adjoint", None, s.temperature), chain, control)
+    if s.method in ("pis", "dds"):
+        return discrete_adjoint(chain, cost, s.batch)
+    if s.method == "log_variance":
+        return LogVariance(chain, EnergyCost(energy, chain), s.batch)
+    assert isinstance(chain, BrownianChain)
+    if s.method == "adjoint_sampling":
+        return AdjointSampling(chain, cost, s.batch, "adjoint", None, s.temperature)
+    if s.method == "weighted_adjoint_sampling":
+        return AdjointSampling(chain, cost, s.batch, "least_variance", s.minimum_ess, s.temperature)
+    if s.method == "asbs":
+        corrector, input_scale = network(problem, s)
+        return AdjointBridgeSampling(chain, cost, corrector, s.batch, input_scale)
+    if s.method == "bridge_matching":
+        return DampedBridgeMatching(chain, cost, control, s.batch)
+    return IteratedDenoising(chain, cost, control.finest, s.batch, max_score=s.max_grad_norm)
 
-
-def _weighted(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
-    chain = _brownian(problem, s)
-    cost = EnergyCost(energy, chain, s.max_grad_norm)
-    return Setup(AdjointSampling(chain, cost, s.batch, "least_variance", s.minimum_ess, s.temperature), chain, control)
-
-
-def _asbs(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
-    scale = _noise(problem, s)[0]
-    chain = _brownian(problem, s, spread=scale)
-    cost = EnergyCost(energy, chain, s.max_grad_norm)
-    corrector, input_scale = network(problem, s)
-    return Setup(AdjointBridgeSampling(chain, cost, corrector, s.batch, input_scale), chain, control)
-
-
-def _bridge_matching(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
-    chain = _brownian(problem, s, spread=_noise(problem, s)[0])
-    return Setup(DampedBridgeMatching(chain, EnergyCost(energy, chain, s.max_grad_norm), control, s.batch), chain, control)
-
-
-def _idem(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
-    scale, finest = _noise(problem, s)
-    chain = _brownian(problem, s, spread=scale)
-    cost = EnergyCost(energy, chain, s.max_grad_norm)
-    return Setup(IteratedDenoising(chain, cost, finest, s.batch, max_score=s.max_grad_norm), chain, control)
-
-
-def _pis(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
-    chain = _brownian(problem, s)
-    return Setup(discrete_adjoint(chain, EnergyCost(energy, chain, s.max_grad_norm), s.batch), chain, control)
-
-
-def _dds(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
-    chain = OrnsteinUhlenbeckChain(problem.geometry, problem.event_shape, s.steps, _noise(problem, s)[0])
-    return Setup(discrete_adjoint(chain, EnergyCost(energy, chain, s.max_grad_norm), s.batch), chain, control)
-
-
-def _log_variance(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control: DriftControl) -> Setup:
-    chain = _brownian(problem, s)
-    return Setup(LogVariance(chain, EnergyCost(energy, chain), s.batch), chain, control)
-
-
-METHODS: dict[str, Callable[[EnergyProblem, SamplerSettings, Evaluator, DriftControl], Setup]] = {
-    "adjoint_sampling": _adjoint_sampling,
-    "weighted_adjoint_sampling": _weighted,
-    "asbs": _asbs,
-    "bridge_matching": _bridge_matching,
-    "pis": _pis,
-    "dds": _dds,
-    "log_variance": _log_variance,
-    "idem": _idem,
-}
-"""Name → what it trains on. The whole-path methods take one gradient step per round, on that round."""
 
 DEFAULTS: dict[str, SamplerSettings] = {
     "gmm40": SamplerSettings(iterations=120, batch=1024, minibatch=1024, steps=40, hidden=128),
-    "dw4": SamplerSettings(iterations=400, updates=50, steps=30),
-    "lj13": SamplerSettings(iterations=300, updates=40, steps=40, buffer_rounds=5),
+    "dw4": SamplerSettings(iterations=440, minibatch=256, buffer_rounds=20, steps=60, finest=0.1, learning_rate=2e-3),
+    "lj13": SamplerSettings(iterations=180, minibatch=256, steps=40, finest=0.03, learning_rate=2e-3),
 }
 """Settings of named problems where they differ from the class's; chosen on seed 0, see docs/lab-notes.md."""
-
-ON_POLICY = ("pis", "dds", "log_variance")
-STEP_VARIANCE = ("adjoint_sampling", "weighted_adjoint_sampling", "asbs", "bridge_matching")
-
 
 def train_sampler(
     problem: EnergyProblem,
@@ -271,11 +237,11 @@ def train_sampler(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net, input_scale = network(problem, s) if net is None else (net, 1.0)
-        if s.method in STEP_VARIANCE:
-            net = StepVariance(net, _brownian(problem, s))
+        if s.method in MATCHED:
+            net = StepVariance(net, s.steps)
         control = DriftControl(net, _noise(problem, s)[1], input_scale)
         evaluator = energy or Evaluator(problem.energy)
-        setup = METHODS[s.method](problem, s, evaluator, control)
+        method = build(problem, s, evaluator, control)
     on_policy = s.method in ON_POLICY
     fit_settings = FitSettings(
         s.iterations,
@@ -284,8 +250,9 @@ def train_sampler(
         ema=s.ema,
         updates=1 if on_policy else s.updates,
         minibatch=None if on_policy else s.minibatch,
+        checkpoint_every=10,
     )
     buffer = Buffer() if on_policy else Buffer(s.buffer_rounds * s.batch)
     state = State(control, torch.Generator().manual_seed(seed))
-    history = fit(setup.method, state, fit_settings, buffer, checkpoint, resume, callback)
-    return TrainedSampler(problem, s, setup.chain, control, evaluator, history)
+    history = fit(method, state, fit_settings, buffer, checkpoint, resume, callback)
+    return TrainedSampler(problem, s, base_chain(problem, s, s.draw_steps), control, evaluator, history)

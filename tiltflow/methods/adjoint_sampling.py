@@ -46,7 +46,7 @@ def update_step_variance(
     generator: torch.Generator,
     x0: Tensor | None = None,
 ) -> None:
-    """Move the v_k of a control with :class:`~tiltflow.control.StepVariance` a fifth of the way to this round's.
+    """Move the v_k/R_k of a control with :class:`~tiltflow.control.StepVariance` a fifth of the way to this round's.
 
     v_k = E‖X_1 − X_k − R_k b(X_k)‖²/d over weighted ambient end points x1 (n, *event), an eighth of them at each step. What
     the drift has not learned yet counts as variance.
@@ -60,7 +60,7 @@ def update_step_variance(
     x, _ = chain.bridge(k, starts, ends, generator)
     error = event_sum((ends - x - at(chain.remaining, k, x) * control.drift(chain, k, x)) ** 2)
     found = error.reshape(steps, rows).double().mean(1) / chain.geometry.dimension(chain.event_shape)
-    control.module.residual.lerp_(torch.minimum(found, chain.remaining[:-1]).to(control.module.residual), 0.2)
+    control.module.share.lerp_((found / chain.remaining[:-1]).clamp_max(1.0).to(control.module.share), 0.2)
 
 
 @dataclass(frozen=True)
