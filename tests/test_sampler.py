@@ -1,16 +1,13 @@
 """train_sampler end to end: exact drifts, mode weights, log Z, every method through one protocol, exact resume."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
-import tiltflow.sampler as sampler
 from tiltflow.chain import at
 from tiltflow.energies import ENERGY_PROBLEMS, EnergyProblem, Evaluator
 from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings
 from tiltflow.metrics.distance import total_variation
 from tiltflow.metrics.sampling import mode_weights
 from tiltflow.sampler import METHODS, ON_POLICY, SamplerSettings, train_sampler
@@ -87,14 +84,13 @@ def test_every_method_runs_through_one_protocol(method, name):
     assert (drawn.log_weights is None) == (method in ("asbs", "bridge_matching", "idem"))
 
 
-@pytest.mark.parametrize("method", ["weighted_adjoint_sampling", "asbs", "bridge_matching", "idem"])
-def test_a_resumed_run_equals_an_uninterrupted_one(method, tmp_path, monkeypatch):
-    problem, settings = gaussian(), replace(TINY, method=method, iterations=4)
+@pytest.mark.parametrize("method", ["weighted_adjoint_sampling", "asbs", "bridge_matching", "idem", "pis", "log_variance"])
+def test_a_resumed_run_equals_an_uninterrupted_one(method, tmp_path):
+    problem, settings = gaussian(), replace(TINY, method=method, iterations=12)  # the checkpoint is written at 10
     whole = train_sampler(problem, settings)
-    monkeypatch.setattr(sampler, "FitSettings", partial(FitSettings, checkpoint_every=2))
 
     def interrupt(row):
-        if row["iteration"] == 2:
+        if row["iteration"] == 10:
             raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError, match="interrupted"):
@@ -125,7 +121,7 @@ def test_the_sign_flipped_twin_climbs_the_energy():
 def test_constant_noise_and_a_network_of_ones_own(name):
     problem = ENERGY_PROBLEMS[name]()
     first = train_sampler(problem, replace(TINY, noise="constant"))
-    assert torch.allclose(first.chain.std, first.chain.std[:1].expand(8))
+    assert torch.allclose(first.chain.std, first.chain.std[:1].expand(200))
 
     class Twice(torch.nn.Module):
         def __init__(self):

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from tiltflow.sampler_run import EVALUATION_SEED, assess_all, base_draws, defaul
 Row = dict[str, Any]
 TEMPERING = "parallel_tempering"
 NAMES = (*METHODS, TEMPERING)
-SAMPLES, COMPARED = 10_000, 2_000
+SAMPLES, COMPARED, PILOT = 10_000, 2_000, 200
 COLUMNS = (
     "problem", "method", "seed", "w2", "w2_floor", "energy_w2", "energy_w2_floor", "mode_tv", "ess", "log_z_error",
     "energy_calls", "gradient_steps", "seconds", "network_evaluations", "energy_evaluations",
@@ -85,6 +86,7 @@ def bench_sampling(
     methods: tuple[str, ...],
     seed: int,
     iterations: int | None = None,
+    minutes: float | None = None,
     reference: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[Row]:
@@ -93,6 +95,7 @@ def bench_sampling(
     Args:
         problems: names, or module:function giving an EnergyProblem. methods: of :data:`NAMES`.
         iterations: rounds of training (parallel tempering: kept moves) instead of the default.
+        minutes: as many rounds (moves) as this time allows, judged by a pilot of a few; instead of ``iterations``.
         reference: a NumPy file (N, *event) to compare with instead of the problem's own samples; one problem only.
 
     Raises:
@@ -104,30 +107,40 @@ def bench_sampling(
         raise TiltflowError(f"--iterations must be at least 1, got {iterations}.")
     for name in problems:
         _problem(name, reference)
-    jobs = [(name, method, seed, iterations, reference) for name in problems for method in methods]
+    if minutes is not None and (iterations is not None or not minutes > 0):
+        raise TiltflowError(f"give --iterations, or --minutes above 0, not both; got {iterations} and {minutes}.")
+    jobs = [(name, method, seed, iterations, minutes, reference) for name in problems for method in methods]
     return run_apart(_bench_apart, jobs, progress)
 
 
 def _bench_apart(
-    name: str, method: str, seed: int, iterations: int | None, reference: Path | None, threads: int
+    name: str, method: str, seed: int, iterations: int | None, minutes: float | None, reference: Path | None, threads: int
 ) -> list[Row]:
     torch.set_num_threads(threads)
     try:
-        return [bench_one(_problem(name, reference), name, method, seed, iterations)]
+        return [bench_one(_problem(name, reference), name, method, seed, iterations, minutes)]
     except TiltflowError as error:  # a method that diverges is a result, and must not cost the others theirs
         return [dict.fromkeys(COLUMNS) | {"problem": name, "method": method, "seed": seed, "error": str(error)}]
 
 
-def bench_one(problem: EnergyProblem, name: str, method: str, seed: int, iterations: int | None = None) -> Row:
+def bench_one(
+    problem: EnergyProblem, name: str, method: str, seed: int, iterations: int | None = None, minutes: float | None = None
+) -> Row:
     """The row of one method on one problem."""
     row: Row = dict.fromkeys(COLUMNS) | {"problem": name, "method": method, "seed": seed}
     trained: TrainedSampler | None = None
     if method == TEMPERING:
         plan = LADDERS.get(name, Tempering())
+        if minutes is not None:
+            _, pilot = temper(problem, replace(plan, steps=PILOT, burn_in=0), seed)
+            iterations = max(1, int(60 * minutes * PILOT / (1.5 * pilot["seconds"])))
         plan = plan if iterations is None else replace(plan, steps=iterations, burn_in=iterations // 2)
         drawn, spent = temper(problem, plan, seed)
     else:
         settings = replace(default_settings(name), method=method)
+        if minutes is not None:
+            pilot_rounds = train_sampler(problem, replace(settings, iterations=4), seed=seed).history[1:]
+            iterations = max(1, int(60 * minutes / median(r["seconds"] for r in pilot_rounds)))
         settings = settings if iterations is None else replace(settings, iterations=iterations)
         with counted_rows(type(network(problem, settings)[0])) as through:
             started = time.perf_counter()

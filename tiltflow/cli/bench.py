@@ -84,9 +84,16 @@ def control_command(methods: str, iterations: int | None, seed: int, **options: 
 @click.option("--problem", "problems", multiple=True, required=True, help="gmm40, dw4, module:function, …; repeatable.")
 @click.option("--methods", default="all", show_default=True, help="all, or names with commas.")
 @click.option("--reference", type=click.Path(path_type=Path), help="FILE.npy of samples (N, *event) to compare with.")
+@click.option("--minutes", type=float, help="As many rounds as this time allows, instead of --iterations.")
 @bench_options
 def sampling_command(
-    problems: tuple[str, ...], methods: str, reference: Path | None, iterations: int | None, seed: int, **options: Any
+    problems: tuple[str, ...],
+    methods: str,
+    reference: Path | None,
+    minutes: float | None,
+    iterations: int | None,
+    seed: int,
+    **options: Any,
 ) -> None:
     """Samplers of e^{−E} and parallel tempering."""
     from tiltflow.bench_sampling import COLUMNS, bench_sampling, chosen_samplers
@@ -94,6 +101,6 @@ def sampling_command(
     names = chosen_samplers(methods)
 
     def run(bars: Bars) -> list[dict[str, Any]]:
-        return bench_sampling(problems, names, seed, iterations, reference, bars)
+        return bench_sampling(problems, names, seed, iterations, minutes, reference, bars)
 
     measure(run, " ".join(COLUMNS), seed=seed, **options)

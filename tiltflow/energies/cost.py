@@ -30,6 +30,11 @@ class EnergyCost:
     temperature: float = 1.0
     running: ClassVar[None] = None
 
+    @property
+    def auxiliary(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the evaluator's counters."""
+        return {"energy": self.energy}
+
     def value(self, x: Tensor, **condition: Any) -> Tensor:
         """g(x), (B,), differentiable; +inf where the energy was rejected."""
         return self.energy(self.chain.geometry.wrap(x)) / self.temperature + self.base_log_prob(x)

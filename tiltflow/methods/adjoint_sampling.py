@@ -95,7 +95,7 @@ class AdjointSampling(Method):
 
     @property
     def auxiliary(self) -> dict[str, Any]:
-        return {"energy": self.cost.energy}
+        return self.cost.auxiliary
 
     def collect(self, state: State) -> Round:
         """Simulate ``batch`` end points; rows x1, grad (∇E/T, clipped), weight, fisher (E‖∇E/T‖²/d of the round)."""

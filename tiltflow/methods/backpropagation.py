@@ -77,6 +77,10 @@ class Backpropagation(Method):
                 "stop (ReFL) differentiates one prediction and nothing else: pass kl=False, without last and checkpointing."
             )
 
+    @property
+    def auxiliary(self) -> dict[str, Any]:
+        return getattr(self.cost, "auxiliary", {})  # the counters of an energy
+
     def collect(self, state: State) -> Round:
         """Simulate without gradients; the draws come in the order of :func:`tiltflow.simulate.walk`."""
         control, generator = state.control, state.generator

@@ -82,7 +82,7 @@ class AdjointBridgeSampling(Method):
 
     @property
     def auxiliary(self) -> dict[str, Any]:
-        return {"corrector": self.corrector, "energy": self.cost.energy}
+        return {"corrector": self.corrector, **self.cost.auxiliary}
 
     def collect(self, state: State) -> Round:
         """Simulate pairs."""
@@ -127,7 +127,7 @@ class DampedBridgeMatching(Method):
 
     @property
     def auxiliary(self) -> dict[str, Any]:
-        return {"previous": self.previous, "energy": self.cost.energy}
+        return {"previous": self.previous, **self.cost.auxiliary}
 
     def collect(self, state: State) -> Round:
         """Simulate end points, and freeze the control that made them."""

@@ -52,7 +52,7 @@ class IteratedDenoising(Method):
 
     @property
     def auxiliary(self) -> dict[str, Any]:
-        return {"energy": self.cost.energy}
+        return self.cost.auxiliary
 
     def collect(self, state: State) -> Round:
         """Simulate end points; no energy is evaluated."""

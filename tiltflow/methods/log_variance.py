@@ -69,6 +69,10 @@ class LogVariance(Method):
                     "variance: pass paths_per_start, e.g. 16, or start from one point."
                 )
 
+    @property
+    def auxiliary(self) -> dict[str, Any]:
+        return getattr(self.cost, "auxiliary", {})  # the counters of an energy
+
     def collect(self, state: State) -> Round:
         """Simulate; rows x (B, K+1, *event), base_mean (B, K, *event), cost Σ h f + g (B,), start (B,) its number."""
         generator = state.generator
