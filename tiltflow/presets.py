@@ -18,6 +18,7 @@ from tiltflow.methods import Method, Sampler
 from tiltflow.methods.adjoint_matching import AdjointMatching, endpoint_share
 from tiltflow.methods.backpropagation import discrete_adjoint, draft, refl
 from tiltflow.methods.best_of_n import BestOfN
+from tiltflow.methods.deterministic import DeterministicAdjointMatching
 from tiltflow.methods.guidance import GradientGuidance
 from tiltflow.methods.log_variance import LogVariance
 from tiltflow.methods.policy_gradient import flow_grpo, reinforce
@@ -89,6 +90,10 @@ TRAINED: dict[str, Trained] = {
     "adjoint_matching_truncated": Trained(
         lambda chain, cost, n, g: AdjointMatching(chain, cost, n, last_steps=len(chain.t) // 4),
         "regresses on the last quarter of the steps only",
+    ),
+    "adjoint_matching_deterministic": Trained(
+        lambda chain, cost, n, g: DeterministicAdjointMatching(chain, cost, n),
+        "the adjoint of the ODE is the reward's gradient at one end point, not of the expected e^r",
     ),
     "adjoint_matching_basic": Trained(lambda chain, cost, n, g: AdjointMatching(chain, cost, n, adjoint="full")),
     "discrete_adjoint": Trained(lambda chain, cost, n, g: discrete_adjoint(chain, cost, n)),
