@@ -217,6 +217,30 @@ def iteration() -> str:
     return (markdown(header, lines) if lines else "not run") + "\n\n" + provenance(documents)
 
 
+def particle_network() -> str:
+    """The dense particle network beside a scatter-based one that computes the same function, and the MLP."""
+    documents = load("particle-network.json")
+    columns = {f"{what}_{c}": 2 if c == "ratio" else 1 for what in ("forward", "step") for c in ("ms", "reference_ms", "ratio")}
+    lines = [
+        [r["system"], str(r["batch"]), *(number([r.get(c)], digits) for c, digits in columns.items())]
+        for d in documents
+        for r in d["rows"]
+    ]
+    return (markdown(["system", "batch", *columns], lines) if lines else "not run") + "\n\n" + provenance(documents)
+
+
+def step_variance() -> str:
+    """Exact drifts with the base's step variance and with the matched one."""
+    documents = load("step-variance*.json")
+    columns = {"ess": 2, "elbo": 3, "log_z": 4}
+    lines = [
+        [str(r["steps"]), r["step_variance"], *(number([r[c]], digits) for c, digits in columns.items())]
+        for d in documents
+        for r in d["rows"]
+    ]
+    return (markdown(["steps", "step variance", *columns], lines) if lines else "not run") + "\n\n" + provenance(documents)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "tilt": tilt,
     "memoryless": memoryless,
@@ -227,6 +251,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "control": control,
     "few steps": few_steps,
     "sampling": sampling,
+    "step variance": step_variance,
+    "particle network": particle_network,
     "iteration": iteration,
 }
 
