@@ -220,7 +220,8 @@ def iteration() -> str:
 def particle_network() -> str:
     """The dense particle network beside a scatter-based one that computes the same function, and the MLP."""
     documents = load("particle-network.json")
-    columns = {f"{what}_{c}": 2 if c == "ratio" else 1 for what in ("forward", "step") for c in ("ms", "reference_ms", "ratio")}
+    parts = {"ms": 1, "reference_ms": 1, "ratio": 2}
+    columns = {f"{what}_{c}": digits for what in ("forward", "step") for c, digits in parts.items()}
     lines = [
         [r["system"], str(r["batch"]), *(number([r.get(c)], digits) for c, digits in columns.items())]
         for d in documents
