@@ -9,8 +9,6 @@ row), and is judged as `tiltflow bench tilt` judges: 20,000 samples of 100 steps
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
 import time
 from dataclasses import replace
@@ -19,8 +17,7 @@ from typing import Any
 
 import torch
 
-from tiltflow import __version__
-from tiltflow.bench import TiltSettings, bench_problem, chain_of, evaluate, run_apart, train, write_result
+from tiltflow.bench import TiltSettings, bench_problem, chain_of, evaluate, publish, run_apart, train
 from tiltflow.budget import Budget, Counter
 from tiltflow.chain import InterpolantChain, memoryless_chain, power_grid, residual_variance
 from tiltflow.problems import TiltProblem, mixture2d
@@ -85,11 +82,7 @@ def main() -> None:
     rows = run_apart(reference, [(arguments.seed,)], progress)
     quarter = rows[0]["base_evaluations"] // 4
     rows += run_apart(variant, [(name, arguments.seed, quarter) for name in VARIANTS], progress)
-    command = shlex.join(["python", *sys.argv])
-    document = {"command": command, "version": __version__, "seed": arguments.seed, "device": "cpu", "rows": rows}
-    if arguments.out is not None:
-        write_result(arguments.out, document | {"verdict": None}, time.perf_counter() - started)
-    print(json.dumps(document))
+    publish(rows, arguments.seed, arguments.out, started)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,6 @@ one gradient step on all 10,240 rows. Median of 30 rounds after 5; goal: 120 ms 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +14,7 @@ from statistics import median
 
 import torch
 
-from tiltflow import __version__
-from tiltflow.bench import chain_of, write_result
+from tiltflow.bench import chain_of, publish
 from tiltflow.control import FineTuned, tilted
 from tiltflow.cost import RewardCost
 from tiltflow.fit import FitSettings, fit
@@ -48,18 +44,7 @@ def main() -> None:
         times = milliseconds(importance)
         spread = {"lowest_ms": min(times), "highest_ms": max(times)}
         rows.append({"importance": importance, "median_ms": median(times)} | spread)
-    document = {
-        "command": shlex.join(["python", *sys.argv]),
-        "version": __version__,
-        "seed": 0,
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-        "verdict": None,
-    }
-    if arguments.out is not None:
-        write_result(arguments.out, document, time.perf_counter() - started)
-    print(json.dumps(document))
+    publish(rows, 0, arguments.out, started, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -16,10 +16,7 @@ Standard errors are those of the chains' means. ``--particles 13`` makes the kno
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shlex
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -31,8 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tiltflow import __version__
-from tiltflow.bench import write_result
+from tiltflow.bench import publish
 from tiltflow.energies.particles import LennardJones
 from tiltflow.geometry import Centred
 from tiltflow.mcmc import Tempered, parallel_tempering
@@ -217,17 +213,7 @@ def main() -> None:
         part = arguments.samples_out.with_name(arguments.samples_out.name + ".part")
         save_file({"samples": kept.contiguous()}, part)
         os.replace(part, arguments.samples_out)
-    document = {
-        "command": shlex.join(["python", *sys.argv]),
-        "version": __version__,
-        "seed": arguments.seed,
-        "device": "cpu",
-        "rows": rows,
-        "verdict": verdict,
-    }
-    if arguments.out is not None:
-        write_result(arguments.out, document, time.perf_counter() - started)
-    print(json.dumps(document))
+    publish(rows, arguments.seed, arguments.out, started, verdict)
 
 
 if __name__ == "__main__":

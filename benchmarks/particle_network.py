@@ -11,7 +11,6 @@ at least 2 times faster forward and 1.6 times per training step; the MLP's step 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from tiltflow import __version__
-from tiltflow.bench import write_result
+from tiltflow.bench import publish
 from tiltflow.nn.features import time_features
 from tiltflow.nn.mlp import MLP
 from tiltflow.nn.particles import Layer, ParticleNet
@@ -193,18 +191,8 @@ def main() -> None:
     rows = []
     for name in arguments.systems:
         rows.append(mlp(arguments.repeats) if name == "MLP" else system(name, arguments.repeats))
-        print(name, *(f"{k} {v:.3g}" for k, v in rows[-1].items() if isinstance(v, float)), sep="   ", flush=True)
-    document = {
-        "command": shlex.join(["python", *sys.argv]),
-        "version": __version__,
-        "seed": 0,
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-        "verdict": None,
-    }
-    if arguments.out is not None:
-        write_result(arguments.out, document, time.perf_counter() - started)
+        print(name, *(f"{k} {v:.3g}" for k, v in rows[-1].items() if isinstance(v, float)), sep="   ", file=sys.stderr)
+    publish(rows, 0, arguments.out, started, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -7,17 +7,14 @@ sample size and ELBO (log Z = 0) of 20,000 paths, with the base's step variance 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tiltflow import Follmer, __version__
-from tiltflow.bench import write_result
+from tiltflow import Follmer
+from tiltflow.bench import publish
 from tiltflow.brownian import BrownianChain, geometric_chain
 from tiltflow.control import DriftControl, StepVariance
 from tiltflow.geometry import Euclidean
@@ -70,17 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     started = time.perf_counter()
-    document = {
-        "command": shlex.join(["python", *sys.argv]),
-        "version": __version__,
-        "seed": arguments.seed,
-        "device": "cpu",
-        "rows": rows(arguments.seed),
-        "verdict": None,
-    }
-    if arguments.out is not None:
-        write_result(arguments.out, document, time.perf_counter() - started)
-    print(json.dumps(document))
+    publish(rows(arguments.seed), arguments.seed, arguments.out, started)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ their weights.
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiltflow import __version__
 from tiltflow.budget import Budget, Counter, counted, counted_reward, fit_within, peak_memory_mb
 from tiltflow.chain import InterpolantChain, memoryless_chain, residual_variance, uniform_grid
 from tiltflow.control import FineTuned, tilted
@@ -287,3 +290,14 @@ def write_result(path: Path, document: dict[str, Any], seconds: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     stamped = document | {"commit": head.stdout.strip() or None, "duration": seconds}
     write_text(path, json.dumps(stamped, indent=1) + "\n")
+
+
+def publish(
+    rows: list[Row], seed: int, out: Path | None, started: float, verdict: str | None = None, **more: Any
+) -> None:
+    """How a script under benchmarks/ ends: print its document, and write it to ``out``; ``started`` is a perf_counter."""
+    head = {"command": shlex.join(["python", *sys.argv]), "version": __version__, "seed": seed, "device": "cpu"}
+    document = head | more | {"rows": rows, "verdict": verdict}
+    if out is not None:
+        write_result(out, document, time.perf_counter() - started)
+    print(json.dumps(document))

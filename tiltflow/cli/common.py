@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -78,6 +79,19 @@ def finish(result: dict[str, Any], as_json: bool, text: str) -> None:
     click.echo(json.dumps(result) if as_json else text)
     if result["verdict"] == "fail":
         sys.exit(EXIT_FAIL)
+
+
+def finish_run(result: dict[str, Any], out: Path, numbers: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:
+    """:func:`finish` for a run folder: its numbers, the verdict's lines, and where the report is."""
+    lines = [r for r in result["rows"] if r["kind"] == "verdict"]
+    text = "\n\n".join(
+        [
+            table(numbers, columns),
+            table(lines, ["status", "name", "value", "low", "high", "threshold"]),
+            f"verdict: {result['verdict']}   ({result['rows'][0]['seconds']:.0f} s)\nreport:  {out / 'report.html'}",
+        ]
+    )
+    finish(result, as_json, text)
 
 
 class Bars:

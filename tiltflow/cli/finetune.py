@@ -16,6 +16,7 @@ from tiltflow.cli.common import (
     common,
     document,
     finish,
+    finish_run,
     parse_shape,
     table,
 )
@@ -71,19 +72,11 @@ def finetune_command(
         result = run_finetune(config, folder, command_line(), bars)
     bars.close()
     summary = result["rows"][0]
-    lines = [r for r in result["rows"] if r["kind"] == "verdict"]
     scores = [k[:-5] for k in summary if k.endswith("_base")]
     rows = [
         {"": name, **{c: summary[f"{name}_{c}"] for c in ("base", "reference", "reached")}} for name in scores
     ]
-    text = "\n\n".join(
-        [
-            table(rows, ["", "base", "reference", "reached"]),
-            table(lines, ["status", "name", "value", "low", "high", "threshold"]),
-            f"verdict: {result['verdict']}   ({summary['seconds']:.0f} s)\nreport:  {out / 'report.html'}",
-        ]
-    )
-    finish(result, as_json, text)
+    finish_run(result, out, rows, ["", "base", "reference", "reached"], as_json)
 
 
 @click.command("pretrain")

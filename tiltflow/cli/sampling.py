@@ -18,6 +18,7 @@ from tiltflow.cli.common import (
     common,
     document,
     finish,
+    finish_run,
     parse_shape,
     table,
 )
@@ -91,15 +92,7 @@ def train_sampler_command(
     bars.close()
     row = result["rows"][0]
     numbers = [{"": r.name, **r._asdict()} for r in summary(row, loaded.log_z)]
-    lines = [r for r in result["rows"] if r["kind"] == "verdict"]
-    text = "\n\n".join(
-        [
-            table(numbers, ["", "value", "floor", "resampled"]),
-            table(lines, ["status", "name", "value", "low", "high", "threshold"]),
-            f"verdict: {result['verdict']}   ({row['seconds']:.0f} s)\nreport:  {out / 'report.html'}",
-        ]
-    )
-    finish(result, as_json, text)
+    finish_run(result, out, numbers, ["", "value", "floor", "resampled"], as_json)
 
 
 @click.command("check-energy")
