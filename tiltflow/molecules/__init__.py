@@ -1,0 +1,1 @@
+"""Molecules: SMILES in, weighted conformers out. Needs RDKit: ``pip install tiltflow[conformers]``."""
