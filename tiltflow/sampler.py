@@ -200,7 +200,9 @@ def build(problem: EnergyProblem, s: SamplerSettings, energy: Evaluator, control
 
 DEFAULTS: dict[str, SamplerSettings] = {
     "gmm40": SamplerSettings(iterations=120, batch=1024, minibatch=1024, steps=40, hidden=128),
-    "dw4": SamplerSettings(iterations=400, minibatch=256, buffer_rounds=20, steps=60, finest=0.1, learning_rate=2e-3),
+    "dw4": SamplerSettings(
+        iterations=400, minibatch=256, buffer_rounds=20, steps=60, draw_steps=400, finest=0.1, learning_rate=2e-3
+    ),
     "lj13": SamplerSettings(iterations=180, minibatch=256, steps=40, finest=0.03, learning_rate=2e-3),
 }
 """Settings of named problems where they differ from the class's; chosen on seed 0, see docs/lab-notes.md."""

@@ -1,0 +1,94 @@
+r"""Torsional coordinates: a molecule whose bond lengths, angles and rings are those of a template, turned about its bonds.
+
+θ ∈ [−π, π)^D are the dihedral angles of the rotatable bonds: those of RDKit's (strict) definition, and of hydroxyl and thiol
+hydrogens, whose direction decides about hydrogen bonds. x(θ) turns, for one bond after the other, the atoms on its smaller
+side about the bond by θ_k minus the template's angle; turning one bond leaves every other dihedral as it is, so the order
+does not matter up to a motion of the whole molecule. Densities in these coordinates are with respect to dθ.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from rdkit import Chem
+from rdkit.Chem.Lipinski import RotatableBondSmarts
+from torch import Tensor
+
+from tiltflow.errors import TiltflowError
+from tiltflow.molecules.molecule import Molecule
+
+HYDROXYL = Chem.MolFromSmarts("[!$([#6]=[O,N,S]);!H3;!D1]-!@[$([OX2H1]),$([SX2H1])]")
+"""An OH or SH that is no acid's."""
+
+
+class Torsions(NamedTuple):
+    """``atoms`` (D, 4): of each dihedral; the bond joins the middle two. ``moving`` (D, N), bool: atoms beyond the bond."""
+
+    atoms: Tensor
+    moving: Tensor
+
+
+def rotatable_torsions(molecule: Molecule) -> Torsions:
+    """The rotatable bonds of a molecule, each with one dihedral (heavy atoms first) and its smaller side."""
+    mol = molecule.mol
+    heavy = Chem.RemoveHs(mol)  # the patterns are for hydrogen-free graphs
+    names = [a.GetIdx() for a in mol.GetAtoms() if a.GetAtomicNum() > 1]
+    if heavy.GetNumAtoms() != len(names):
+        raise TiltflowError(f"{molecule.name}: hydrogens that RDKit does not remove (isotopes, hydrides) are not supported.")
+    bonds = {tuple(sorted(m)) for m in heavy.GetSubstructMatches(RotatableBondSmarts)}
+    bonds |= {tuple(sorted(m)) for m in heavy.GetSubstructMatches(HYDROXYL)}
+    atoms, moving = [], []
+    for i, j in sorted(bonds):
+        b, c = names[i], names[j]
+        beyond = _side(mol, b, c)
+        if 2 * int(beyond.sum()) > len(beyond):
+            b, c = c, b
+            beyond = _side(mol, b, c)
+        atoms.append([_end(mol, b, c), b, c, _end(mol, c, b)])
+        beyond[c] = False  # on the axis
+        moving.append(beyond)
+    n = mol.GetNumAtoms()
+    if not atoms:
+        return Torsions(torch.zeros(0, 4, dtype=torch.long), torch.zeros(0, n, dtype=torch.bool))
+    return Torsions(torch.tensor(atoms), torch.stack(moving))
+
+
+def _side(mol: Chem.Mol, b: int, c: int) -> Tensor:
+    """Atoms that are reached from c without crossing b–c, (N,), bool."""
+    seen = torch.zeros(mol.GetNumAtoms(), dtype=torch.bool)
+    stack = [c]
+    while stack:
+        i = stack.pop()
+        seen[i] = True
+        stack += [a.GetIdx() for a in mol.GetAtomWithIdx(i).GetNeighbors() if not seen[a.GetIdx()] and {i, a.GetIdx()} != {b, c}]
+    return seen
+
+
+def _end(mol: Chem.Mol, b: int, c: int) -> int:
+    """The neighbour of b that measures the dihedral: of the highest atomic number, then of the lowest index."""
+    others = [a for a in mol.GetAtomWithIdx(b).GetNeighbors() if a.GetIdx() != c]
+    return min(others, key=lambda a: (-a.GetAtomicNum(), a.GetIdx())).GetIdx()
+
+
+def dihedrals(x: Tensor, atoms: Tensor) -> Tensor:
+    """Dihedral angles (B, D) in (−π, π], IUPAC's sign, of positions x (B, N, 3) and atoms (D, 4)."""
+    p = x[:, atoms]
+    first, axis, last = (p[:, :, i + 1] - p[:, :, i] for i in range(3))
+    n1, n2 = torch.linalg.cross(first, axis), torch.linalg.cross(axis, last)
+    sine = (torch.linalg.cross(n1, n2) * axis).sum(-1) / axis.norm(dim=-1)
+    return torch.atan2(sine, (n1 * n2).sum(-1))
+
+
+def place(template: Tensor, torsions: Torsions, angles: Tensor) -> Tensor:
+    """x(θ), (B, N, 3), of a template (N, 3) at angles (B, D); differentiable in the angles."""
+    x = template.to(angles).expand(len(angles), -1, -1)
+    turn = angles - dihedrals(template[None], torsions.atoms).to(angles)
+    for k, (_, b, c, _) in enumerate(torsions.atoms.tolist()):
+        beyond = torsions.moving[k].nonzero()[:, 0]
+        axis = torch.nn.functional.normalize(x[:, c] - x[:, b], dim=-1)[:, None]
+        arm = x[:, beyond] - x[:, c : c + 1]
+        cos, sin = turn[:, k, None, None].cos(), turn[:, k, None, None].sin()
+        turned = arm * cos + torch.linalg.cross(axis.expand_as(arm), arm) * sin + axis * (axis * arm).sum(-1, True) * (1 - cos)
+        x = x.index_copy(1, beyond, turned + x[:, c : c + 1])
+    return x
