@@ -107,9 +107,9 @@ class StepVariance(nn.Module):
         high = (low + 1).clamp_max(len(self.share) - 1)
         return torch.lerp(self.share[low], self.share[high], place - low)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """The network's field."""
-        return self.net(x, t)
+        return self.net(x, t, **condition)
 
 
 @dataclass(frozen=True)
@@ -135,16 +135,16 @@ class DriftControl:
         left, s2 = chain.remaining, chain.std**2
         return (left[1:] / left[:-1] + s2 / left[:-1] * self.module.share_at(chain.t[:-1])).sqrt()
 
-    def drift(self, chain: NoiseChain, k: Index, x: Tensor) -> Tensor:
+    def drift(self, chain: NoiseChain, k: Index, x: Tensor, **condition: Any) -> Tensor:
         """b(x, t_k)."""
-        out = self.module(x / self.input_scale, times(chain, k, x))
+        out = self.module(x / self.input_scale, times(chain, k, x), **condition)
         return chain.geometry.project(out / at((chain.remaining + self.finest**2).sqrt(), k, x))
 
     def mean(self, chain: NoiseChain, k: Index, x: Tensor, base_mean: Tensor | None = None, **condition: Any) -> Tensor:
         """mean_base + s_k² b(x, t_k)."""
         if base_mean is None:
             base_mean = chain.base_mean(k, x)
-        return base_mean + at(chain.std, k, x) ** 2 * self.drift(chain, k, x)
+        return base_mean + at(chain.std, k, x) ** 2 * self.drift(chain, k, x, **condition)
 
 
 class Blend(nn.Module):

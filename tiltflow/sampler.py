@@ -113,22 +113,33 @@ class TrainedSampler:
     energy: Evaluator
     history: History
 
-    @torch.no_grad()
     def draw(self, n: int, seed: int = 0, batch: int = 2_000) -> Drawn:
         """n samples with path weights (where the source is a point, or the base stationary)."""
-        generator = torch.Generator().manual_seed(seed)
-        geometry = self.chain.geometry
-        x, energy, log_w = [], [], []
-        for start in range(0, n, batch):
-            source = self.chain.source(min(batch, n - start), generator)
-            part = sample(self.chain, self.control, source, generator)
-            x.append(geometry.wrap(part.x))
-            energy.append(self.energy.value(x[-1]))
-            log_w.append(part.log_ratio - energy[-1])
-        points = torch.cat(x)
-        weighted = self.chain.initial is None
-        weights = torch.cat(log_w) - geometry.log_normal(points, self.chain.end_variance) if weighted else None
-        return Drawn(points, torch.cat(energy), weights)
+        return draw(self.chain, self.control, self.energy, n, torch.Generator().manual_seed(seed), batch)
+
+
+@torch.no_grad()
+def draw(
+    chain: NoiseChain,
+    control: DriftControl,
+    energy: Evaluator,
+    n: int,
+    generator: torch.Generator,
+    batch: int = 2_000,
+    condition: Callable[[int], dict[str, Any]] = lambda rows: {},
+) -> Drawn:
+    """n samples of a control on a chain; ``condition`` gives it so many rows."""
+    geometry = chain.geometry
+    x, energies, log_w = [], [], []
+    for start in range(0, n, batch):
+        rows = min(batch, n - start)
+        part = sample(chain, control, chain.source(rows, generator), generator, **condition(rows))
+        x.append(geometry.wrap(part.x))
+        energies.append(energy.value(x[-1]))
+        log_w.append(part.log_ratio - energies[-1])
+    points = torch.cat(x)
+    weights = torch.cat(log_w) - geometry.log_normal(points, chain.end_variance) if chain.initial is None else None
+    return Drawn(points, torch.cat(energies), weights)
 
 
 def network(problem: EnergyProblem, settings: SamplerSettings) -> tuple[nn.Module, float]:

@@ -21,7 +21,6 @@ from tiltflow.energies.evaluator import Energy, Evaluator
 from tiltflow.errors import TiltflowError
 
 SHIPPED = {"dw4": (4, 2), "lj13": (13, 3), "lj55": (55, 3)}
-MADE_BY = {"lj55": "python benchmarks/lj55_reference.py"}
 
 
 class Virial(NamedTuple):
@@ -35,14 +34,13 @@ def load_reference(name: str) -> Tensor:
     """Reference samples (N, *event) of "dw4", "lj13" or "lj55", float32, centre of mass at zero (see REFERENCES.md).
 
     Raises:
-        TiltflowError: no such name; a reference that is not shipped, with the command that makes it.
+        TiltflowError: no such name; a file that is missing or of another shape.
     """
     if name not in SHIPPED:
         raise TiltflowError(f"no reference samples are called {name!r}; there are {', '.join(SHIPPED)}.")
     path = Path(str(files("tiltflow.assets") / f"{name}_reference.safetensors"))
     if not path.is_file():
-        remedy = f"make it with `{MADE_BY[name]}`" if name in MADE_BY else "reinstall tiltflow"
-        raise TiltflowError(f"the reference samples of {name} are missing ({path.name}): {remedy}.")
+        raise TiltflowError(f"the reference samples of {name} are missing ({path.name}): reinstall tiltflow.")
     samples = load_file(path).get("samples")
     if samples is None or samples.shape[1:] != SHIPPED[name]:
         raise TiltflowError(f"{path} must hold one tensor `samples` of shape (N, {', '.join(map(str, SHIPPED[name]))}).")

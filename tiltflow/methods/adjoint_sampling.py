@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.brownian import BrownianChain
-from tiltflow.buffer import Material
+from tiltflow.buffer import Material, condition_rows, conditions_of
 from tiltflow.chain import at
 from tiltflow.control import Control, DriftControl, StepVariance
 from tiltflow.energies.cost import EnergyCost
@@ -45,6 +45,7 @@ def update_step_variance(
     weight: Tensor,
     generator: torch.Generator,
     x0: Tensor | None = None,
+    condition: Material | None = None,
 ) -> None:
     """Move the v_k/R_k of a control with :class:`~tiltflow.control.StepVariance` a fifth of the way to this round's.
 
@@ -58,7 +59,8 @@ def update_step_variance(
     k = torch.arange(steps).repeat_interleave(rows)
     ends, starts = x1[pick], torch.zeros_like(x1[pick]) if x0 is None else x0[pick]
     x, _ = chain.bridge(k, starts, ends, generator)
-    error = event_sum((ends - x - at(chain.remaining, k, x) * control.drift(chain, k, x)) ** 2)
+    rows_of = {name: v[pick] for name, v in (condition or {}).items()}
+    error = event_sum((ends - x - at(chain.remaining, k, x) * control.drift(chain, k, x, **rows_of)) ** 2)
     found = error.reshape(steps, rows).double().mean(1) / chain.geometry.dimension(chain.event_shape)
     control.module.share.lerp_((found / chain.remaining[:-1]).clamp_max(1.0).to(control.module.share), 0.2)
 
@@ -97,12 +99,16 @@ class AdjointSampling(Method):
     def auxiliary(self) -> dict[str, Any]:
         return self.cost.auxiliary
 
-    def collect(self, state: State) -> Round:
-        """Simulate ``batch`` end points; rows x1, grad (∇E/T, clipped), weight, fisher (E‖∇E/T‖²/d of the round)."""
+    def collect(self, state: State, **condition: Any) -> Round:
+        """Simulate ``batch`` end points; rows x1, grad (∇E/T, clipped), weight, fisher (E‖∇E/T‖²/d of the round).
+
+        ``condition``: rows (batch, …) that the control is given, here and in the loss.
+        """
         chain, temperature = self.chain, self.temperature(state.iteration) if self.temperature else 1.0
         cost = replace(self.cost, temperature=temperature)
         with torch.no_grad():
-            drawn = sample(chain, state.control, chain.source(self.batch, state.generator), state.generator)
+            source = chain.source(self.batch, state.generator)
+            drawn = sample(chain, state.control, source, state.generator, **condition)
         energy, grad = cost.energy_and_grad(drawn.x)
         good = torch.isfinite(energy)
         log_w = drawn.log_ratio - energy - cost.base_log_prob(drawn.x)
@@ -110,7 +116,7 @@ class AdjointSampling(Method):
         weight = good.to(grad)
         if self.minimum_ess is not None:
             weight[good] = (tempered(log_w[good], self.minimum_ess) * int(good.sum())).to(grad)
-        update_step_variance(state.control, chain, drawn.x, weight, state.generator)
+        update_step_variance(state.control, chain, drawn.x, weight, state.generator, condition=condition)
         d = chain.geometry.dimension(chain.event_shape)
         fisher = float((weight * event_sum(grad**2)).sum() / weight.sum()) / d
         material: Material = {
@@ -118,6 +124,7 @@ class AdjointSampling(Method):
             "grad": grad,
             "weight": weight,
             "fisher": torch.full_like(weight, fisher),
+            **condition_rows(condition),
         }
         metrics = {
             "energy": float((energy[good] * temperature).median()),
@@ -148,4 +155,5 @@ class AdjointSampling(Method):
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """The matching loss at freshly drawn bridge points."""
         x, k, drift = self.project(material, generator)
-        return reduce_terms(matching_terms(control, self.chain, x, k, -drift, x), material["weight"])
+        terms = matching_terms(control, self.chain, x, k, -drift, x, **conditions_of(material))
+        return reduce_terms(terms, material["weight"])

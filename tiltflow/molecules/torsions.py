@@ -61,7 +61,8 @@ def _side(mol: Chem.Mol, b: int, c: int) -> Tensor:
     while stack:
         i = stack.pop()
         seen[i] = True
-        stack += [a.GetIdx() for a in mol.GetAtomWithIdx(i).GetNeighbors() if not seen[a.GetIdx()] and {i, a.GetIdx()} != {b, c}]
+        next_ones = [a.GetIdx() for a in mol.GetAtomWithIdx(i).GetNeighbors()]
+        stack += [j for j in next_ones if not seen[j] and {i, j} != {b, c}]
     return seen
 
 
@@ -89,6 +90,7 @@ def place(template: Tensor, torsions: Torsions, angles: Tensor) -> Tensor:
         axis = torch.nn.functional.normalize(x[:, c] - x[:, b], dim=-1)[:, None]
         arm = x[:, beyond] - x[:, c : c + 1]
         cos, sin = turn[:, k, None, None].cos(), turn[:, k, None, None].sin()
-        turned = arm * cos + torch.linalg.cross(axis.expand_as(arm), arm) * sin + axis * (axis * arm).sum(-1, True) * (1 - cos)
+        along = axis * (axis * arm).sum(-1, keepdim=True)
+        turned = (arm - along) * cos + torch.linalg.cross(axis.expand_as(arm), arm) * sin + along
         x = x.index_copy(1, beyond, turned + x[:, c : c + 1])
     return x

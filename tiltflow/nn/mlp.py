@@ -39,3 +39,17 @@ class EventMLP(nn.Module):
         """Output of the shape of x."""
         rows = torch.cat([x.sin(), x.cos()], -1) if self.periodic else x
         return self.net(rows.flatten(1), t).reshape(x.shape)
+
+
+class SystemMLP(nn.Module):
+    """An :class:`MLP` on angles (B, d) of several systems with the same d, each known by its number: ``system`` (B,)."""
+
+    def __init__(self, systems: int, dim: int, hidden: int = 64, layers: int = 3) -> None:
+        super().__init__()
+        self.systems = systems
+        self.net = MLP(2 * dim + systems, dim, hidden, layers)
+
+    def forward(self, x: Tensor, t: Tensor, system: Tensor) -> Tensor:
+        """Output (B, d)."""
+        number = nn.functional.one_hot(system, self.systems).to(x)
+        return self.net(torch.cat([x.sin(), x.cos(), number], -1), t)
