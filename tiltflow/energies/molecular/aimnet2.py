@@ -55,5 +55,6 @@ class AIMNet2:
         check_positions(self, x, len(self._numbers))
         y = x.detach().cpu().float().clone()  # the network marks its input as requiring a gradient
         charge = torch.full((len(y),), float(self._charge), dtype=torch.float32)
-        found = self._network({"coord": y, "numbers": self._numbers.expand(len(y), -1), "charge": charge})
+        with torch.jit.optimized_execution(False):  # as fast, and no half second of compiling for each new shape
+            found = self._network({"coord": y, "numbers": self._numbers.expand(len(y), -1), "charge": charge})
         return non_finite_as_nan(x, found["energy"], found["forces"])
