@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed
 DEMO ?= finetune --base digits --reward thickness --strength 3 --out runs/demo --overwrite
 BENCH ?= bench tilt
 
-.PHONY: setup demo test test-all bench docs lint clean clean-venv
+.PHONY: setup demo test test-all test-energies energy-ani energy-aimnet2 energy-xtb bench docs lint clean clean-venv
 
 setup: $(STAMP)
 
@@ -43,6 +43,20 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest
 
+# Molecular energies whose packages exclude each other: `make energy-xtb` builds .venv-energy-xtb, which is .venv and tblite.
+ENERGIES := ani aimnet2 xtb
+
+$(ENERGIES:%=energy-%): energy-%: .venv-energy-%/.energy
+
+.venv-energy-%/.energy: requirements/energy-%.txt pyproject.toml constraints.txt
+	$(MAKE) --no-print-directory setup VENV=.venv-energy-$*
+	.venv-energy-$*/bin/python -m pip install --disable-pip-version-check -q --no-deps -r $<
+	@touch $@
+
+test-energies: $(ENERGIES:%=energy-%)
+	set -e; for energy in $(ENERGIES); do \
+		.venv-energy-$$energy/bin/python -m pytest tests/test_molecular_energies.py; done
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -56,7 +70,7 @@ docs: setup
 
 clean:
 	rm -rf site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 clean-venv:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ENERGIES:%=.venv-energy-%)
