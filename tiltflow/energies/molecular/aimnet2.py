@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.energies.molecular.interface import Unit, check_molecule, check_positions, non_finite_as_nan
+from tiltflow.energies.molecular.interface import Unit, check_molecule, check_positions, environment, non_finite_as_nan
 from tiltflow.errors import TiltflowError
 from tiltflow.molecules.molecule import Molecule
 
 FILE = "models/aimnet2_wb97m_ens_f.jpt"
-INSTALL = "install it with `make energy-aimnet2`"
 
 
 @cache
@@ -44,10 +43,10 @@ class AIMNet2:
         check_molecule(self, molecule, charged=True)
         package = find_spec("Auto3D")
         if package is None or package.origin is None:
-            raise TiltflowError(f"Auto3D is missing; {INSTALL}.")
+            raise TiltflowError(f"Auto3D is missing; {environment('aimnet2')}.")
         file = Path(package.origin).parent / FILE
         if not file.is_file():
-            raise TiltflowError(f"{file} is missing, of which Auto3D 2.3.1 is known to have it; {INSTALL}.")
+            raise TiltflowError(f"{file} is missing, which Auto3D 2.3.1 has; {environment('aimnet2')}.")
         self._network = _network(file)
         self._numbers, self._charge = molecule.atomic_numbers, molecule.charge
 

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.energies.molecular.interface import Unit, check_molecule, check_positions, non_finite_as_nan, required
+from tiltflow.energies.molecular.interface import (
+    Unit,
+    check_molecule,
+    check_positions,
+    environment,
+    non_finite_as_nan,
+    required,
+)
 from tiltflow.molecules.molecule import Molecule
 
 
@@ -39,7 +46,7 @@ class ANI1ccx:
         check_molecule(self, molecule, charged=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pkg_resources, that it is going away
-            self._network = _network(required("torchani", "make energy-ani"))
+            self._network = _network(required("torchani", environment("ani")))
         self._numbers = molecule.atomic_numbers
 
     def energy_and_forces(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,10 +30,10 @@ class ASEEnergy:
     elements = None
 
     def __init__(self, calculator: Any, molecule: Molecule, name: str = "ase") -> None:
-        install = "pip install 'tiltflow[ase]'"
+        advice = "install it with `pip install 'tiltflow[ase]'`"
         self.name = name
-        self._failures: type[Exception] = required("ase.calculators.calculator", install).CalculationFailed
-        self._atoms = required("ase", install).Atoms(numbers=molecule.atomic_numbers.numpy())
+        self._failures: type[Exception] = required("ase.calculators.calculator", advice).CalculationFailed
+        self._atoms = required("ase", advice).Atoms(numbers=molecule.atomic_numbers.numpy())
         self._atoms.calc = calculator
         lacking = {"energy", "forces"} - set(calculator.implemented_properties)
         if lacking:

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
+from rdkit.Chem import GetPeriodicTable
 from torch import Tensor
 
 from tiltflow.errors import TiltflowError
@@ -170,18 +171,21 @@ def open_energy(name: str, molecule: Molecule) -> MolecularEnergy:
 # For adapters
 
 
-def required(module: str, install: str) -> Any:
-    """An optional package. Raises TiltflowError with what to type if it, or something it imports, is missing."""
+def environment(name: str) -> str:
+    """What to do about a package that has an environment of its own."""
+    return f"install it with `make energy-{name}` and use .venv-energy-{name}/bin/tiltflow"
+
+
+def required(module: str, advice: str) -> Any:
+    """An optional package. Raises TiltflowError with ``advice`` if it, or something it imports, is missing."""
     try:
         return import_module(module)
     except ImportError as error:
-        raise TiltflowError(f"{module} cannot be imported ({error}); install it with `{install}`.") from error
+        raise TiltflowError(f"{module} cannot be imported ({error}); {advice}.") from error
 
 
 def check_molecule(energy: MolecularEnergy, molecule: Molecule, *, charged: bool, radicals: bool = False) -> None:
     """Raises UnsupportedMolecule for elements, a charge or unpaired electrons that the energy does not take."""
-    from rdkit.Chem import GetPeriodicTable
-
     symbol = GetPeriodicTable().GetElementSymbol
     found = set(molecule.atomic_numbers.tolist())
     if energy.elements is not None and found - energy.elements:
@@ -189,8 +193,9 @@ def check_molecule(energy: MolecularEnergy, molecule: Molecule, *, charged: bool
         raise UnsupportedMolecule(molecule, f"{energy.name} does not take {foreign}; it takes {taken}")
     if molecule.charge and not charged:
         raise UnsupportedMolecule(molecule, f"{energy.name} takes neutral molecules; the charge is {molecule.charge:+d}")
-    if unpaired_electrons(molecule) and not radicals:
-        raise UnsupportedMolecule(molecule, f"{energy.name} takes no radicals, nor lone atoms with open shells")
+    unpaired = unpaired_electrons(molecule)
+    if unpaired and not radicals:
+        raise UnsupportedMolecule(molecule, f"{energy.name} takes no radicals; electrons left unpaired: {unpaired}")
 
 
 def unpaired_electrons(molecule: Molecule) -> int:

@@ -9,7 +9,15 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from tiltflow.energies.molecular.interface import BOHR, Unit, check_molecule, required, row_by_row, unpaired_electrons
+from tiltflow.energies.molecular.interface import (
+    BOHR,
+    Unit,
+    check_molecule,
+    environment,
+    required,
+    row_by_row,
+    unpaired_electrons,
+)
 from tiltflow.molecules.molecule import Molecule
 
 
@@ -29,8 +37,8 @@ class GFN2:
 
     def __init__(self, molecule: Molecule) -> None:
         check_molecule(self, molecule, charged=True, radicals=True)
-        self._tblite = required("tblite.interface", "make energy-xtb")
-        self._failure: type[Exception] = required("tblite.exceptions", "make energy-xtb").TBLiteRuntimeError
+        self._tblite = required("tblite.interface", environment("xtb"))
+        self._failure: type[Exception] = required("tblite.exceptions", environment("xtb")).TBLiteRuntimeError
         self._numbers = molecule.atomic_numbers.numpy()
         self._charge, self._unpaired = molecule.charge, unpaired_electrons(molecule)
 
