@@ -77,7 +77,9 @@ def rdkit(molecule: Molecule, n: int, seed: int) -> Generated:
     mol, found = Chem.Mol(molecule.mol), positions_of(molecule.mol)
     for attempt in range(ATTEMPTS):
         options: Any = rdDistGeom.ETKDGv3()
-        options.randomSeed, options.useRandomCoords = seed + 1_000_003 * attempt, attempt > 0
+        options.randomSeed = int(np.random.default_rng([seed, attempt]).integers(1, 1 << 30))
+        options.enableSequentialRandomSeeds = True  # else conformer k has k times the seed: all alike if it is 0
+        options.useRandomCoords = attempt > 0
         rdDistGeom.EmbedMultipleConfs(mol, n - len(found), options)
         found = torch.cat([found, positions_of(mol)])
         if len(found) == n:
@@ -145,8 +147,8 @@ def bench_conformers(
     count = len(listed) if molecules is None else molecules
     if not 1 <= count <= len(listed):
         raise TiltflowError(f"--molecules {molecules}: {data} has {len(listed)}.")
-    if not 0 <= seed < 1 << 30:
-        raise TiltflowError(f"--seed {seed}: RDKit takes seeds from 0 to 2³⁰ − 1.")
+    if seed < 0:
+        raise TiltflowError(f"--seed {seed}: give 0 or more.")
     listed = listed[:count]
     references = [read_reference(data, line) for line in listed]  # what is damaged is found before anything is generated
     training = data.parent / TRAINING
