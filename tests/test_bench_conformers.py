@@ -59,8 +59,8 @@ def test_rmsd_is_rdkits(smiles, generator):
     """Every pair; without its symmetries, or with the distance to a mirror image, it is not."""
     mol = molecule(smiles)
     x, y = conformers(mol, 3), conformers(mol, 4, seed=7)
-    x = x + 0.3 * torch.randn(x.shape, generator=generator)
-    y = y @ rotations(4, generator) + 0.3 * torch.randn(y.shape, generator=generator)
+    x = x + 0.6 * torch.randn(x.shape, generator=generator)
+    y = y @ rotations(4, generator) + 0.6 * torch.randn(y.shape, generator=generator)
     orders = symmetries(mol)
     assert len(orders) == SYMMETRIC[smiles] and (orders == torch.arange(orders.shape[1])).all(1).any()
     y = y.clone()  # a symmetry's worth of renumbering
@@ -70,7 +70,7 @@ def test_rmsd_is_rdkits(smiles, generator):
     expected = [[rdMolAlign.GetBestRMS(Chem.Mol(q), p, j, i) for j in range(4)] for i in range(3)]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-5)
     mirrored = rmsd_matrix(mol, x, y * torch.tensor([1.0, 1.0, -1.0]))
-    assert (mirrored - found).abs().max() > 0.05
+    assert (mirrored - found).abs().max() > 0.01
     if len(orders) > 1:
         alone = [(k, k) for k in range(len(heavy))]
         plain = [[rdMolAlign.AlignMol(Chem.Mol(q), p, j, i, atomMap=alone) for j in range(4)] for i in range(3)]
