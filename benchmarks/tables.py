@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from tiltflow.bench_conformers import METHODS as GENERATORS
+from tiltflow.bench_conformers import SUBSETS
 from tiltflow.bench_control import METHODS as CONTROL_METHODS
 from tiltflow.bench_control import PROBLEMS as CONTROL_PROBLEMS
 from tiltflow.bench_sampling import NAMES as SAMPLERS
@@ -182,6 +184,38 @@ def sampling() -> str:
     return markdown(["problem", "method", "seeds", *columns], lines) + "\n\n" + provenance(documents)
 
 
+def conformers() -> str:
+    """Coverage of CREST's conformers: every method, as generated and relaxed, for all molecules and the flexible ones."""
+    documents = load("conformers-*.json")
+    rows = [r for d in documents for r in d["rows"] if r["kind"] == "summary"]
+    lines = []
+    for subset, name, relaxed in itertools.product(SUBSETS, GENERATORS, (False, True)):
+        found = [r for r in rows if (r["subset"], r["method"], r["relaxed"]) == (subset, name, relaxed)]
+        at = {t: [r for r in found if r["threshold"] == t] for t in (1.0, 1.25)}
+        molecules = ", ".join(sorted({f"{r['molecules']} of {r['listed']}" for r in at[1.0]})) or "0"
+        failed = ", ".join(sorted({m for r in at[1.0] for m in r["failed"]}))
+        cells = [
+            number([r["recall_coverage"] for r in at[1.0]]), _bounds(at[1.0]),
+            number([r["recall_coverage"] for r in at[1.25]]), _bounds(at[1.25]),
+            number([r["recall_amr"] for r in at[1.0]]),
+            number([r["precision_coverage"] for r in at[1.0]]), number([r["precision_coverage"] for r in at[1.25]]),
+            number([r["precision_amr"] for r in at[1.0]]),
+            number([r["energy_calls"] for r in at[1.0]], 0), number([r["seconds"] for r in at[1.0]], 0),
+        ]  # fmt: skip
+        seeds = str(len(at[1.0])) + (f"; failed: {failed}" if failed else "")
+        lines.append([subset, name, "yes" if relaxed else "no", molecules, seeds, *cells])
+    header = [
+        "molecules", "method", "relaxed", "number", "seeds", "recall 1 Å", "95 %", "recall 1.25 Å", "95 %", "recall AMR (Å)",
+        "precision 1 Å", "precision 1.25 Å", "precision AMR (Å)", "energy_calls", "seconds",
+    ]  # fmt: skip
+    return markdown(header, lines) + "\n\n" + provenance(documents)
+
+
+def _bounds(rows: list[Row]) -> str:
+    """The bootstrap interval of each seed."""
+    return "; ".join(f"{r['recall_coverage_low']:.3f}–{r['recall_coverage_high']:.3f}" for r in rows) or "not run"
+
+
 def few_steps() -> str:
     """Training with few simulation steps."""
     documents = load("few-steps-*.json")
@@ -252,6 +286,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "control": control,
     "few steps": few_steps,
     "sampling": sampling,
+    "conformers": conformers,
     "step variance": step_variance,
     "particle network": particle_network,
     "iteration": iteration,

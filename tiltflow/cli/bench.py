@@ -18,17 +18,22 @@ def bench() -> None:
     """Measurements against closed forms; rows accumulate in benchmarks/results."""
 
 
-def bench_options(function: Any) -> Any:
-    """Rounds and the result file, on top of the common options."""
+def result_options(function: Any) -> Any:
+    """The result file, on top of the common options."""
     function = click.option("--out", type=click.Path(path_type=Path), help="Also write the document to this file.")(function)
-    function = click.option("--iterations", type=int, help="Rounds of training (default: the protocol's).")(function)
     return common(function)
+
+
+def bench_options(function: Any) -> Any:
+    """Rounds of training, on top of :func:`result_options`."""
+    function = click.option("--iterations", type=int, help="Rounds of training (default: the protocol's).")(function)
+    return result_options(function)
 
 
 def measure(
     run: Callable[[Bars], list[dict[str, Any]]], columns: str, out: Path | None, seed: int, device: str, as_json: bool
 ) -> None:
-    """Run a benchmark, write its result, print its rows."""
+    """Run a benchmark, write its result, print its rows (if rows are of several kinds, the summary)."""
     from tiltflow.bench import write_result
 
     if device != "cpu":
@@ -39,7 +44,7 @@ def measure(
     result = document(seed, device, rows, None)
     if out is not None:
         write_result(out, result, time.perf_counter() - started)
-    finish(result, as_json, table(rows, columns.split()))
+    finish(result, as_json, table([r for r in rows if r.get("kind", "summary") == "summary"], columns.split()))
 
 
 @bench.command("tilt")
@@ -104,3 +109,31 @@ def sampling_command(
         return bench_sampling(problems, names, seed, iterations, minutes, reference, bars)
 
     measure(run, " ".join(COLUMNS), seed=seed, **options)
+
+
+@bench.command("conformers")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of references (default: benchmarks/data/geom_drugs).")
+@click.option("--methods", default="all", show_default=True, help="all, or names with commas.")
+@click.option("--molecules", type=int, help="Only the first so many, for short runs.")
+@result_options
+def conformers_command(data: Path | None, methods: str, molecules: int | None, seed: int, **options: Any) -> None:
+    """Coverage of reference conformers by generated ones.
+
+    With --out FILE, finished molecules are kept in FILE.parts, where an interrupted run resumes. It is deleted in the end.
+    """
+    from tiltflow.bench_conformers import COLUMNS, DATA, bench_conformers, chosen_generators
+
+    names, out = chosen_generators(methods), options["out"]
+    if data is None and not DATA.is_dir():
+        raise TiltflowError(f"the references are not part of the package and not at {DATA}; give their folder: --data DIR.")
+    parts = None if out is None else out.with_name(out.name + ".parts")
+
+    def run(bars: Bars) -> list[dict[str, Any]]:
+        return bench_conformers(data or DATA, names, seed, molecules, parts, bars)
+
+    measure(run, " ".join(COLUMNS), seed=seed, **options)
+    if parts is not None:
+        for kept in parts.glob("*.json*"):
+            kept.unlink()
+        if not any(parts.iterdir()):
+            parts.rmdir()
