@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rdkit import Chem
@@ -27,7 +27,7 @@ def embed(molecule: Molecule, n: int, seed: int, relax: bool = False) -> Tensor:
         TiltflowError: none could be embedded.
     """
     mol = Chem.Mol(molecule.mol)
-    parameters = rdDistGeom.ETKDGv3()
+    parameters: Any = rdDistGeom.ETKDGv3()
     parameters.randomSeed, parameters.numThreads = seed, 1
     parameters.enableSequentialRandomSeeds = True  # else conformer k has the seed k·seed, and of seed 0 all are the same
     if not rdDistGeom.EmbedMultipleConfs(mol, n, parameters):

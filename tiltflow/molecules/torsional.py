@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class TorsionalSampler:
     """A trained sampler of one molecule: the control, and per template the chain and the energy it was trained on."""
 
     settings: TorsionalSettings
+    dim: int
     control: DriftControl
     energies: list[Evaluator]
     history: History
@@ -90,12 +92,13 @@ class TorsionalSampler:
 
     def draw(self, n: int, generator: torch.Generator) -> list[Drawn]:
         """n angles with their path weights from each template."""
-        dim = int(self.energies[0].energy.torsions.atoms.shape[0])  # type: ignore[union-attr]
-        chain = torsion_chain(self.settings, dim, self.settings.draw_steps)
-        return [
-            draw(chain, self.control, e, n, generator, condition=lambda rows, i=i: {"system": torch.full((rows,), i)})
-            for i, e in enumerate(self.energies)
-        ]
+        chain = torsion_chain(self.settings, self.dim, self.settings.draw_steps)
+        systems = [partial(_rows_of_system, i) for i in range(len(self.energies))]
+        return [draw(chain, self.control, e, n, generator, condition=c) for e, c in zip(self.energies, systems)]
+
+
+def _rows_of_system(system: int, rows: int) -> dict[str, Tensor]:
+    return {"system": torch.full((rows,), system)}
 
 
 def torsion_chain(settings: TorsionalSettings, dim: int, steps: int) -> BrownianChain:
@@ -136,4 +139,4 @@ def train_torsional(
     buffer = Buffer(s.buffer_rounds * s.batch * len(samplers))
     state = State(control, torch.Generator().manual_seed(seed))
     history = fit(method, state, fit_settings, buffer, callback=callback)
-    return TorsionalSampler(s, control, evaluators, history)
+    return TorsionalSampler(s, dim, control, evaluators, history)
