@@ -1,0 +1,109 @@
+"""Is a conformer still the molecule that was asked for? Bonds and stereochemistry, recomputed from the 3-D coordinates.
+
+Bonds are read from distances and covalent radii r (Å): a bond must be between 0.6 (r_i + r_j) and r_i + r_j + 0.4, any other
+pair of atoms further apart than r_i + r_j + 0.25 (bridgeheads of a cage may be closer than the ends of a stretched bond,
+hence two limits). Chirality and E/Z are assigned by RDKit to a copy, from its coordinates alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from rdkit import Chem
+from torch import Tensor
+
+from tiltflow.errors import TiltflowError
+from tiltflow.molecules.molecule import Molecule
+
+SHORTEST, BROKEN, FORMED = 0.6, 0.4, 0.25
+_ROWS = 256  # conformers whose distances are held at a time
+_STEREO = {
+    Chem.BondStereo.STEREOE: "E",
+    Chem.BondStereo.STEREOZ: "Z",
+    Chem.BondStereo.STEREOTRANS: "trans",
+    Chem.BondStereo.STEREOCIS: "cis",
+}
+
+
+def audit(molecule: Molecule, positions: Tensor) -> list[str | None]:
+    """What is wrong with each conformer, or None: coordinates not finite, bonds, chirality of centres, E/Z of double bonds.
+
+    Args:
+        molecule: what the conformers should be.
+        positions: (n, N, 3), Å, atoms in the order of ``molecule.mol``.
+
+    Atoms are named by symbol and number, counted from 1 as in an .sdf. Every centre and double bond whose stereo the input
+    defines is compared, also in rings; axial and planar chirality are not looked at.
+
+    Raises:
+        TiltflowError: positions of another shape.
+    """
+    atoms = molecule.mol.GetNumAtoms()
+    if positions.ndim != 3 or positions.shape[1:] != (atoms, 3):
+        raise TiltflowError(f"{molecule.name}: positions are {tuple(positions.shape)}; they must be (n, {atoms}, 3), in Å.")
+    found: list[str | None] = []
+    for rows in positions.detach().cpu().double().split(_ROWS):
+        for x, bonds in zip(rows, _connectivity(molecule.mol, rows)):
+            if not bool(torch.isfinite(x).all()):
+                found.append("coordinates are not finite")
+            else:
+                faults = [*bonds, *_stereo(molecule.mol, x)]
+                found.append("; ".join(faults) if faults else None)
+    return found
+
+
+def _connectivity(mol: Chem.Mol, x: Tensor) -> list[list[str]]:
+    """The first wrong bond of each kind in each conformer (n, N, 3)."""
+    table = Chem.GetPeriodicTable()
+    radius = torch.tensor([table.GetRcovalent(a.GetAtomicNum()) for a in mol.GetAtoms()], dtype=torch.float64)
+    bonded = torch.from_numpy(Chem.GetAdjacencyMatrix(mol)).bool()
+    touch, pairs = radius + radius[:, None], torch.ones_like(bonded).triu(1)
+    d = (x[:, :, None] - x[:, None]).norm(dim=-1)
+    kinds = (
+        ("is broken", bonded & (d > touch + BROKEN)),
+        ("is too short", bonded & (d < SHORTEST * touch)),
+        ("is no bond", ~bonded & (d < touch + FORMED)),
+    )
+    faults: list[list[str]] = [[] for _ in x]
+    for text, wrong in kinds:
+        wrong = wrong & pairs
+        for row in wrong.flatten(1).any(1).nonzero()[:, 0].tolist():
+            i, j = wrong[row].nonzero()[0].tolist()
+            ends = "-".join(label(mol.GetAtomWithIdx(k)) for k in (i, j))
+            more = int(wrong[row].sum()) - 1
+            faults[row].append(f"{ends} {text} ({float(d[row, i, j]):.2f} Å)" + (f" and {more} more" if more else ""))
+    return faults
+
+
+def _stereo(mol: Chem.Mol, x: Tensor) -> list[str]:
+    """Centres and double bonds of one conformer (N, 3) that differ from the input's."""
+    copy = with_positions(mol, x[None])
+    Chem.AssignStereochemistryFrom3D(copy, 0, replaceExistingTags=True)
+    faults = []
+    for atom in mol.GetAtoms():
+        tag, now = atom.GetChiralTag(), copy.GetAtomWithIdx(atom.GetIdx()).GetChiralTag()
+        if tag != Chem.ChiralType.CHI_UNSPECIFIED and now != tag:
+            what = "has no chirality" if now == Chem.ChiralType.CHI_UNSPECIFIED else "is inverted"
+            faults.append(f"centre {label(atom)} {what}")
+    for bond in mol.GetBonds():
+        stereo, new = bond.GetStereo(), copy.GetBondWithIdx(bond.GetIdx()).GetStereo()
+        if stereo in _STEREO and new != stereo:
+            ends = f"{label(bond.GetBeginAtom())}={label(bond.GetEndAtom())}"
+            faults.append(f"double bond {ends} is {_STEREO.get(new, 'undefined')}, not {_STEREO[stereo]}")
+    return faults
+
+
+def with_positions(mol: Chem.Mol, positions: Tensor) -> Chem.Mol:
+    """A copy with conformers 0 … n−1 at ``positions`` (n, N, 3), Å."""
+    copy = Chem.Mol(mol)
+    copy.RemoveAllConformers()
+    for x in positions.detach().cpu().double().numpy():
+        conformer = Chem.Conformer(mol.GetNumAtoms())
+        conformer.Set3D(True)
+        conformer.SetPositions(x)
+        copy.AddConformer(conformer, assignId=True)
+    return copy
+
+
+def label(atom: Chem.Atom) -> str:
+    """Symbol and number, counted from 1 as in an .sdf."""
+    return f"{atom.GetSymbol()}{atom.GetIdx() + 1}"
