@@ -36,7 +36,7 @@ class Settings:
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The molecules that were generated. Boron is unsupported, iodine gives useless weights, bromine a faulty conformer."""
+    """The molecules that were generated. Boron is unsupported, iodine gives useless weights, bromine faulty conformers."""
     seen = []
 
     def generate(molecule, settings, seed, progress):
@@ -51,6 +51,8 @@ def calls(monkeypatch):
         energy, log_w = torch.arange(float(len(x))), torch.linspace(0, 1, len(x))
         if "I" in molecule.smiles:
             log_w[0] = 80.0
+        if molecule.name == "collapsed":
+            x[:] = torch.nan
         if "Br" in molecule.smiles:
             x[1, 0] += 5.0
             energy[2] = torch.inf
@@ -96,7 +98,7 @@ def test_one_smiles(calls, tmp_path):
 
 def test_a_file_with_everything_that_goes_wrong(calls, tmp_path):
     source, out = tmp_path / "in.smi", tmp_path / "run"
-    source.write_text("CCO good\nCC(F)Cl flat\nB(C)(C)C boron\nCCI iodide\nCCBr bromide\n")
+    source.write_text("CCO good\nCC(F)Cl flat\nB(C)(C)C boron\nCCI iodide\nCCBr bromide\nCCN collapsed\n")
     done = tiltflow("conformers", source, "-n", 30, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -105,6 +107,7 @@ def test_a_file_with_everything_that_goes_wrong(calls, tmp_path):
         "good": (30, 0, True),
         "iodide": (30, 0, False),
         "bromide": (28, 2, True),
+        "collapsed": (0, 30, False),
     }
     assert document["verdict"] == "cannot tell"
     refused = [(r["line"], r["name"], r["reason"]) for r in document["rows"] if r["kind"] == "refused"]
@@ -112,7 +115,7 @@ def test_a_file_with_everything_that_goes_wrong(calls, tmp_path):
     rejects = [(r["line"], r["name"], r["reason"]) for r in rows_of(out / "rejects.csv")]
     assert rejects[0][0] == "2" and rejects[1] == ("3", "boron", "no parameters for B")
     assert "conformer 2 left out: C1-C2 is broken" in rejects[2][2]
-    assert rejects[3] == ("5", "bromide", "conformer 3 left out: energy is not finite") and len(rejects) == 4
+    assert rejects[3] == ("5", "bromide", "conformer 3 left out: energy is not finite") and len(rejects) == 4 + 30
     weights = {name: [r["weight"] for r in rows_of(out / "conformers.csv") if r["name"] == name] for name in kept}
     assert set(weights["iodide"]) == {"cannot tell"}
     assert sum(map(float, weights["bromide"])) == pytest.approx(1) == sum(map(float, weights["good"]))

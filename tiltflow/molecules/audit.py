@@ -42,12 +42,11 @@ def audit(molecule: Molecule, positions: Tensor) -> list[str | None]:
         raise TiltflowError(f"{molecule.name}: positions are {tuple(positions.shape)}; they must be (n, {atoms}, 3), in Å.")
     found: list[str | None] = []
     for rows in positions.detach().cpu().double().split(_ROWS):
-        for x, bonds in zip(rows, _connectivity(molecule.mol, rows)):
-            if not bool(torch.isfinite(x).all()):
-                found.append("coordinates are not finite")
-            else:
-                faults = [*bonds, *_stereo(molecule.mol, x)]
-                found.append("; ".join(faults) if faults else None)
+        finite = torch.isfinite(rows).flatten(1).all(1)
+        good = iter(zip(_connectivity(molecule.mol, rows[finite]), _stereo(molecule.mol, rows[finite])))
+        for fine in finite.tolist():
+            bonds, stereo = next(good) if fine else (["coordinates are not finite"], [])
+            found.append("; ".join([*bonds, *stereo]) or None)
     return found
 
 
@@ -74,21 +73,24 @@ def _connectivity(mol: Chem.Mol, x: Tensor) -> list[list[str]]:
     return faults
 
 
-def _stereo(mol: Chem.Mol, x: Tensor) -> list[str]:
-    """Centres and double bonds of one conformer (N, 3) that differ from the input's."""
-    copy = with_positions(mol, x[None])
-    Chem.AssignStereochemistryFrom3D(copy, 0, replaceExistingTags=True)
-    faults = []
-    for atom in mol.GetAtoms():
-        tag, now = atom.GetChiralTag(), copy.GetAtomWithIdx(atom.GetIdx()).GetChiralTag()
-        if tag != Chem.ChiralType.CHI_UNSPECIFIED and now != tag:
-            what = "has no chirality" if now == Chem.ChiralType.CHI_UNSPECIFIED else "is inverted"
-            faults.append(f"centre {label(atom)} {what}")
-    for bond in mol.GetBonds():
-        stereo, new = bond.GetStereo(), copy.GetBondWithIdx(bond.GetIdx()).GetStereo()
-        if stereo in _STEREO and new != stereo:
-            ends = f"{label(bond.GetBeginAtom())}={label(bond.GetEndAtom())}"
-            faults.append(f"double bond {ends} is {_STEREO.get(new, 'undefined')}, not {_STEREO[stereo]}")
+def _stereo(mol: Chem.Mol, x: Tensor) -> list[list[str]]:
+    """Centres and double bonds of each conformer (n, N, 3) that differ from the input's."""
+    centres = [(a, a.GetChiralTag()) for a in mol.GetAtoms() if a.GetChiralTag() != Chem.ChiralType.CHI_UNSPECIFIED]
+    bonds = [(b, b.GetStereo()) for b in mol.GetBonds() if b.GetStereo() in _STEREO]
+    faults: list[list[str]] = [[] for _ in x]
+    for row, wrong in zip(x, faults) if centres or bonds else ():
+        copy = with_positions(mol, row[None])
+        Chem.AssignStereochemistryFrom3D(copy, 0, replaceExistingTags=True)
+        for atom, tag in centres:
+            now = copy.GetAtomWithIdx(atom.GetIdx()).GetChiralTag()
+            if now != tag:
+                lost = now == Chem.ChiralType.CHI_UNSPECIFIED
+                wrong.append(f"centre {label(atom)} {'has no chirality' if lost else 'is inverted'}")
+        for bond, stereo in bonds:
+            new = copy.GetBondWithIdx(bond.GetIdx()).GetStereo()
+            if new != stereo:
+                ends = f"{label(bond.GetBeginAtom())}={label(bond.GetEndAtom())}"
+                wrong.append(f"double bond {ends} is {_STEREO.get(new, 'undefined')}, not {_STEREO[stereo]}")
     return faults
 
 

@@ -122,7 +122,7 @@ def _section(e: Ensemble, c: Clusters) -> dict[str, Any]:
         shown = f"The first {TORSIONS} of {len(bonds)} torsions. " if len(bonds) > TORSIONS else ""
         figures.append(("Torsions", shown + counted, _torsions(e, bonds[:TORSIONS], weights)))
     if e.log_weights is not None:
-        sizes = (e.weights * len(e)).sort(descending=True).values.tolist()
+        sizes = (e.weights * len(e)).sort(descending=True).values.clamp(min=1e-6).tolist()
         rank = [(i + 1) / len(e) for i in range(len(e))]
         picture = plots.curve(rank, {"weight": sizes}, "share of conformers", "path weight (mean 1)", {"ideal": 1.0}, True)
         figures.append(("Sorted path weights", "Flat at 1 if the sampler is exact.", picture))
