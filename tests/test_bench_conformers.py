@@ -15,8 +15,8 @@ from tiltflow.bench_conformers import Generated, bench_conformers, bench_molecul
 from tiltflow.cli import main
 from tiltflow.errors import TiltflowError
 from tiltflow.metrics.conformers import coverage, heavy_atoms, rmsd_matrix, symmetries
-from tiltflow.molecules.geom import Listed, Reference, list_molecules, read_reference, with_conformers
-from tiltflow.molecules.molecule import molecule
+from tiltflow.molecules.geom import Listed, Reference, list_molecules, read_reference
+from tiltflow.molecules.molecule import molecule, with_positions
 from tiltflow.molecules.split import unseen
 
 DATA = Path(__file__).parent.parent / "benchmarks" / "data" / "geom_drugs"
@@ -48,7 +48,7 @@ def conformers(mol, n, seed=0):
 
 
 def heavy_mol(mol, x):
-    return Chem.RemoveAllHs(with_conformers(mol, x))
+    return Chem.RemoveAllHs(with_positions(mol.mol, x))
 
 
 # RMSD and coverage
@@ -222,12 +222,12 @@ def test_baselines_give_what_is_asked_for(method):
     assert made.positions.shape == (40, mol.mol.GetNumAtoms(), 3) and made.energy_calls == 0 and made.seconds > 0
     assert torch.equal(made.positions, again) and not torch.allclose(made.positions, other)
     for x in made.positions[:5]:
-        copy = with_conformers(mol, x[None])
+        copy = with_positions(mol.mol, x[None])
         Chem.AssignStereochemistryFrom3D(copy)
         assert Chem.MolToSmiles(Chem.RemoveHs(copy)) == mol.smiles
     if method != "rdkit":
         (amide,) = mol.mol.GetSubstructMatches(Chem.MolFromSmarts("CC(=O)NC"))
-        mobile = with_conformers(mol, made.positions)
+        mobile = with_positions(mol.mol, made.positions)
         angles = [Chem.rdMolTransforms.GetDihedralDeg(c, *(amide[i] for i in (0, 1, 3, 4))) for c in mobile.GetConformers()]
         assert 5 < sum(abs(a) < 90 for a in angles) < 35  # either side of the amide
         plain = bench.rdkit(mol, 40, 0).positions
@@ -242,14 +242,14 @@ def test_relaxation_lowers_mmff_and_refuses_what_it_does_not_know():
     x = bench.rdkit_random_torsions(mol, 4, 0).positions
 
     def energies(positions):
-        mobile = with_conformers(mol, positions)
+        mobile = with_positions(mol.mol, positions)
         return [e for _, e in rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mobile, maxIters=0)]
 
     assert all(after < before for before, after in zip(energies(x), energies(relax(mol, x))))
     with pytest.raises(TiltflowError, match="MMFF94 has no parameters for 'molecule'"):
         relax(molecule("CB(O)O"), torch.zeros(1, 9, 3))
     with pytest.raises(TiltflowError, match=r"\(1, 9, 2\)"):
-        with_conformers(mol, torch.zeros(1, 9, 2))
+        with_positions(mol.mol, torch.zeros(1, 9, 2))
 
 
 def reference(n=4):

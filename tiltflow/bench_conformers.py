@@ -34,8 +34,8 @@ from tiltflow import __version__
 from tiltflow.bench import run_apart
 from tiltflow.errors import TiltflowError
 from tiltflow.metrics.conformers import coverage, heavy_atoms, rmsd_matrix
-from tiltflow.molecules.geom import Listed, Reference, list_molecules, positions_of, read_reference, with_conformers
-from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.geom import Listed, Reference, list_molecules, read_reference
+from tiltflow.molecules.molecule import Molecule, positions_of, with_positions
 from tiltflow.molecules.split import read_training_smiles, unseen
 from tiltflow.store import write_text
 
@@ -91,7 +91,7 @@ def rdkit_random_torsions(molecule: Molecule, n: int, seed: int) -> Generated:
     """Geometries of :func:`rdkit`, every rotatable bond (RDKit's pattern, amides included) at a uniform angle."""
     positions, calls, seconds = rdkit(molecule, n, seed)
     started = time.perf_counter()
-    mol, torsions = with_conformers(molecule, positions), _torsions(molecule)
+    mol, torsions = with_positions(molecule.mol, positions), _torsions(molecule)
     angles = np.random.default_rng(seed).uniform(-180, 180, (n, len(torsions)))
     for conformer, row in zip(mol.GetConformers(), angles):
         for torsion, angle in zip(torsions, row):
@@ -233,7 +233,7 @@ def evenly(n: int, most: int) -> Tensor:
 
 def relax(molecule: Molecule, positions: Tensor) -> Tensor:
     """positions (n, N, 3) after at most 200 iterations of MMFF94 (Halgren 1996). TiltflowError: no parameters for it."""
-    mol = with_conformers(molecule, positions)
+    mol = with_positions(molecule.mol, positions)
     if not rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
         raise TiltflowError(f"MMFF94 has no parameters for {molecule.name!r} ({molecule.smiles}).")
     rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mol, numThreads=1, maxIters=RELAXATION, mmffVariant="MMFF94")

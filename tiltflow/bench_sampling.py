@@ -2,7 +2,7 @@ r"""`tiltflow bench sampling`: samplers of e^{−E} side by side, and parallel t
 
 Protocol: 10,000 samples; log Z and ESS from all of them, distances from 2,000 beside their floors (:mod:`tiltflow.assess`).
 Each method has the problem's default settings but for its name. Counted during training only: calls of the energy and rows
-it evaluated (an energy with its gradient is one), rows through the network, gradient steps, seconds.
+it evaluated (an energy with its gradient is one), rows through the network, gradient steps, seconds of wall clock and of processor.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NAMES = (*METHODS, TEMPERING)
 SAMPLES, COMPARED, PILOT = 10_000, 2_000, 200
 COLUMNS = (
     "problem", "method", "seed", "w2", "w2_floor", "energy_w2", "energy_w2_floor", "mode_tv", "ess", "log_z_error",
-    "energy_calls", "gradient_steps", "seconds", "network_evaluations", "energy_evaluations",
+    "energy_calls", "gradient_steps", "seconds", "processor_seconds", "network_evaluations", "energy_evaluations",
 )  # fmt: skip
 """Keys of every row; None where they do not apply."""
 
@@ -143,11 +143,10 @@ def bench_one(
             iterations = max(1, int(60 * minutes / median(r["seconds"] for r in pilot_rounds)))
         settings = settings if iterations is None else replace(settings, iterations=iterations)
         with counted_rows(type(network(problem, settings)[0])) as through:
-            started = time.perf_counter()
+            started, busy = time.perf_counter(), time.process_time()
             trained = train_sampler(problem, settings, seed=seed)
-            seconds = time.perf_counter() - started
-        spent = {
-            "seconds": seconds,
+            spent = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - busy}
+        spent |= {
             "energy_calls": trained.energy.calls,
             "energy_evaluations": trained.energy.evaluations,
             "network_evaluations": through["rows"],
@@ -181,7 +180,7 @@ def counted_rows(kind: type[nn.Module]) -> Iterator[Counter[str]]:
 def temper(problem: EnergyProblem, plan: Tempering, seed: int) -> tuple[Drawn, Row]:
     """SAMPLES draws of parallel tempering from relaxed draws of the base, in random order, and what they cost."""
     generator = torch.Generator().manual_seed(seed)
-    evaluator, started = Evaluator(problem.energy), time.perf_counter()
+    evaluator, started, busy = Evaluator(problem.energy), time.perf_counter(), time.process_time()
     x = base_draws(problem, plan.chains, generator)
     step = 0.1 * problem.finest
     for _ in range(plan.relax):  # particles on top of each other would never be moved
@@ -200,6 +199,7 @@ def temper(problem: EnergyProblem, plan: Tempering, seed: int) -> tuple[Drawn, R
     )
     spent = {
         "seconds": time.perf_counter() - started,
+        "processor_seconds": time.process_time() - busy,
         "energy_calls": evaluator.calls,
         "energy_evaluations": evaluator.evaluations,
         "network_evaluations": 0,

@@ -14,6 +14,7 @@ import click
 from tiltflow import __version__
 from tiltflow.cli.bench import bench
 from tiltflow.cli.common import EXIT_MISUSE
+from tiltflow.cli.conformers import conformers_command
 from tiltflow.cli.finetune import check_reward_command, demo, finetune_command, pretrain_command
 from tiltflow.cli.sampling import check_energy_command, sample_command, train_sampler_command
 from tiltflow.errors import TiltflowError
@@ -22,7 +23,7 @@ from tiltflow.errors import TiltflowError
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def cli() -> None:
-    """Tilt a flow or diffusion model towards a reward, or sample from an energy, and know whether it is right."""
+    """Tilt a flow or diffusion model towards a reward, sample from an energy or a molecule, and know whether it is right."""
 
 
 for command in (
@@ -31,6 +32,7 @@ for command in (
     train_sampler_command,
     check_energy_command,
     sample_command,
+    conformers_command,
     pretrain_command,
     demo,
     bench,

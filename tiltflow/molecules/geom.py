@@ -18,13 +18,12 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from rdkit import Chem
 from torch import Tensor
 
 from tiltflow.errors import TiltflowError
-from tiltflow.molecules.molecule import Molecule, molecule
+from tiltflow.molecules.molecule import Molecule, molecule, with_positions
 
 BOND = 1.3
 _TABLE = Chem.GetPeriodicTable()
@@ -50,25 +49,6 @@ class Listed(NamedTuple):
     name: str
     rotatable_bonds: int
     smiles: str
-
-
-def with_conformers(molecule: Molecule, positions: Tensor) -> Chem.Mol:
-    """A copy of the RDKit molecule with the conformers (n, N, 3), in Å. Raises TiltflowError for another shape."""
-    mol = Chem.Mol(molecule.mol)
-    if positions.shape[1:] != (mol.GetNumAtoms(), 3):
-        atoms = mol.GetNumAtoms()
-        raise TiltflowError(f"conformers of {molecule.name!r} are (n, {atoms}, 3), not {tuple(positions.shape)}.")
-    for one in positions.detach().cpu().double().numpy():
-        conformer = Chem.Conformer(mol.GetNumAtoms())
-        conformer.SetPositions(one)
-        conformer.Set3D(True)
-        mol.AddConformer(conformer, assignId=True)
-    return mol
-
-
-def positions_of(mol: Chem.Mol) -> Tensor:
-    """(n, N, 3), float64, Å: the conformers of an RDKit molecule."""
-    return torch.from_numpy(np.array([c.GetPositions() for c in mol.GetConformers()]).reshape(-1, mol.GetNumAtoms(), 3))
 
 
 def list_molecules(folder: Path) -> list[Listed]:
@@ -194,6 +174,6 @@ def _graph(numbers: Tensor, bonded: Tensor) -> Chem.Mol:
 
 def _isomer(molecule: Molecule, x: Tensor) -> str:
     """The isomeric SMILES of the coordinates (N, 3)."""
-    mol: Any = with_conformers(molecule, x[None])
+    mol: Any = with_positions(molecule.mol, x[None])
     Chem.AssignStereochemistryFrom3D(mol)
     return Chem.MolToSmiles(Chem.RemoveHs(mol))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from rdkit import Chem
+from rdkit.Chem.rdMolDescriptors import CalcNumRotatableBonds
 from torch import Tensor
+
+from tiltflow.errors import TiltflowError
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +40,6 @@ class Molecule:
     @property
     def rotatable_bonds(self) -> int:
         """RDKit's count."""
-        from rdkit.Chem.rdMolDescriptors import CalcNumRotatableBonds
-
         return CalcNumRotatableBonds(self.mol)
 
 
@@ -45,3 +47,22 @@ def molecule(smiles: str, name: str = "molecule") -> Molecule:
     """The molecule of a SMILES that is known to be good; :mod:`tiltflow.molecules.read` checks those that are not."""
     mol = Chem.MolFromSmiles(smiles)
     return Molecule(name, Chem.MolToSmiles(mol), Chem.AddHs(mol))
+
+
+def with_positions(mol: Chem.Mol, positions: Tensor) -> Chem.Mol:
+    """A copy with conformers 0 … n−1 at ``positions`` (n, N, 3), Å. Raises TiltflowError for another shape."""
+    if positions.shape[1:] != (mol.GetNumAtoms(), 3):
+        raise TiltflowError(f"positions must be (n, {mol.GetNumAtoms()}, 3), in Å, not {tuple(positions.shape)}.")
+    copy = Chem.Mol(mol)
+    copy.RemoveAllConformers()
+    for x in positions.detach().cpu().double().numpy():
+        conformer = Chem.Conformer(mol.GetNumAtoms())
+        conformer.Set3D(True)
+        conformer.SetPositions(x)
+        copy.AddConformer(conformer, assignId=True)
+    return copy
+
+
+def positions_of(mol: Chem.Mol) -> Tensor:
+    """(n, N, 3), float64, Å: the conformers of an RDKit molecule."""
+    return torch.from_numpy(np.array([c.GetPositions() for c in mol.GetConformers()]).reshape(-1, mol.GetNumAtoms(), 3))

@@ -11,7 +11,7 @@ from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 from torch import Tensor
 
 from tiltflow.errors import TiltflowError
-from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.molecule import Molecule, positions_of
 from tiltflow.molecules.torsions import dihedrals, rotatable_torsions
 
 SAME = math.radians(40)
@@ -39,7 +39,7 @@ def embed(molecule: Molecule, n: int, seed: int, relax: bool = False) -> Tensor:
         )
     if relax and rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
         rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mol, numThreads=1, maxIters=200)
-    return torch.stack([torch.from_numpy(c.GetPositions()) for c in mol.GetConformers()])
+    return positions_of(mol)
 
 
 class Templates(NamedTuple):

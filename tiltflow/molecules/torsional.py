@@ -77,10 +77,11 @@ class TorsionEnergy:
 
 @dataclass(frozen=True)
 class TorsionalSampler:
-    """A trained sampler of one molecule: the control, and per template the chain and the energy it was trained on."""
+    """A trained sampler of one molecule with ``dim`` torsions; ``energies`` are those of the templates, above ``zero``."""
 
     settings: TorsionalSettings
     dim: int
+    zero: float
     control: DriftControl
     energies: list[Evaluator]
     history: History
@@ -139,4 +140,4 @@ def train_torsional(
     buffer = Buffer(s.buffer_rounds * s.batch * len(samplers))
     state = State(control, torch.Generator().manual_seed(seed))
     history = fit(method, state, fit_settings, buffer, callback=callback)
-    return TorsionalSampler(s, dim, control, evaluators, history)
+    return TorsionalSampler(s, dim, zero, control, evaluators, history)

@@ -1,0 +1,167 @@
+"""``tiltflow conformers`` as users run it, over a stand-in for the sampler: embedded conformers with made-up weights."""
+
+import csv
+import importlib
+import json
+import re
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+pytest.importorskip("rdkit")
+
+from rdkit import Chem
+from rdkit.Chem import rdDistGeom
+from test_cli_sampling import tiltflow
+
+from tiltflow.errors import TiltflowError
+from tiltflow.molecules.ensemble import Ensemble
+
+
+class UnsupportedMolecule(TiltflowError):
+    pass
+
+
+@dataclass(frozen=True)
+class Settings:
+    energy: str = "mmff94"
+    temperature: float = 300.0
+    sampling_temperature: float | None = None
+    n: int = 100
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The molecules that were generated. Boron is unsupported, iodine gives useless weights, bromine faulty conformers."""
+    seen = []
+
+    def generate(molecule, settings, seed, progress):
+        seen.append((molecule.name, settings, seed))
+        if "B1" in molecule.smiles or "B(" in molecule.smiles:
+            raise UnsupportedMolecule("no parameters for B")
+        if molecule.name == "interrupt":
+            raise KeyboardInterrupt
+        mol = Chem.Mol(molecule.mol)
+        rdDistGeom.EmbedMultipleConfs(mol, settings.n, randomSeed=seed + 1)
+        x = torch.tensor([c.GetPositions().tolist() for c in mol.GetConformers()], dtype=torch.float64)
+        energy, log_w = torch.arange(float(len(x))), torch.linspace(0, 1, len(x))
+        if "I" in molecule.smiles:
+            log_w[0] = 80.0
+        if molecule.name == "collapsed":
+            x[:] = torch.nan
+        if "Br" in molecule.smiles:
+            x[1, 0] += 5.0
+            energy[2] = torch.inf
+        progress(settings.n, settings.n, "drawn")
+        hot = settings.sampling_temperature or 900.0
+        return Ensemble(molecule, x, energy, "kcal/mol", log_w, settings.temperature, hot, {"engine": "stand-in"})
+
+    sampler = {"ConformerSettings": Settings, "generate": generate}
+    unsupported = {"UnsupportedMolecule": UnsupportedMolecule}
+    for package, name, members in (("molecules", "generate", sampler), ("energies", "molecular", unsupported)):
+        module = types.ModuleType(f"tiltflow.{package}.{name}")
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(importlib.import_module(f"tiltflow.{package}"), name, module, raising=False)
+    monkeypatch.delitem(sys.modules, "tiltflow.molecules.run", raising=False)
+    yield seen
+    sys.modules.pop("tiltflow.molecules.run", None)
+
+
+def rows_of(path):
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_one_smiles(calls, tmp_path):
+    out = tmp_path / "run"
+    args = ["C[C@H](O)CC", "-n", 12, "--temperature", "350 K", "--sampling-temperature", "700K", "--seed", 4, "--out", out]
+    done = tiltflow("conformers", *args, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "molecule-1" in done.stderr and "drawn" in done.stderr
+    document = json.loads(done.stdout)
+    assert calls[0][1:] == (Settings("mmff94", 350.0, 700.0, 12), 4)
+    assert document["seed"] == 4 and document["verdict"] is None
+    (row,) = document["rows"]
+    assert row["conformers"] == 12 and row["rejected"] == 0 and 0.5 < row["ess"] <= 1 and row["reliable"]
+    assert (row["energy_min"], row["energy_max"], row["energy_unit"]) == (0.0, 11.0, "kcal/mol") and row["seconds"] >= 0
+    assert json.loads((out / "metrics.json").read_text()) == document
+    assert json.loads((out / "config.json").read_text())["temperature"] == 350.0
+    first = next(iter(Chem.SDMolSupplier(str(out / "conformers.sdf"))))
+    assert {"engine", "energy_model", "tiltflow_version", "seed", "sampling_temperature"} <= set(first.GetPropNames())
+    assert Chem.MolToSmiles(first) == row["smiles"] == "CC[C@H](C)O" and rows_of(out / "rejects.csv") == []
+
+
+def test_a_file_with_everything_that_goes_wrong(calls, tmp_path):
+    source, out = tmp_path / "in.smi", tmp_path / "run"
+    source.write_text("CCO good\nCC(F)Cl flat\nB(C)(C)C boron\nCCI iodide\nCCBr bromide\nCCN collapsed\n")
+    done = tiltflow("conformers", source, "-n", 30, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    kept = {r["name"]: r for r in document["rows"] if r["kind"] == "conformers"}
+    assert {name: (r["conformers"], r["rejected"], r["reliable"]) for name, r in kept.items()} == {
+        "good": (30, 0, True),
+        "iodide": (30, 0, False),
+        "bromide": (28, 2, True),
+        "collapsed": (0, 30, False),
+    }
+    assert document["verdict"] == "cannot tell"
+    refused = [(r["line"], r["name"], r["reason"]) for r in document["rows"] if r["kind"] == "refused"]
+    assert refused[0][:2] == (2, "flat") and refused[1] == (3, "boron", "no parameters for B")
+    rejects = [(r["line"], r["name"], r["reason"]) for r in rows_of(out / "rejects.csv")]
+    assert rejects[0][0] == "2" and rejects[1] == ("3", "boron", "no parameters for B")
+    assert "conformer 2 left out: C1-C2 is broken" in rejects[2][2]
+    assert rejects[3] == ("5", "bromide", "conformer 3 left out: energy is not finite") and len(rejects) == 4 + 30
+    weights = {name: [r["weight"] for r in rows_of(out / "conformers.csv") if r["name"] == name] for name in kept}
+    assert set(weights["iodide"]) == {"cannot tell"}
+    assert sum(map(float, weights["bromide"])) == pytest.approx(1) == sum(map(float, weights["good"]))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "cannot tell" in page and "boron" in page and "$3Dmol.createViewer" in page
+    assert not re.search(r"""<(script|link|img)[^>]*(src|href)=["']?(https?:)?//""", page)
+
+
+def test_resume_generates_only_what_is_missing(calls, tmp_path):
+    source, out = tmp_path / "in.smi", tmp_path / "run"
+    source.write_text("CCO good\nCC interrupt\nCCC last\n")
+    stopped = tiltflow("conformers", source, "-n", 3, "--out", out)
+    assert stopped.returncode == 130 and len(calls) == 2 and not (out / "conformers.sdf").exists()
+    again = tiltflow("conformers", source, "-n", 3, "--out", out, "--resume")
+    assert again.returncode == 130 and [c[0] for c in calls] == ["good", "interrupt", "interrupt"]
+    other = tiltflow("conformers", source, "-n", 4, "--out", out, "--resume")
+    assert other.returncode == 2 and "cannot resume" in other.stderr
+    source.write_text("CCO good\nCC second\nCCC last\n")
+    changed = tiltflow("conformers", source, "-n", 3, "--out", out, "--resume")
+    assert changed.returncode == 2 and "input_sha256" in changed.stderr
+    done = tiltflow("conformers", source, "-n", 3, "--out", out, "--overwrite")
+    assert done.returncode == 0 and [c[2] for c in calls[-3:]] == [0, 1, 2], done.stderr
+    count, text = len(calls), (out / "conformers.csv").read_text()
+    assert tiltflow("conformers", source, "-n", 3, "--out", out, "--resume").returncode == 0 and len(calls) == count
+    assert (out / "conformers.csv").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["CC(F)Cl"], "undefined stereo: centre C2"),
+        (["B(C)(C)C"], "no parameters for B"),
+        (["missing.smi"], "no file"),
+        (["CCO", "--temperature", "27C"], "Kelvin|above 0 K"),
+        (["CCO", "--sampling-temperature", "0K"], "Kelvin|above 0 K"),
+        (["CCO", "--device", "meta"], "CPU"),
+        (["CCO", "-n", 0], "-n"),
+        (["CCCCCCC", "--max-atoms", 10], "too large"),
+    ],
+)
+def test_misuse(args, message, calls, tmp_path):
+    done = tiltflow("conformers", *args, "--out", tmp_path / "run")
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_the_command_line_starts_without_rdkit():
+    code = "import sys, tiltflow.cli; print([m for m in ('rdkit', 'matplotlib') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,286 @@
+"""Reading, auditing, weighing and writing conformers; ETKDG conformers stand in for samples. Each bad twin is caught."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("rdkit")
+
+from rdkit import Chem
+from rdkit.Chem import rdDepictor, rdDistGeom
+
+from tiltflow.errors import TiltflowError
+from tiltflow.molecules.audit import audit
+from tiltflow.molecules.clusters import clusters
+from tiltflow.molecules.ensemble import Ensemble
+from tiltflow.molecules.molecule import molecule, with_positions
+from tiltflow.molecules.read import Reject, read_molecules
+from tiltflow.molecules.write import write_conformers, write_rejects
+
+STEREO = {  # name: SMILES, atoms whose exchange inverts a centre or turns a double bond
+    "peptide": "C[C@H](N)C(=O)N[C@@H](CO)C(=O)O",
+    "diene": "C/C=C/C=C\\C",
+    "ring": "C[C@H]1CC[C@@H](C)CC1",
+    "oxime": "C/C(=N/O)[C@H](F)Cl",
+    "sulfoxide": "CC[S@](C)=O",
+    "cyclononene": "C1CCC/C=C\\CCC1",
+    "terpene": "CC1(C)[C@@H]2CC[C@@]1(C)C(=O)C2",
+    "tropane": "CN1[C@@H]2CC[C@H]1CC2",
+}
+
+
+def embedded(smiles, n, seed=0xF00D):
+    m = molecule(smiles)
+    copy = Chem.Mol(m.mol)
+    rdDistGeom.EmbedMultipleConfs(copy, n, randomSeed=seed)
+    return m, torch.tensor([c.GetPositions().tolist() for c in copy.GetConformers()])
+
+
+def ensemble(smiles="CCO", n=4, log_weights=None, **changes):
+    m, x = embedded(smiles, n)
+    facts = {"unit": "kcal/mol", "temperature": 300.0, "sampling_temperature": 1000.0, "provenance": {"seed": "3"}}
+    return Ensemble(m, x, torch.arange(float(len(x))) - 0.1, log_weights=log_weights, **(facts | changes))
+
+
+# Reading
+
+
+def test_every_line_is_a_molecule_or_a_reject(tmp_path):
+    path = tmp_path / "in.smi"
+    lines = ["# three good ones", "CCO ethanol", "", "C1CC\tbroken one", "C[C@H](F)Cl", "C(C)(C)(C)(C)C  five", "CC(F)Cl"]
+    path.write_text("\n".join([*lines, "C=C two words", ""]))
+    read = read_molecules(str(path), None, 50)
+    assert [(m.name, m.smiles) for m in read.molecules] == [
+        ("ethanol", "CCO"),
+        ("molecule-5", "C[C@H](F)Cl"),
+        ("two words", "C=C"),
+    ]
+    assert read.lines == [2, 5, 8]
+    assert [(r.line, r.name, r.input) for r in read.rejects] == [
+        (4, "broken one", "C1CC"),
+        (6, "five", "C(C)(C)(C)(C)C"),
+        (7, "molecule-7", "CC(F)Cl"),
+    ]
+    assert read.rejects[1].reason.startswith("invalid SMILES: Explicit valence for atom # 0 C, 5")
+    assert read.molecules[0].mol.GetNumAtoms() == 9 and not read.molecules[0].mol.GetNumConformers()
+
+
+@pytest.mark.parametrize(
+    ("smiles", "reason"),
+    [
+        ("CC)", "invalid SMILES: it does not parse"),
+        ("[Na+].[Cl-]", "2 fragments"),
+        ("C[CH2]", "radical at C2"),
+        ("C*", "unsupported element *"),
+        ("CBr", "unsupported element Br"),
+        ("C" * 40, "too large: 122 atoms with hydrogens, of at most 100"),
+        ("CC(F)Cl", "undefined stereo: centre C2"),
+        ("CC=CC", "undefined stereo: bond C2-C3"),
+        ("CC(=N)N", "undefined stereo: bond C2-N3"),
+        ("CC1CCC(C)CC1", "centre C2, centre C5"),
+        ("C1CC2CCCC2C1", "centre C3, centre C7"),  # bridgeheads, but two isomers can be built
+        ("C[C@@H](N)C(=O)O |&1:1|", "relative or racemic"),
+        ("", "no atoms"),
+    ],
+)
+def test_refusals(smiles, reason):
+    read = read_molecules(smiles, frozenset({1, 6, 7, 8, 9, 17}), 100)
+    assert not read.molecules and len(read.rejects) == 1
+    assert reason in read.rejects[0].reason
+
+
+@pytest.mark.parametrize(
+    "smiles", ["CC(=N)C", "C1C2CC3CC1CC(C2)C3", "C1CC2CCC1C2", "C1=CCCCC1", "[H]/N=C(\\C)N", "[NH3+]CC(=O)[O-]"]
+)
+def test_what_looks_undefined_but_is_not(smiles):
+    assert len(read_molecules(smiles, None, 100).molecules) == 1
+
+
+def test_sdf_gives_stereo_by_coordinates_and_keeps_the_order(tmp_path):
+    m, x = embedded(STEREO["oxime"], 1)
+    mirrored = x * torch.tensor([-1.0, 1.0, 1.0])
+    flat = Chem.MolFromSmiles("F[C@H](Cl)Br")
+    rdDepictor.Compute2DCoords(flat)
+    blocks = [Chem.MolToMolBlock(with_positions(m.mol, y), includeStereo=False) for y in (x, mirrored)]
+    blocks = [*blocks, Chem.MolToMolBlock(flat), "\n\n\n  1  0  0\nnonsense\nM  END\n"]
+    path = tmp_path / "in.sdf"
+    path.write_text("$$$$\n".join(["first" + blocks[0], *blocks[1:]]) + "$$$$\n")
+    read = read_molecules(str(path), None, 100)
+    opposite = m.smiles.replace("@@", "@") if "@@" in m.smiles else m.smiles.replace("@", "@@")
+    assert [r.smiles for r in read.molecules] == [m.smiles, opposite, "F[C@H](Cl)Br"]
+    assert read.molecules[0].name == "first" and read.molecules[1].name == "molecule-2"
+    assert [a.GetAtomicNum() for a in read.molecules[0].mol.GetAtoms()] == m.atomic_numbers.tolist()
+    assert [r.line for r in read.rejects] == [4] and "invalid record" in read.rejects[0].reason
+    assert audit(read.molecules[0], x) == [None] and audit(read.molecules[1], x) != [None]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.smi", "# nothing\n", "is empty"),
+        ("a.sdf", "", "is empty"),
+        ("a.smi", None, "no file"),
+        ("a.xyz", "1\n", "no .smi and no .sdf"),
+    ],
+)
+def test_files_that_are_none(name, text, message, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(TiltflowError, match=message):
+        read_molecules(str(tmp_path / name), None, 100)
+
+
+# The audit
+
+
+def test_a_thousand_conformers_without_a_false_alarm_and_every_planted_flip():
+    """What passes is the input again when read from its coordinates; a mirror image is caught wherever there is a centre."""
+    checked = 0
+    for smiles in STEREO.values():
+        m, x = embedded(smiles, 130)
+        faults = audit(m, x)
+        rereads = [Chem.MolToSmiles(Chem.RemoveHs(from_coordinates(m, y))) for y in x]
+        for fault, reread in zip(faults, rereads):  # an embedding may put two atoms on top of each other, and does
+            assert (fault is None and reread == m.smiles) or "Å" in fault, (fault, reread)
+        checked += len(x)
+        assert sum(f is None for f in faults) > 0.9 * len(x)
+        mirror = audit(m, x * torch.tensor([1.0, -1.0, 1.0]))
+        chiral = any(a.GetChiralTag() != Chem.ChiralType.CHI_UNSPECIFIED for a in m.mol.GetAtoms())
+        assert all(f is not None and "is inverted" in f for f in mirror) if chiral else mirror == faults
+    assert checked > 1000
+
+
+def from_coordinates(m, x):
+    """A molecule whose stereo is only that of the coordinates: through a mol block without it."""
+    return Chem.MolFromMolBlock(Chem.MolToMolBlock(with_positions(m.mol, x[None]), includeStereo=False), removeHs=False)
+
+
+@pytest.mark.parametrize(
+    ("smiles", "other", "named"),
+    [
+        ("C/C=C/F", "C/C=C\\F", "double bond C2=C3 is"),
+        ("C1CCC/C=C\\CCC1", "C1CCC/C=C/CCC1", "double bond C5=C6 is"),
+        ("C/C(F)=N/O", "C/C(F)=N\\O", "double bond C2=N4 is"),
+        ("C[C@H](F)[C@H](O)Cl", "C[C@H](F)[C@@H](O)Cl", "centre C4 is inverted"),
+        ("C[C@H]1CC[C@@H](O)CC1", "C[C@H]1CC[C@H](O)CC1", "centre C5 is inverted"),
+    ],
+)
+def test_one_planted_flip_is_caught_and_named(smiles, other, named):
+    """The coordinates of one isomer given to the other, which has the same atoms and bonds."""
+    for one, two in ((smiles, other), (other, smiles)):
+        m, x = embedded(one, 3)
+        assert audit(m, x) == [None] * 3
+        assert all(fault is not None and fault.startswith(named) and ";" not in fault for fault in audit(molecule(two), x))
+
+
+def test_bonds_that_break_form_or_collapse():
+    m, x = embedded("CCO", 5)
+    x[1, 0] += 3.0
+    x[2, 3] = x[2, 7] + 0.3
+    x[3, 2] = x[3, 1] + 0.6 * (x[3, 2] - x[3, 1])
+    x[4, 0, 0] = torch.nan
+    faults = audit(m, x)
+    assert faults[0] is None and "C1-C2 is broken" in faults[1] and "is no bond" in faults[2]
+    assert "C2-O3 is too short (0.8" in faults[3] and faults[4] == "coordinates are not finite"
+    with pytest.raises(TiltflowError, match=r"must be \(n, 9, 3\)"):
+        audit(m, x[:, :4])
+
+
+# Weights
+
+
+def test_weights_are_path_weights_and_nothing_else():
+    log_w = torch.tensor([0.0, 1.0, 2.0, -math.inf])
+    e = ensemble(log_weights=log_w)
+    torch.testing.assert_close(e.weights, log_w.exp() / log_w.exp().sum())
+    w = log_w.exp()
+    assert e.ess == pytest.approx(float(w.sum() ** 2 / (4 * w.square().sum()))) and e.reliable
+    boltzmann = log_w - e.energy / 0.596  # the known-bad twin weighs twice
+    assert (e.weights - torch.softmax(boltzmann, 0)).abs().max() > 0.1
+    plain = ensemble()
+    assert plain.weights.tolist() == [0.25] * 4 and plain.ess == 1.0
+    kept = e.keep(torch.tensor([True, True, False, False]))
+    assert float(kept.weights.sum()) == pytest.approx(1) and kept.discarded == 2
+    masked = torch.tensor([0.0, 1.0, -math.inf, -math.inf])
+    assert kept.ess == pytest.approx(ensemble(log_weights=masked).ess)  # leaving samples out does not improve the ESS
+    assert plain.keep(torch.tensor([False] * 4)).reliable is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"log_weights": torch.tensor([0.0, torch.nan, 0.0, 0.0])}, "NaN"),
+        ({"log_weights": torch.full((4,), -math.inf)}, "all −∞"),
+        ({"log_weights": torch.zeros(3)}, r"must be \(4,\)"),
+        ({"temperature": 0.0}, "must be positive"),
+    ],
+)
+def test_ensembles_that_are_none(changes, message):
+    with pytest.raises(TiltflowError, match=message):
+        ensemble(**changes)
+
+
+def test_populations_are_sums_of_weights():
+    log_w = torch.linspace(0, 2, 40)
+    e = ensemble("CCCCCC", 40, log_weights=log_w)
+    found = clusters(e, 0.3)
+    assert sum(found.sizes) == 40 and sum(found.populations) == pytest.approx(1) and len(found.sizes) > 2
+    assert found.populations == sorted(found.populations, reverse=True)
+    for k, (size, population, lowest) in enumerate(zip(found.sizes, found.populations, found.lowest)):
+        mine = found.labels == k
+        assert int(mine.sum()) == size and float(e.weights[mine].sum()) == pytest.approx(population)
+        assert float(e.energy[lowest]) == float(e.energy[mine].min())
+    assert abs(found.populations[0] - found.sizes[0] / 40) > 1e-3  # counting members is the bad twin
+    assert len(clusters(e, 100.0).sizes) == 1
+    with pytest.raises(TiltflowError, match="threshold"):
+        clusters(e, 0.0)
+
+
+def test_clusters_know_symmetric_atoms():
+    """Two methyl groups exchanged are the same shape."""
+    m, x = embedded("CC(C)CO", 1)
+    exchanged = x.clone()
+    exchanged[:, [0, 2]] = x[:, [2, 0]]
+    e = Ensemble(m, torch.cat([x, exchanged]), torch.zeros(2), "kT", None, 300.0, 300.0, {})
+    assert clusters(e, 0.01).sizes == [2]
+
+
+# Files
+
+
+def test_sdf_comes_back_as_it_was(tmp_path):
+    log_w = torch.linspace(0, 1, 5)
+    many = [ensemble(smiles, 5, log_weights=log_w) for smiles in (*STEREO.values(), "[H]/N=C(\\C)N", "C[N+](=O)[O-]")]
+    write_conformers(tmp_path, [(e, clusters(e)) for e in many])
+    records = list(Chem.SDMolSupplier(str(tmp_path / "conformers.sdf")))
+    rows = list(csv.DictReader((tmp_path / "conformers.csv").open()))
+    assert len(records) == len(rows) == 5 * len(many)
+    for i, e in enumerate(many):
+        mine, lines = records[5 * i : 5 * i + 5], rows[5 * i : 5 * i + 5]
+        assert {Chem.MolToSmiles(r) for r in mine} == {e.molecule.smiles} == {line["smiles"] for line in lines}
+        assert [float(r.GetProp("energy")) for r in mine] == e.energy.tolist() == [float(line["energy"]) for line in lines]
+        weights = [float(r.GetProp("weight")) for r in mine]
+        assert weights == e.weights.tolist() and sum(weights) == pytest.approx(1)
+        props = mine[0].GetPropsAsDict()
+        assert props["energy_unit"] == "kcal/mol" and props["temperature"] == "300 K" and props["seed"] == 3
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_unreliable_weights_are_not_written(tmp_path):
+    log_w = torch.zeros(40)
+    log_w[0] = 50.0
+    e = ensemble("CCO", 40, log_weights=log_w)
+    found = clusters(e)
+    assert not e.reliable and found.populations is None
+    write_conformers(tmp_path, [(e, found)])
+    assert {row["weight"] for row in csv.DictReader((tmp_path / "conformers.csv").open())} == {"cannot tell"}
+    assert {r.GetProp("weight") for r in Chem.SDMolSupplier(str(tmp_path / "conformers.sdf"))} == {"cannot tell"}
+
+
+def test_rejects_are_written_with_awkward_text(tmp_path):
+    reject = Reject(3, 'a "name", with comma', "C1", "no\nreason")
+    write_rejects(tmp_path, [reject])
+    (row,) = csv.DictReader((tmp_path / "rejects.csv").open(newline=""))
+    assert row == {"line": "3", "name": reject.name, "input": "C1", "reason": reject.reason}

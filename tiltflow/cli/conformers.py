@@ -1,0 +1,75 @@
+"""The command of the third job: SMILES in, weighted conformers out."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from tiltflow.cli.common import Bars, check_device, command_line, common, document, finish, table
+from tiltflow.errors import TiltflowError
+
+COLUMNS = ["name", "conformers", "rejected", "ess", "reliable", "clusters", "energy_min", "energy_max", "energy_unit"]
+
+
+@click.command("conformers")
+@click.argument("source", metavar="INPUT")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
+@click.option("--energy", default="mmff94", show_default=True, help="Name of the energy; see docs/conformers.md.")
+@click.option("--temperature", default="300K", show_default=True, help="Of the ensemble, in kelvin.")
+@click.option("--sampling-temperature", help="Of training, in kelvin (default: chosen by the sampler).")
+@click.option("-n", "count", type=click.IntRange(1, 2000), default=100, show_default=True, help="Conformers per molecule.")
+@click.option("--max-atoms", default=200, show_default=True, help="Most atoms of a molecule, with hydrogens.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run; finished molecules are kept.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
+@common
+def conformers_command(
+    source: str, out: Path, energy: str, temperature: str, sampling_temperature: str | None, count: int, max_atoms: int,
+    resume: bool, overwrite: bool, seed: int, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Boltzmann-weighted conformers of molecules, from an energy alone.
+
+    INPUT is a SMILES, a .smi file (SMILES [name] per line) or an .sdf file. OUT gets conformers.sdf, conformers.csv,
+    rejects.csv (what was refused, and why), metrics.json and report.html.
+    """
+    try:
+        import rdkit  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise TiltflowError('conformers need RDKit: pip install "tiltflow[conformers,report]".') from error
+    from tiltflow.energies.molecular import parse_temperature
+    from tiltflow.molecules.generate import ConformerSettings
+    from tiltflow.molecules.read import read_molecules
+    from tiltflow.molecules.run import run_conformers
+    from tiltflow.run import RunFolder
+
+    if check_device(device) != "cpu":
+        raise TiltflowError(f"--device {device}: conformers are computed on the CPU; leave --device out.")
+    kelvin = parse_temperature(temperature)
+    hotter = None if sampling_temperature is None else parse_temperature(sampling_temperature)
+    settings = ConformerSettings(energy=energy, temperature=kelvin, sampling_temperature=hotter, n=count)
+    read = read_molecules(source, None, max_atoms)  # misuse is found before the folder is touched
+    alone = Path(source).suffix.lower() not in (".smi", ".sdf")
+    if alone and read.rejects:
+        raise TiltflowError(f"{source}: {read.rejects[0].reason}.")
+    content = source.encode() if alone else Path(source).read_bytes()
+    config = {
+        "input": source,
+        "input_sha256": hashlib.sha256(content).hexdigest(),
+        **asdict(settings),
+        "max_atoms": max_atoms,
+        "seed": seed,
+    }
+    bars = Bars()
+    with RunFolder(out, config, resume, overwrite) as folder:
+        rows = run_conformers(read, settings, seed, folder, command_line(), bars)
+        result = document(seed, device, rows, "cannot tell" if any(not r.get("reliable", True) for r in rows) else None)
+        folder.write_json("metrics.json", result)
+    bars.close()
+    done, refused = ([r for r in rows if r["kind"] == kind] for kind in ("conformers", "refused"))
+    if alone and refused:
+        raise TiltflowError(f"{source}: {refused[0]['reason']}")
+    text = [table(done, COLUMNS)] if done else []
+    text += [table(refused, ["line", "name", "input", "reason"])] if refused else []
+    finish(result, as_json, "\n\n".join([*text, f"report:  {out / 'report.html'}"]))

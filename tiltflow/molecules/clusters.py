@@ -1,0 +1,63 @@
+"""Conformers grouped by shape: Butina's clusters of the best heavy-atom RMSD over symmetric atoms.
+
+D. Butina, Unsupervised data base clustering based on Daylight's fingerprint and Tanimoto similarity (1999).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from rdkit import Chem
+from rdkit.Chem import rdMolAlign
+from rdkit.ML.Cluster import Butina
+from torch import Tensor
+
+from tiltflow.errors import TiltflowError
+from tiltflow.molecules.ensemble import Ensemble
+from tiltflow.molecules.molecule import with_positions
+
+THRESHOLD = 1.0
+"""Å."""
+MOST_MATCHES = 1_000
+"""Symmetric numberings that are tried; a molecule with more may be cut a little too finely."""
+
+
+class Clusters(NamedTuple):
+    """The largest population first.
+
+    ``labels`` (n,) counts from 0; of each cluster: ``sizes``, ``populations`` (the sum of its weights; None if they cannot
+    be told) and the row of its conformer of lowest energy, ``lowest``.
+    """
+
+    labels: Tensor
+    sizes: list[int]
+    populations: list[float] | None
+    lowest: list[int]
+
+
+def clusters(ensemble: Ensemble, threshold: float = THRESHOLD) -> Clusters:
+    """Clusters whose members are within ``threshold`` Å of their centre. The cost grows with n².
+
+    Raises:
+        TiltflowError: the threshold is not positive.
+    """
+    if not threshold > 0:
+        raise TiltflowError(f"the RMSD threshold must be positive, in Å; got {threshold}.")
+    n = len(ensemble)
+    heavy = Chem.RemoveAllHs(with_positions(ensemble.molecule.mol, ensemble.positions))
+    shape = heavy if heavy.GetNumAtoms() else with_positions(ensemble.molecule.mol, ensemble.positions)
+    rmsd = rdMolAlign.GetAllConformerBestRMS(shape, numThreads=1, maxMatches=MOST_MATCHES) if n > 1 else ()
+    found = Butina.ClusterData(rmsd, n, threshold, isDistData=True, reordering=True) if n else ()
+    members = [torch.tensor(rows) for rows in found]
+    weights = ensemble.weights
+    members.sort(key=lambda rows: -float(weights[rows].sum()) if ensemble.reliable else -len(rows))
+    labels = torch.zeros(n, dtype=torch.int64)
+    for k, rows in enumerate(members):
+        labels[rows] = k
+    return Clusters(
+        labels,
+        [len(rows) for rows in members],
+        [float(weights[rows].sum()) for rows in members] if ensemble.reliable else None,
+        [int(rows[ensemble.energy[rows].argmin()]) for rows in members],
+    )

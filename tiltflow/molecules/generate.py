@@ -1,0 +1,88 @@
+"""Conformers of one molecule: templates from RDKit, torsions from a sampler trained on the energy, exact path weights.
+
+    from tiltflow.molecules.generate import ConformerSettings, generate
+    from tiltflow.molecules.molecule import molecule
+    ensemble = generate(molecule("CC(=O)Oc1ccccc1C(=O)O"), ConformerSettings(), seed=0)
+    ensemble.positions, ensemble.energy, ensemble.weights      # (n, N, 3) Å, (n,) kcal/mol, (n,)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tiltflow.energies.molecular import MolecularEnergy, kt_per, open_energy
+from tiltflow.errors import TiltflowError
+from tiltflow.molecules.ensemble import Ensemble
+from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.templates import templates
+from tiltflow.molecules.torsional import TorsionalSettings, train_torsional
+from tiltflow.molecules.torsions import place, rotatable_torsions
+
+COORDINATES = "torsions about rotatable bonds at fixed bond lengths, angles and rings"
+
+
+@dataclass(frozen=True)
+class ConformerSettings:
+    """How to make an ensemble.
+
+    Args:
+        energy: see :func:`tiltflow.energies.molecular.open_energy`.
+        temperature: of the ensemble, in K.
+        sampling_temperature: of training, in K; None: that of the ensemble. A hotter one finds more conformers.
+        n: conformers. templates: most kinds of rigid geometry (rings, amides) to sample.
+        sampler: of the torsions.
+    """
+
+    energy: str = "mmff94"
+    temperature: float = 300.0
+    sampling_temperature: float | None = None
+    n: int = 100
+    templates: int = 4
+    sampler: TorsionalSettings = field(default_factory=TorsionalSettings)
+
+
+def generate(
+    molecule: Molecule,
+    settings: ConformerSettings,
+    seed: int,
+    progress: Callable[[int, int, str], None] = lambda done, total, said: None,
+) -> Ensemble:
+    """n conformers with their log path weights at ``settings.temperature``, as many of each template (up to one).
+
+    Raises:
+        UnsupportedMolecule: the energy does not take it. TiltflowError: no geometry, missing package, divergence.
+    """
+    if settings.n < 1 or settings.templates < 1:
+        raise TiltflowError(f"one conformer and one template are the least, got {settings.n} and {settings.templates}.")
+    energy = open_energy(settings.energy, molecule)
+    rigid, torsions = templates(molecule, min(settings.templates, settings.n), seed).positions, rotatable_torsions(molecule)
+    hot = settings.sampling_temperature or settings.temperature
+    if not len(torsions.atoms):
+        return _rigid_ensemble(molecule, energy, settings, rigid.repeat(-(-settings.n // len(rigid)), 1, 1)[: settings.n])
+
+    def report(row: dict[str, Any]) -> None:
+        said = f"median energy {row['energy']:.1f} kT, ESS {row['ess']:.2f}"
+        progress(row["iteration"] + 1, settings.sampler.iterations, said)
+
+    trained = train_torsional(energy, hot, rigid, torsions, settings.sampler, seed, report)
+    each = -(-settings.n // len(rigid))
+    drawn = trained.draw(each, torch.Generator().manual_seed(seed))
+    x = torch.cat([place(template, torsions, one.x.double()) for template, one in zip(rigid, drawn)])
+    reduced, log_w = (torch.cat(parts).double() for parts in zip(*((one.energy, one.log_weights) for one in drawn)))
+    log_w = log_w + reduced * (1 - hot / settings.temperature)  # e^{−E/kT} in place of that of training
+    value = reduced / kt_per(energy.unit, hot) + trained.zero
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: settings.n]
+    said = {"coordinates": COORDINATES, "templates": str(len(rigid)), "energy_evaluations": str(trained.energy_calls)}
+    return Ensemble(molecule, x[rows], value[rows], energy.unit, log_w[rows], settings.temperature, hot, said)
+
+
+def _rigid_ensemble(molecule: Molecule, energy: MolecularEnergy, settings: ConformerSettings, x: torch.Tensor) -> Ensemble:
+    """Without rotatable bonds the templates are the states: weights e^{−E/kT} over them."""
+    value = energy.energy_and_forces(x)[0].double()
+    log_w = -(value - value.min()) * kt_per(energy.unit, settings.temperature)
+    said = {"coordinates": "templates of a rigid molecule", "templates": str(len(x)), "energy_evaluations": str(len(x))}
+    return Ensemble(molecule, x, value, energy.unit, log_w, settings.temperature, settings.temperature, said)
