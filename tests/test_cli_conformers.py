@@ -1,13 +1,10 @@
 """``tiltflow conformers`` as users run it, over a stand-in for the sampler: embedded conformers with made-up weights."""
 
 import csv
-import importlib
 import json
 import re
 import subprocess
 import sys
-import types
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,20 +15,9 @@ from rdkit import Chem
 from rdkit.Chem import rdDistGeom
 from test_cli_sampling import tiltflow
 
-from tiltflow.errors import TiltflowError
+from tiltflow.energies.molecular import UnsupportedMolecule
 from tiltflow.molecules.ensemble import Ensemble
-
-
-class UnsupportedMolecule(TiltflowError):
-    pass
-
-
-@dataclass(frozen=True)
-class Settings:
-    energy: str = "mmff94"
-    temperature: float = 300.0
-    sampling_temperature: float | None = None
-    n: int = 100
+from tiltflow.molecules.generate import ConformerSettings
 
 
 @pytest.fixture
@@ -42,7 +28,7 @@ def calls(monkeypatch):
     def generate(molecule, settings, seed, progress):
         seen.append((molecule.name, settings, seed))
         if "B1" in molecule.smiles or "B(" in molecule.smiles:
-            raise UnsupportedMolecule("no parameters for B")
+            raise UnsupportedMolecule(molecule, "no parameters for B")
         if molecule.name == "interrupt":
             raise KeyboardInterrupt
         mol = Chem.Mol(molecule.mol)
@@ -60,16 +46,8 @@ def calls(monkeypatch):
         hot = settings.sampling_temperature or 900.0
         return Ensemble(molecule, x, energy, "kcal/mol", log_w, settings.temperature, hot, {"engine": "stand-in"})
 
-    sampler = {"ConformerSettings": Settings, "generate": generate}
-    unsupported = {"UnsupportedMolecule": UnsupportedMolecule}
-    for package, name, members in (("molecules", "generate", sampler), ("energies", "molecular", unsupported)):
-        module = types.ModuleType(f"tiltflow.{package}.{name}")
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(importlib.import_module(f"tiltflow.{package}"), name, module, raising=False)
-    monkeypatch.delitem(sys.modules, "tiltflow.molecules.run", raising=False)
-    yield seen
-    sys.modules.pop("tiltflow.molecules.run", None)
+    monkeypatch.setattr("tiltflow.molecules.run.generate", generate)
+    return seen
 
 
 def rows_of(path):
@@ -84,7 +62,7 @@ def test_one_smiles(calls, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "molecule-1" in done.stderr and "drawn" in done.stderr
     document = json.loads(done.stdout)
-    assert calls[0][1:] == (Settings("mmff94", 350.0, 700.0, 12), 4)
+    assert calls[0][1:] == (ConformerSettings("mmff94", 350.0, 700.0, 12), 4)
     assert document["seed"] == 4 and document["verdict"] is None
     (row,) = document["rows"]
     assert row["conformers"] == 12 and row["rejected"] == 0 and 0.5 < row["ess"] <= 1 and row["reliable"]

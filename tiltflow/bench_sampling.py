@@ -2,7 +2,7 @@ r"""`tiltflow bench sampling`: samplers of e^{−E} side by side, and parallel t
 
 Protocol: 10,000 samples; log Z and ESS from all of them, distances from 2,000 beside their floors (:mod:`tiltflow.assess`).
 Each method has the problem's default settings but for its name. Counted during training only: calls of the energy and rows
-it evaluated (an energy with its gradient is one), rows through the network, gradient steps, seconds of wall clock and of processor.
+it evaluated (an energy with its gradient is one), rows through the network, gradient steps, seconds of clock and processor.
 """
 
 from __future__ import annotations
