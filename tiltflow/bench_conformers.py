@@ -26,17 +26,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rdkit import Chem
-from rdkit.Chem import rdDistGeom, rdForceFieldHelpers, rdMolTransforms
-from rdkit.Chem.Lipinski import RotatableBondSmarts
+from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 from torch import Tensor
 
 from tiltflow import __version__
 from tiltflow.bench import run_apart
 from tiltflow.errors import TiltflowError
-from tiltflow.metrics.conformers import coverage, heavy_atoms, rmsd_matrix
+from tiltflow.metrics.conformers import coverage, rmsd_matrix
 from tiltflow.molecules.geom import Listed, Reference, list_molecules, read_reference
 from tiltflow.molecules.molecule import Molecule, positions_of, with_positions
 from tiltflow.molecules.split import read_training_smiles, unseen
+from tiltflow.molecules.torsions import place, rotatable_torsions
 from tiltflow.store import write_text
 
 Row = dict[str, Any]
@@ -88,25 +88,12 @@ def rdkit(molecule: Molecule, n: int, seed: int) -> Generated:
 
 
 def rdkit_random_torsions(molecule: Molecule, n: int, seed: int) -> Generated:
-    """Geometries of :func:`rdkit`, every rotatable bond (RDKit's pattern, amides included) at a uniform angle."""
+    """Geometries of :func:`rdkit` with every torsion of the torsional sampler at a uniform angle."""
     positions, calls, seconds = rdkit(molecule, n, seed)
     started = time.perf_counter()
-    mol, torsions = with_positions(molecule.mol, positions), _torsions(molecule)
-    angles = np.random.default_rng(seed).uniform(-180, 180, (n, len(torsions)))
-    for conformer, row in zip(mol.GetConformers(), angles):
-        for torsion, angle in zip(torsions, row):
-            rdMolTransforms.SetDihedralDeg(conformer, *torsion, float(angle))
-    return Generated(positions_of(mol), calls, seconds + time.perf_counter() - started)
-
-
-def _torsions(molecule: Molecule) -> list[tuple[int, int, int, int]]:
-    """Four atoms for every rotatable bond; a bond is rotatable by its heavy atoms, so no methyl is."""
-    heavy, found = heavy_atoms(molecule).tolist(), []
-    for j, k in Chem.RemoveAllHs(molecule.mol).GetSubstructMatches(RotatableBondSmarts):
-        ends = [(heavy[j], heavy[k]), (heavy[k], heavy[j])]
-        i, m = (next(a.GetIdx() for a in molecule.mol.GetAtomWithIdx(u).GetNeighbors() if a.GetIdx() != v) for u, v in ends)
-        found.append((i, *ends[0], m))
-    return found
+    torsions = rotatable_torsions(molecule)
+    turns = torch.rand(n, len(torsions.atoms), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Generated(place(positions, torsions, 2 * torch.pi * turns), calls, seconds + time.perf_counter() - started)
 
 
 METHODS: dict[str, Callable[[Molecule, int, int], Generated]] = {

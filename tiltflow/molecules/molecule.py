@@ -39,8 +39,8 @@ class Molecule:
 
     @property
     def rotatable_bonds(self) -> int:
-        """RDKit's count."""
-        return CalcNumRotatableBonds(self.mol)
+        """RDKit's (strict) count, in which hydrogens have no part."""
+        return CalcNumRotatableBonds(Chem.RemoveHs(self.mol))
 
 
 def molecule(smiles: str, name: str = "molecule") -> Molecule:

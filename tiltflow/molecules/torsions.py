@@ -1,9 +1,10 @@
 r"""Torsional coordinates: a molecule whose bond lengths, angles and rings are those of a template, turned about its bonds.
 
-θ ∈ [−π, π)^D are the dihedral angles of the rotatable bonds: those of RDKit's (strict) definition, and of hydroxyl and thiol
-hydrogens, whose direction decides about hydrogen bonds. x(θ) turns, for one bond after the other, the atoms on its smaller
-side about the bond by θ_k minus the template's angle; turning one bond leaves every other dihedral as it is, so the order
-does not matter up to a motion of the whole molecule. Densities in these coordinates are with respect to dθ.
+θ ∈ [−π, π)^D are the dihedral angles of the rotatable bonds: RDKit's pattern (Lipinski) without the bonds between C=O, C=N
+or C=S and N, O or S, which hardly turn and belong to the template; and those of hydroxyl and thiol hydrogens, which decide
+about hydrogen bonds. x(θ) turns, for one bond after the other, the atoms on its smaller side about the bond by θ_k minus the
+template's angle; turning one bond leaves every other dihedral as it is, so that their order matters only to a motion of the
+whole molecule. Densities in these coordinates are with respect to dθ.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from tiltflow.molecules.molecule import Molecule
 
 HYDROXYL = Chem.MolFromSmarts("[!$([#6]=[O,N,S]);!H3;!D1]-!@[$([OX2H1]),$([SX2H1])]")
 """An OH or SH that is no acid's."""
+CONJUGATED = Chem.MolFromSmarts("[CX3;$(C=[O,N,S])]-!@[#7,#8,#16]")
+"""Amides, esters, amidines and the like."""
 
 
 class Torsions(NamedTuple):
@@ -37,6 +40,7 @@ def rotatable_torsions(molecule: Molecule) -> Torsions:
     if heavy.GetNumAtoms() != len(names):
         raise TiltflowError(f"{molecule.name}: hydrogens that RDKit does not remove (isotopes, hydrides) are not supported.")
     bonds = {tuple(sorted(m)) for m in heavy.GetSubstructMatches(RotatableBondSmarts)}
+    bonds -= {tuple(sorted(m)) for m in heavy.GetSubstructMatches(CONJUGATED)}
     bonds |= {tuple(sorted(m)) for m in heavy.GetSubstructMatches(HYDROXYL)}
     atoms, moving = [], []
     for i, j in sorted(bonds):
@@ -82,9 +86,9 @@ def dihedrals(x: Tensor, atoms: Tensor) -> Tensor:
 
 
 def place(template: Tensor, torsions: Torsions, angles: Tensor) -> Tensor:
-    """x(θ), (B, N, 3), of a template (N, 3) at angles (B, D); differentiable in the angles."""
+    """x(θ), (B, N, 3), of a template (N, 3), or one per row (B, N, 3), at angles (B, D); differentiable in the angles."""
     x = template.to(angles).expand(len(angles), -1, -1)
-    turn = angles - dihedrals(template[None], torsions.atoms).to(angles)
+    turn = angles - dihedrals(template.reshape(-1, *x.shape[1:]), torsions.atoms).to(angles)
     for k, (_, b, c, _) in enumerate(torsions.atoms.tolist()):
         beyond = torsions.moving[k].nonzero()[:, 0]
         axis = torch.nn.functional.normalize(x[:, c] - x[:, b], dim=-1)[:, None]
