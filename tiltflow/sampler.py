@@ -214,7 +214,18 @@ DEFAULTS: dict[str, SamplerSettings] = {
     "dw4": SamplerSettings(
         iterations=400, minibatch=256, buffer_rounds=20, steps=60, draw_steps=400, finest=0.1, learning_rate=2e-3
     ),
-    "lj13": SamplerSettings(iterations=180, minibatch=256, steps=40, finest=0.03, learning_rate=2e-3),
+    "lj13": SamplerSettings(
+        iterations=150,
+        updates=75,
+        minibatch=256,
+        buffer_rounds=20,
+        steps=60,
+        draw_steps=800,
+        finest=0.03,
+        layers=4,
+        learning_rate=2e-3,
+        minimum_ess=0.2,
+    ),
 }
 """Settings of named problems where they differ from the class's; chosen on seed 0, see docs/lab-notes.md."""
 
