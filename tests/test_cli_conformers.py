@@ -47,6 +47,7 @@ def calls(monkeypatch):
         return Ensemble(molecule, x, energy, "kcal/mol", log_w, settings.temperature, hot, {"engine": "stand-in"})
 
     monkeypatch.setattr("tiltflow.molecules.run.generate", generate)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # in this process, where the stand-in is
     return seen
 
 

@@ -92,7 +92,7 @@ def test_weighted_conformers_match_quadrature(smiles, seed):
     rigid = templates(mol, 1, seed).positions
     settings = TorsionalSettings(iterations=20, updates=30, minibatch=256)
     trained = train_torsional(open_energy("mmff94", mol), 300.0, rigid, torsions, settings, seed)
-    (drawn,) = trained.draw(8_000, torch.Generator().manual_seed(seed))
+    (drawn,) = trained.draw([8_000], torch.Generator().manual_seed(seed))
     grid, log_z, exact = quadrature(trained.energies[0].energy, dim, 90 if dim < 3 else 36)
     found = evidence(drawn.log_weights)
     weights = normalised(drawn.log_weights)

@@ -33,6 +33,7 @@ from tiltflow import __version__
 from tiltflow.bench import run_apart
 from tiltflow.errors import TiltflowError
 from tiltflow.metrics.conformers import coverage, rmsd_matrix
+from tiltflow.molecules.generate import ConformerSettings, generate
 from tiltflow.molecules.geom import Listed, Reference, list_molecules, read_reference
 from tiltflow.molecules.molecule import Molecule, positions_of, with_positions
 from tiltflow.molecules.split import read_training_smiles, unseen
@@ -96,9 +97,20 @@ def rdkit_random_torsions(molecule: Molecule, n: int, seed: int) -> Generated:
     return Generated(place(positions, torsions, 2 * torch.pi * turns), calls, seconds + time.perf_counter() - started)
 
 
+def torsional(molecule: Molecule, n: int, seed: int) -> Generated:
+    """n draws, as they come, of a torsional sampler trained on this molecule's MMFF94 at 700 K, with up to 8 templates.
+
+    700 K, so that shapes a few kcal/mol up, which another energy may prefer, are visited; set before a reference was read.
+    """
+    started = time.perf_counter()
+    made = generate(molecule, ConformerSettings(sampling_temperature=700.0, n=n, templates=8), seed)
+    return Generated(made.positions, int(made.provenance["energy_evaluations"]), time.perf_counter() - started)
+
+
 METHODS: dict[str, Callable[[Molecule, int, int], Generated]] = {
     "rdkit": rdkit,
     "rdkit_random_torsions": rdkit_random_torsions,
+    "torsional": torsional,
 }
 """(molecule, n, seed) → n conformers. A learned sampler is added here, and nowhere else."""
 

@@ -8,11 +8,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tiltflow.energies.molecular import MolecularEnergy, kt_per, open_energy
 from tiltflow.errors import TiltflowError
@@ -51,7 +53,7 @@ def generate(
     seed: int,
     progress: Callable[[int, int, str], None] = lambda done, total, said: None,
 ) -> Ensemble:
-    """n conformers with their log path weights at ``settings.temperature``, as many of each template (up to one).
+    """n conformers with their log path weights at ``settings.temperature``, of each template as its share among embeddings.
 
     Raises:
         UnsupportedMolecule: the energy does not take it. TiltflowError: no geometry, missing package, divergence.
@@ -59,7 +61,8 @@ def generate(
     if settings.n < 1 or settings.templates < 1:
         raise TiltflowError(f"one conformer and one template are the least, got {settings.n} and {settings.templates}.")
     energy = open_energy(settings.energy, molecule)
-    rigid, torsions = templates(molecule, min(settings.templates, settings.n), seed).positions, rotatable_torsions(molecule)
+    rigid, share = templates(molecule, min(settings.templates, settings.n), seed)
+    torsions = rotatable_torsions(molecule)
     hot = settings.sampling_temperature or settings.temperature
     if not len(torsions.atoms):
         return _rigid_ensemble(molecule, energy, settings, rigid.repeat(-(-settings.n // len(rigid)), 1, 1)[: settings.n])
@@ -69,18 +72,28 @@ def generate(
         progress(row["iteration"] + 1, settings.sampler.iterations, said)
 
     trained = train_torsional(energy, hot, rigid, torsions, settings.sampler, seed, report)
-    each = -(-settings.n // len(rigid))
-    drawn = trained.draw(each, torch.Generator().manual_seed(seed))
+    counts = allot(settings.n, share)
+    drawn = trained.draw(counts, torch.Generator().manual_seed(seed))
     x = torch.cat([place(template, torsions, one.x.double()) for template, one in zip(rigid, drawn)])
-    reduced, log_w = (torch.cat(parts).double() for parts in zip(*((one.energy, one.log_weights) for one in drawn)))
-    log_w = log_w + reduced * (1 - hot / settings.temperature)  # e^{−E/kT} in place of that of training
+    reduced = torch.cat([one.energy.double() for one in drawn])
+    per_draw = [one.log_weights - math.log(n) for n, one in zip(counts, drawn) if one.log_weights is not None]
+    log_w = torch.cat(per_draw).double() + reduced * (1 - hot / settings.temperature)  # e^{−E/kT} in place of that of training
     value = reduced / kt_per(energy.unit, hot) + trained.zero
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: settings.n]
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     said = {"coordinates": COORDINATES, "templates": str(len(rigid)), "energy_evaluations": str(trained.energy_calls)}
     return Ensemble(molecule, x[rows], value[rows], energy.unit, log_w[rows], settings.temperature, hot, said)
 
 
-def _rigid_ensemble(molecule: Molecule, energy: MolecularEnergy, settings: ConformerSettings, x: torch.Tensor) -> Ensemble:
+def allot(n: int, share: Tensor) -> list[int]:
+    """n split by shares (J,), at least one each: n ≥ J."""
+    counts = (share * n).floor().clamp_min(1).long()
+    while int(counts.sum()) > n:
+        counts[counts.argmax()] -= 1
+    counts[0] += n - int(counts.sum())
+    return counts.tolist()
+
+
+def _rigid_ensemble(molecule: Molecule, energy: MolecularEnergy, settings: ConformerSettings, x: Tensor) -> Ensemble:
     """Without rotatable bonds the templates are the states: weights e^{−E/kT} over them."""
     value = energy.energy_and_forces(x)[0].double()
     log_w = -(value - value.min()) * kt_per(energy.unit, settings.temperature)

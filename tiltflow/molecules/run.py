@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,11 +41,10 @@ def run_conformers(
     """
     found: list[Clustered] = []
     refused, faulty, rows = list(read.rejects), list[Reject](), list[dict[str, Any]]()
-    for i, (molecule, line) in enumerate(zip(read.molecules, read.lines)):
-        path = folder.path / f"molecule-{i:05}.safetensors"
-        if not path.is_file():
-            what = f"{i + 1}/{len(read.molecules)} {molecule.name}"
-            save_state(path, _generated(molecule, settings, seed + i, partial(progress, what)))
+    paths = [folder.path / f"molecule-{i:05}.safetensors" for i in range(len(read.molecules))]
+    missing = [(path, m, settings, seed + i) for i, (path, m) in enumerate(zip(paths, read.molecules)) if not path.is_file()]
+    _generate_all(missing, progress)
+    for path, molecule, line in zip(paths, read.molecules, read.lines):
         state = load_state(path)
         if "refused" in state:
             refused.append(Reject(line, molecule.name, molecule.smiles, state["refused"]))
@@ -63,6 +65,30 @@ def run_conformers(
     config = {**asdict(settings), "seed": seed}
     write_conformers_report(folder.path, ConformersRecord(found, rejects, command, config, __version__))
     return rows + [{"kind": "refused", **r._asdict()} for r in refused]
+
+
+def _generate_all(jobs: list[tuple[Path, Molecule, ConformerSettings, int]], progress: Progress) -> None:
+    """One process per core and molecule; a lone molecule, or a lone core, stays in this process and shows more."""
+    workers = min(len(jobs), torch.get_num_threads())
+    if workers <= 1:
+        for k, job in enumerate(jobs, 1):
+            _keep(*job, partial(progress, f"{k}/{len(jobs)} {job[1].name}"))
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        running = {pool.submit(_keep, *job): job[1].name for job in jobs}
+        for done, future in enumerate(as_completed(running), 1):
+            future.result()
+            progress("molecules", done, len(jobs), running[future])
+
+
+def _keep(
+    path: Path,
+    molecule: Molecule,
+    settings: ConformerSettings,
+    seed: int,
+    progress: Callable[[int, int, str], None] = lambda done, total, said: None,
+) -> None:
+    save_state(path, _generated(molecule, settings, seed, progress))
 
 
 def _generated(

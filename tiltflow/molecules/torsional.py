@@ -1,7 +1,7 @@
 r"""The torsional sampler: Adjoint Sampling on the torus of rotatable bonds, for every template of a molecule at once.
 
-The target of template j is e^{−E(x_j(θ))/kT} dθ on [−π, π)^D, and of the molecule their sum over j: with as many draws from
-each template, a draw's weight is its path weight
+The target of template j is e^{−E(x_j(θ))/kT} dθ on [−π, π)^D, and of the molecule their sum over j. With n_j draws from
+template j, the weight of a draw is w/n_j, of its path weight
 
     w = e^{−E/kT} dP_base/dP_u(path) / p_1^base(θ),
 
@@ -47,10 +47,10 @@ class TorsionalSettings:
         max_grad_norm: bound on ‖∇E/kT‖. minimum_ess: path weights are tempered to this ESS fraction.
     """
 
-    iterations: int = 40
+    iterations: int = 30
     batch: int = 256
-    updates: int = 50
-    minibatch: int = 512
+    updates: int = 40
+    minibatch: int = 256
     buffer_rounds: int = 10
     steps: int = 25
     draw_steps: int = 100
@@ -91,11 +91,12 @@ class TorsionalSampler:
         """Energies evaluated so far, rows."""
         return sum(e.evaluations for e in self.energies)
 
-    def draw(self, n: int, generator: torch.Generator) -> list[Drawn]:
-        """n angles with their path weights from each template."""
+    def draw(self, counts: list[int], generator: torch.Generator) -> list[Drawn]:
+        """So many angles of each template, with their path weights."""
         chain = torsion_chain(self.settings, self.dim, self.settings.draw_steps)
         systems = [partial(_rows_of_system, i) for i in range(len(self.energies))]
-        return [draw(chain, self.control, e, n, generator, condition=c) for e, c in zip(self.energies, systems)]
+        work = zip(counts, self.energies, systems)
+        return [draw(chain, self.control, e, n, generator, condition=c) for n, e, c in work]
 
 
 def _rows_of_system(system: int, rows: int) -> dict[str, Tensor]:
