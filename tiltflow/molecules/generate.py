@@ -77,7 +77,7 @@ def generate(
     x = torch.cat([place(template, torsions, one.x.double()) for template, one in zip(rigid, drawn)])
     reduced = torch.cat([one.energy.double() for one in drawn])
     per_draw = [one.log_weights - math.log(n) for n, one in zip(counts, drawn) if one.log_weights is not None]
-    log_w = torch.cat(per_draw).double() + reduced * (1 - hot / settings.temperature)  # e^{−E/kT} in place of that of training
+    log_w = torch.cat(per_draw).double() + reduced * (1 - hot / settings.temperature)  # E/kT for that of training
     value = reduced / kt_per(energy.unit, hot) + trained.zero
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     said = {"coordinates": COORDINATES, "templates": str(len(rigid)), "energy_evaluations": str(trained.energy_calls)}
