@@ -69,7 +69,7 @@ def generate(
 
     def report(row: dict[str, Any]) -> None:
         said = f"median energy {row['energy']:.1f} kT, ESS {row['ess']:.2f}"
-        progress(row["iteration"] + 1, settings.sampler.iterations, said)
+        progress(row["iteration"] + 1, settings.sampler.rounds(len(torsions.atoms)), said)
 
     trained = train_torsional(energy, hot, rigid, torsions, settings.sampler, seed, report)
     counts = allot(settings.n, share)

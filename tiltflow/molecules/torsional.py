@@ -40,16 +40,16 @@ class TorsionalSettings:
     """How to train a torsional sampler; angles in radians.
 
     Args:
-        iterations: rounds. batch: end points per template and round.
+        iterations: rounds (None: 20 + 10 D). batch: end points per template and round.
         updates, minibatch: gradient steps per round, and their rows.
         buffer_rounds: rounds kept. steps, draw_steps: simulation steps K in training, and of finished samples.
         scale, finest: σ_max and σ_min of the geometric noise. hidden, layers: of the network.
         max_grad_norm: bound on ‖∇E/kT‖. minimum_ess: path weights are tempered to this ESS fraction.
     """
 
-    iterations: int = 30
+    iterations: int | None = None
     batch: int = 256
-    updates: int = 40
+    updates: int = 60
     minibatch: int = 256
     buffer_rounds: int = 10
     steps: int = 25
@@ -60,7 +60,11 @@ class TorsionalSettings:
     layers: int = 3
     learning_rate: float = 3e-3
     max_grad_norm: float = 50.0
-    minimum_ess: float = 0.2
+    minimum_ess: float = 0.1
+
+    def rounds(self, dim: int) -> int:
+        """Rounds for D torsions."""
+        return 20 + 10 * dim if self.iterations is None else self.iterations
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def train_torsional(
         torch.manual_seed(seed)
         control = DriftControl(StepVariance(SystemMLP(len(templates), dim, s.hidden, s.layers), s.steps), s.finest)
     method = SeveralAdjointSampling(samplers, len(samplers))
-    fit_settings = FitSettings(s.iterations, s.learning_rate, ema=0.9, updates=s.updates, minibatch=s.minibatch)
+    fit_settings = FitSettings(s.rounds(dim), s.learning_rate, ema=0.9, updates=s.updates, minibatch=s.minibatch)
     buffer = Buffer(s.buffer_rounds * s.batch * len(samplers))
     state = State(control, torch.Generator().manual_seed(seed))
     history = fit(method, state, fit_settings, buffer, callback=callback)
