@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from tiltflow.energies.molecular import MolecularEnergy, kt_per, open_energy
 from tiltflow.errors import TiltflowError
+from tiltflow.molecules.amortised import load_amortised
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.templates import templates
@@ -36,7 +38,7 @@ class ConformerSettings:
         temperature: of the ensemble, in K.
         sampling_temperature: of training, in K; None: that of the ensemble. A hotter one finds more conformers.
         n: conformers. templates: most kinds of rigid geometry (rings, amides) to sample.
-        sampler: of the torsions.
+        sampler: of the torsions. model: file of ``tiltflow train-conformers`` to draw from instead of training.
     """
 
     energy: str = "mmff94"
@@ -45,6 +47,7 @@ class ConformerSettings:
     n: int = 100
     templates: int = 4
     sampler: TorsionalSettings = field(default_factory=TorsionalSettings)
+    model: str | None = None
 
 
 def generate(
@@ -71,7 +74,10 @@ def generate(
         said = f"median energy {row['energy']:.1f} kT, ESS {row['ess']:.2f}"
         progress(row["iteration"] + 1, settings.sampler.rounds(len(torsions.atoms)), said)
 
-    trained = train_torsional(energy, hot, rigid, torsions, settings.sampler, seed, report)
+    if settings.model is None:
+        trained = train_torsional(energy, hot, rigid, torsions, settings.sampler, seed, report)
+    else:
+        trained = load_amortised(Path(settings.model)).of(molecule, energy, rigid, hot)
     counts = allot(settings.n, share)
     drawn = trained.draw(counts, torch.Generator().manual_seed(seed))
     x = torch.cat([place(template, torsions, one.x.double()) for template, one in zip(rigid, drawn)])

@@ -112,6 +112,21 @@ def torsion_chain(settings: TorsionalSettings, dim: int, steps: int) -> Brownian
     return geometric_chain(Torus(), (dim,), steps, settings.scale, settings.finest)
 
 
+def torsion_energies(
+    energy: MolecularEnergy, kelvin: float, templates: Tensor, torsions: Torsions
+) -> tuple[float, list[Evaluator]]:
+    """The first template's energy, in its unit, and energies in kT above it of each template (J, N, 3)."""
+    zero = float(energy.energy_and_forces(templates[:1])[0])
+    return zero, [Evaluator(TorsionEnergy(Reduced(energy, kelvin, zero), x, torsions)) for x in templates]
+
+
+def target(energy: Evaluator, dim: int, settings: TorsionalSettings) -> AdjointSampling:
+    """One target of :class:`~tiltflow.methods.several.SeveralAdjointSampling`."""
+    chain = torsion_chain(settings, dim, settings.steps)
+    cost = EnergyCost(energy, chain, settings.max_grad_norm)
+    return AdjointSampling(chain, cost, settings.batch, "least_variance", settings.minimum_ess)
+
+
 def train_torsional(
     energy: MolecularEnergy,
     kelvin: float,
@@ -123,20 +138,13 @@ def train_torsional(
 ) -> TorsionalSampler:
     """Train a sampler of e^{−E/kT} over the torsions of J templates (J, N, 3), D ≥ 1 torsions.
 
-    Energies are counted from that of the first template.
-
     Raises:
         TiltflowError: an energy that is not finite on most of the base's draws, or divergence.
     """
     s = settings or TorsionalSettings()
     dim = len(torsions.atoms)
-    zero = float(energy.energy_and_forces(templates[:1])[0])
-    evaluators = [Evaluator(TorsionEnergy(Reduced(energy, kelvin, zero), x, torsions)) for x in templates]
-    chain = torsion_chain(s, dim, s.steps)
-    samplers = [
-        AdjointSampling(chain, EnergyCost(e, chain, s.max_grad_norm), s.batch, "least_variance", s.minimum_ess)
-        for e in evaluators
-    ]
+    zero, evaluators = torsion_energies(energy, kelvin, templates, torsions)
+    samplers = [target(e, dim, s) for e in evaluators]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         control = DriftControl(StepVariance(SystemMLP(len(templates), dim, s.hidden, s.layers), s.steps), s.finest)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from tiltflow.errors import TiltflowError
 from tiltflow.molecules.systems import LEVELS, RELATIONS, Systems
 from tiltflow.nn.features import time_features
 from tiltflow.nn.particles import Radial
@@ -87,14 +88,14 @@ class TorsionNet(nn.Module):
     """(angles (B, D), t (B,), system (B,)) → the field of the torsions (B, D); starts at exactly zero.
 
     Args:
-        systems: the table that ``system`` counts in. It is not a weight: set :attr:`systems` to another for other molecules.
+        systems: the table that ``system`` counts in. It is not a weight: set :attr:`systems` for other molecules.
         hidden, layers: of the network. basis: radial functions.
         noise: h(t), (B,) → (B,), standard deviation of the noise of an angle that is left at t.
     """
 
     def __init__(
         self,
-        systems: Systems,
+        systems: Systems | None,
         hidden: int = 64,
         layers: int = 3,
         basis: int = 24,
@@ -114,6 +115,8 @@ class TorsionNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, system: Tensor) -> Tensor:
         """The field (B, D) of angles (B, D); zero where D is padding."""
+        if self.systems is None:
+            raise TiltflowError("this network has been told no molecules yet: set its attribute `systems`.")
         rows = self.systems.rows(system)
         d = rows.angles.shape[1]
         sites = place_sites(rows, x[:, :d])

@@ -1,0 +1,95 @@
+"""One torsional sampler for many molecules: exact weights for unseen ones, learning that carries over, exact resume."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("rdkit")
+
+from tiltflow.errors import TiltflowError
+from tiltflow.molecules.amortised import AmortisedSettings, load_amortised, prepare, save_amortised, train_amortised
+from tiltflow.molecules.generate import ConformerSettings, generate
+from tiltflow.molecules.molecule import molecule
+from tiltflow.molecules.torsional import TorsionalSettings
+from tiltflow.weights import evidence
+
+SAMPLER = TorsionalSettings(
+    iterations=13, batch=64, updates=25, minibatch=128, buffer_rounds=10, hidden=32, layers=2, steps=15, learning_rate=5e-3
+)
+SETTINGS = AmortisedSettings(templates=1, visited=4, sampler=SAMPLER)
+TRAINED, UNSEEN = ["CCCC", "CCCCC", "CCC(C)C", "CC(C)C(C)C"], "CCCC(C)C"
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    return prepare([molecule(s) for s in [*TRAINED, "C"]], SETTINGS, 0)
+
+
+@pytest.fixture(scope="module")
+def model(prepared):
+    torch.set_default_dtype(torch.float64)  # as in the tests
+    return train_amortised(prepared, SETTINGS, 0)
+
+
+def evidence_of(model, one, n=2000):
+    sampler = model.of(one.molecule, one.energy, one.templates, SETTINGS.temperature)
+    (drawn,) = sampler.draw([n], torch.Generator().manual_seed(1))
+    line = torch.linspace(-math.pi, math.pi, 73, dtype=torch.float64)[:-1]
+    energy = sampler.energies[0].energy(torch.cartesian_prod(line, line))
+    exact = float(torch.logsumexp(-energy, 0)) + 2 * math.log(2 * math.pi / 72)
+    return evidence(drawn.log_weights), exact
+
+
+def test_an_unseen_molecule_has_exact_weights_and_profits_from_the_others(prepared, model):
+    """log Z of 2-methylpentane is that of quadrature, trained or not; its ESS is higher by training on other molecules."""
+    assert [one.molecule.smiles for one in prepared] == model.smiles == [molecule(s).smiles for s in TRAINED]
+    (unseen,) = prepare([molecule(UNSEEN)], SETTINGS, 0)
+    raw = train_amortised(prepared, replace(SETTINGS, sampler=replace(SAMPLER, iterations=0)), 0)
+    (before, exact), (after, _) = evidence_of(raw, unseen), evidence_of(model, unseen)
+    assert abs(before.log_z - exact) < 4 * before.log_z_error
+    assert abs(after.log_z - exact) < 4 * after.log_z_error and after.log_z_error < before.log_z_error
+    assert after.ess > 2 * before.ess
+    assert abs(after.log_z - exact - 0.5) > 4 * after.log_z_error  # it could tell half a kT
+
+
+def test_files_and_generate(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_amortised(path, model)
+    loaded = load_amortised(path)
+    assert loaded.settings == model.settings and loaded.smiles == model.smiles
+    settings = ConformerSettings(n=50, templates=1, temperature=500.0, model=str(path))
+    made = generate(molecule(UNSEEN), settings, seed=3)
+    assert len(made) == 50 and made.ess > 0.1
+    assert int(made.provenance["energy_evaluations"]) == 50  # nothing was trained
+    torch.save({}, tmp_path / "other.pt")
+    for wrong in (tmp_path / "none.safetensors", tmp_path / "other.pt"):
+        with pytest.raises(TiltflowError, match="not a conformer model"):
+            load_amortised(wrong)
+
+
+def test_resuming_is_exact(prepared, tmp_path):
+    short = replace(SETTINGS, sampler=replace(SAMPLER, iterations=12, updates=2, minibatch=64))
+
+    class Stopped(Exception):
+        pass
+
+    def stop(row):
+        if row["iteration"] == 10:
+            raise Stopped
+
+    prepared = prepared[:2]
+    whole = train_amortised(prepared, short, 0)
+    with pytest.raises(Stopped):
+        train_amortised(prepared, short, 0, tmp_path / "c.safetensors", callback=stop)
+    resumed = train_amortised(prepared, short, 5, tmp_path / "c.safetensors", resume=True)
+    for a, b in zip(whole.control.module.parameters(), resumed.control.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_misuse():
+    with pytest.raises(TiltflowError, match="none of 1 molecules has a rotatable bond"):
+        prepare([molecule("C")], SETTINGS, 0)
+    with pytest.raises(TiltflowError, match="needs a number of iterations"):
+        train_amortised([], replace(SETTINGS, sampler=TorsionalSettings()), 0)

@@ -1,0 +1,184 @@
+"""One torsional sampler for all molecules: trained on many at once from their energies, drawn from for ones it never saw.
+
+    model = train_amortised(prepare(molecules, settings, seed=0), settings, seed=0)
+    save_amortised(Path("model.safetensors"), model)
+    tiltflow conformers molecules.smi --model model.safetensors --out run
+
+Each round visits a few (molecule, template) pairs; end points, energies and path weights are those pairs' own, the network
+and the buffer are shared (:mod:`tiltflow.methods.several`, :mod:`tiltflow.nn.torsion`). For a new molecule nothing is
+trained: its samples carry exact path weights all the same, and their ESS says how far the network can be trusted on it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tiltflow.buffer import Buffer
+from tiltflow.control import DriftControl, StepVariance
+from tiltflow.energies.molecular import MolecularEnergy, UnsupportedMolecule, open_energy
+from tiltflow.errors import TiltflowError
+from tiltflow.fit import FitSettings, History, fit
+from tiltflow.methods import State
+from tiltflow.methods.several import SeveralAdjointSampling
+from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.systems import systems
+from tiltflow.molecules.templates import templates
+from tiltflow.molecules.torsional import TorsionalSampler, TorsionalSettings, target, torsion_energies
+from tiltflow.molecules.torsions import Torsions, rotatable_torsions
+from tiltflow.nn.torsion import TorsionNet
+from tiltflow.store import load_weights, save_weights
+
+
+@dataclass(frozen=True)
+class AmortisedSettings:
+    """How to train one sampler for many molecules.
+
+    Args:
+        energy: see :func:`tiltflow.energies.molecular.open_energy`. temperature: of training, in K.
+        templates: most kinds of rigid geometry per molecule. visited: (molecule, template) pairs per round.
+        sampler: of the torsions; its ``batch`` is per pair.
+    """
+
+    energy: str = "mmff94"
+    temperature: float = 700.0
+    templates: int = 2
+    visited: int = 8
+    sampler: TorsionalSettings = field(
+        default_factory=lambda: TorsionalSettings(
+            iterations=400, batch=64, updates=30, buffer_rounds=30, learning_rate=2e-3, minimum_ess=0.2
+        )
+    )
+
+
+class Prepared(NamedTuple):
+    """A molecule with its energy, torsions and templates (J, N, 3)."""
+
+    molecule: Molecule
+    energy: MolecularEnergy
+    torsions: Torsions
+    templates: Tensor
+
+
+class Amortised(NamedTuple):
+    """The trained control, its settings, the SMILES it was trained on, and the history of training."""
+
+    control: DriftControl
+    settings: AmortisedSettings
+    smiles: list[str]
+    history: History
+
+    def of(self, molecule: Molecule, energy: MolecularEnergy, rigid: Tensor, kelvin: float) -> TorsionalSampler:
+        """The sampler of one molecule's templates (J, N, 3), as it is; weights are at ``kelvin``."""
+        torsions = rotatable_torsions(molecule)
+        module = copy.deepcopy(self.control.module)
+        assert isinstance(module, StepVariance) and isinstance(module.net, TorsionNet)
+        module.net.systems = systems([(molecule, x) for x in rigid])
+        zero, evaluators = torsion_energies(energy, kelvin, rigid, torsions)
+        control = DriftControl(module, self.control.finest)
+        return TorsionalSampler(self.settings.sampler, len(torsions.atoms), zero, control, evaluators, [])
+
+
+def prepare(
+    molecules: Sequence[Molecule],
+    settings: AmortisedSettings,
+    seed: int,
+    progress: Callable[[int, int, str], None] = lambda done, total, said: None,
+) -> list[Prepared]:
+    """Energies and templates of those molecules that turn about a bond and that the energy takes.
+
+    Raises:
+        TiltflowError: none of them.
+    """
+    found = []
+    for i, one in enumerate(molecules):
+        torsions = rotatable_torsions(one)
+        if len(torsions.atoms):
+            try:
+                energy = open_energy(settings.energy, one)
+                rigid = templates(one, settings.templates, seed + i, embeddings=8).positions
+                found.append(Prepared(one, energy, torsions, rigid))
+            except UnsupportedMolecule:
+                pass
+        progress(i + 1, len(molecules), one.name)
+    if not found:
+        raise TiltflowError(f"none of {len(molecules)} molecules has a rotatable bond and is taken by {settings.energy}.")
+    return found
+
+
+def train_amortised(
+    prepared: Sequence[Prepared],
+    settings: AmortisedSettings,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> Amortised:
+    """Train on all templates of all molecules; see :func:`tiltflow.fit.fit` for ``checkpoint``, ``resume``, ``callback``.
+
+    Raises:
+        TiltflowError: ``iterations`` is None, divergence, an energy that is not finite on most draws.
+    """
+    s = settings.sampler
+    if s.iterations is None:
+        raise TiltflowError("an amortised sampler needs a number of iterations: TorsionalSettings(iterations=…).")
+    samplers = []
+    for one in prepared:
+        _, evaluators = torsion_energies(one.energy, settings.temperature, one.templates, one.torsions)
+        samplers += [target(e, len(one.torsions.atoms), s) for e in evaluators]
+    table = systems([(one.molecule, x) for one in prepared for x in one.templates])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        control = _control(TorsionNet(table, s.hidden, s.layers, noise=_noise(s)), s)
+    method = SeveralAdjointSampling(samplers, min(settings.visited, len(samplers)))
+    fit_settings = FitSettings(
+        s.iterations, s.learning_rate, ema=0.95, updates=s.updates, minibatch=s.minibatch, checkpoint_every=10
+    )
+    buffer = Buffer(s.buffer_rounds * s.batch * method.visited)
+    state = State(control, torch.Generator().manual_seed(seed))
+    history = fit(method, state, fit_settings, buffer, checkpoint, resume, callback)
+    return Amortised(control, settings, [one.molecule.smiles for one in prepared], history)
+
+
+def _control(net: TorsionNet, s: TorsionalSettings) -> DriftControl:
+    return DriftControl(StepVariance(net, s.steps), s.finest)
+
+
+def _noise(s: TorsionalSettings) -> Callable[[Tensor], Tensor]:
+    return partial(_left, s.scale, s.finest)
+
+
+def _left(scale: float, finest: float, t: Tensor) -> Tensor:
+    """√(R_t + σ_min²) of the geometric noise."""
+    return scale * (finest / scale) ** t
+
+
+def save_amortised(path: Path, model: Amortised) -> None:
+    """Weights, settings and training molecules in one safetensors file."""
+    said = {"settings": json.dumps(asdict(model.settings)), "smiles": json.dumps(model.smiles)}
+    save_weights(path, model.control.module, said)
+
+
+def load_amortised(path: Path) -> Amortised:
+    """What :func:`save_amortised` wrote. Raises TiltflowError if it is no such file."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            said = f.metadata() or {}
+        saved = json.loads(said["settings"])
+        settings = AmortisedSettings(**(saved | {"sampler": TorsionalSettings(**saved["sampler"])}))
+        smiles = json.loads(said["smiles"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise TiltflowError(f"{path}: not a conformer model of `tiltflow train-conformers` ({error}).") from error
+    s = settings.sampler
+    control = _control(TorsionNet(None, s.hidden, s.layers, noise=_noise(s)), s)
+    load_weights(path, control.module)
+    return Amortised(control, settings, smiles, [])
