@@ -1,5 +1,6 @@
 """One torsional sampler for many molecules: exact weights for unseen ones, learning that carries over, exact resume."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("rdkit")
+
+from test_cli_sampling import tiltflow
 
 from tiltflow.errors import TiltflowError
 from tiltflow.molecules.amortised import AmortisedSettings, load_amortised, prepare, save_amortised, train_amortised
@@ -16,8 +19,9 @@ from tiltflow.molecules.torsional import TorsionalSettings
 from tiltflow.weights import evidence
 
 SAMPLER = TorsionalSettings(
-    iterations=13, batch=64, updates=25, minibatch=128, buffer_rounds=10, hidden=32, layers=2, steps=15, learning_rate=5e-3
-)
+    iterations=13, batch=64, updates=25, minibatch=128, buffer_rounds=10, steps=15, draw_steps=30, hidden=32, layers=2,
+    learning_rate=5e-3,
+)  # fmt: skip
 SETTINGS = AmortisedSettings(templates=1, visited=4, sampler=SAMPLER)
 TRAINED, UNSEEN = ["CCCC", "CCCCC", "CCC(C)C", "CC(C)C(C)C"], "CCCC(C)C"
 
@@ -33,7 +37,7 @@ def model(prepared):
     return train_amortised(prepared, SETTINGS, 0)
 
 
-def evidence_of(model, one, n=2000):
+def evidence_of(model, one, n=1500):
     sampler = model.of(one.molecule, one.energy, one.templates, SETTINGS.temperature)
     (drawn,) = sampler.draw([n], torch.Generator().manual_seed(1))
     line = torch.linspace(-math.pi, math.pi, 73, dtype=torch.float64)[:-1]
@@ -93,3 +97,26 @@ def test_misuse():
         prepare([molecule("C")], SETTINGS, 0)
     with pytest.raises(TiltflowError, match="needs a number of iterations"):
         train_amortised([], replace(SETTINGS, sampler=TorsionalSettings()), 0)
+
+
+def test_the_command_trains_and_the_other_draws(tmp_path):
+    smi = tmp_path / "alkanes.smi"
+    smi.write_text("CCCC butane\nnonsense bad\nCCC(C)C\nCCCCC\n")
+    run = tmp_path / "run"
+    args = ["train-conformers", smi, "--out", run, "--molecules", 2, "--iterations", 2, "--seed", 1, "--json"]
+    done = tiltflow(*args)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["molecules"] == 2 and row["energy_calls"] == 2 * row["templates"] and 0 < row["ess"] <= 1
+    assert len(load_amortised(run / "model.safetensors").smiles) == 2
+    assert tiltflow(*args).returncode == 2  # the folder is taken
+    assert tiltflow(*args, "--resume").returncode == 0
+    drawn = tiltflow(
+        "conformers", "CCCCC", "--model", run / "model.safetensors", "-n", 20, "--out", tmp_path / "drawn", "--json"
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert json.loads(drawn.stdout)["rows"][0]["conformers"] == 20
+    wrong = tiltflow("conformers", "CCCCC", "--model", smi, "--out", tmp_path / "no")
+    assert wrong.returncode == 2 and "not a conformer model" in wrong.stderr and not (tmp_path / "no").exists()
+    none = tiltflow("train-conformers", smi, "--out", tmp_path / "no", "--max-atoms", 3)
+    assert none.returncode == 2 and "not one molecule" in none.stderr

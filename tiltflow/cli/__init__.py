@@ -14,7 +14,7 @@ import click
 from tiltflow import __version__
 from tiltflow.cli.bench import bench
 from tiltflow.cli.common import EXIT_MISUSE
-from tiltflow.cli.conformers import conformers_command
+from tiltflow.cli.conformers import conformers_command, train_conformers_command
 from tiltflow.cli.finetune import check_reward_command, demo, finetune_command, pretrain_command
 from tiltflow.cli.sampling import check_energy_command, sample_command, train_sampler_command
 from tiltflow.errors import TiltflowError
@@ -33,6 +33,7 @@ for command in (
     check_energy_command,
     sample_command,
     conformers_command,
+    train_conformers_command,
     pretrain_command,
     demo,
     bench,
