@@ -83,14 +83,19 @@ def worst_tv(angles, weights, grid, exact):
     return max(float(one.abs().sum()) / 2 for one in apart)
 
 
-@pytest.mark.parametrize("smiles, seed", [("OCc1ccccc1", 1), pytest.param("OCCc1ccccc1", 0, marks=pytest.mark.slow)])
-def test_weighted_conformers_match_quadrature(smiles, seed):
+QUICK = TorsionalSettings(iterations=16, updates=25, minibatch=256)
+
+
+@pytest.mark.parametrize(
+    "smiles, seed, settings",
+    [("OCc1ccccc1", 1, QUICK), *[pytest.param("OCCc1ccccc1", s, None, marks=pytest.mark.slow) for s in range(3)]],
+)
+def test_weighted_conformers_match_quadrature(smiles, seed, settings):
     """Torsion TV ≤ .05 and |log Z error| ≤ .05 kT at 300 K; the same samples without their weights, or at 600 K, fail."""
     mol = molecule(smiles)
     torsions = rotatable_torsions(mol)
     dim = len(torsions.atoms)
     rigid = templates(mol, 1, seed).positions
-    settings = TorsionalSettings(iterations=8 * dim, updates=25, minibatch=256)
     trained = train_torsional(open_energy("mmff94", mol), 300.0, rigid, torsions, settings, seed)
     (drawn,) = trained.draw([8_000], torch.Generator().manual_seed(seed))
     grid, log_z, exact = quadrature(trained.energies[0].energy, dim, 90 if dim < 3 else 36)
