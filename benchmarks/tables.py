@@ -264,6 +264,19 @@ def particle_network() -> str:
     return (markdown(["system", "batch", *columns], lines) if lines else "not run") + "\n\n" + provenance(documents)
 
 
+def torsional_quadrature() -> str:
+    """Torsional samplers beside quadrature, molecule by molecule."""
+    documents = load("torsional-quadrature-*.json")
+    columns = {"tv": 3, "tv_raw": 3, "log_z_error": 3, "log_z_std": 3, "energy_error": 3, "ess": 2, "seconds": 0}
+    lines = [
+        [r["molecule"], str(r["torsions"]), str(r["seed"]), *(number([r[c]], digits) for c, digits in columns.items())]
+        for d in documents
+        for r in d["rows"]
+    ]
+    header = ["molecule", "torsions", "seed", *columns]
+    return (markdown(header, lines) if lines else "not run") + "\n\n" + provenance(documents)
+
+
 def step_variance() -> str:
     """Exact drifts with the base's step variance and with the matched one."""
     documents = load("step-variance*.json")
@@ -287,6 +300,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "few steps": few_steps,
     "sampling": sampling,
     "conformers": conformers,
+    "torsional quadrature": torsional_quadrature,
     "step variance": step_variance,
     "particle network": particle_network,
     "iteration": iteration,
