@@ -19,7 +19,7 @@ from tiltflow.fit import FitSettings, fit
 from tiltflow.methods import State
 from tiltflow.methods.adjoint_sampling import AdjointSampling
 from tiltflow.methods.several import SeveralAdjointSampling
-from tiltflow.molecules.generate import ConformerSettings, generate
+from tiltflow.molecules.generate import ConformerSettings, generate, rescored
 from tiltflow.molecules.molecule import molecule, with_positions
 from tiltflow.molecules.templates import embed, templates
 from tiltflow.molecules.torsional import TorsionalSettings, torsion_chain, train_torsional
@@ -201,3 +201,40 @@ def test_a_rigid_molecule_and_ring_templates():
     made = generate(molecule("CC1CCCCC1"), ConformerSettings(n=4), seed=0)
     low = made.energy < made.energy.min() + 0.1
     assert float(made.weights[low].sum()) > 0.8
+
+
+class Softer:
+    """Half of MMFF94: at 300 K what MMFF94 is at 600 K."""
+
+    name, unit, elements = "softer", "kcal/mol", None
+
+    def __init__(self, mol):
+        self.whole = open_energy("mmff94", mol)
+
+    def energy_and_forces(self, x):
+        energy, forces = self.whole.energy_and_forces(x)
+        energy = energy / 2
+        energy[: len(x) // 50] = torch.nan  # a few that do not converge
+        return energy, forces / 2
+
+
+def test_another_energy_weights_the_same_samples():
+    """Samples of MMFF94 at 600 K, rescored at 600 K with half of it, have the mean of quadrature at 1200 K."""
+    mol = molecule("OCc1ccccc1")
+    sampler = TorsionalSettings(iterations=12, updates=20, minibatch=256)
+    settings = ConformerSettings(temperature=600.0, n=3000, templates=1, sampler=sampler)
+    made = generate(mol, settings, seed=0)
+    again = rescored(made, open_energy("mmff94", mol), Softer(mol))
+    assert again.unit == "kcal/mol" and again.provenance["sampled_with"] == "mmff94"
+    assert (again.log_weights[:60] == -torch.inf).all() and again.energy[:60].isnan().all()
+    line = torch.linspace(-math.pi, math.pi, 73, dtype=torch.float64)[:-1]
+    x = place(templates(mol, 1, 0).positions[0], rotatable_torsions(mol), torch.cartesian_prod(line, line))
+    e = open_energy("mmff94", mol).energy_and_forces(x)[0] / 2
+
+    def mean_at(kelvin):
+        return float((torch.softmax(-e / (0.0019872043 * kelvin), 0) * e).sum())
+
+    found = float((again.weights[60:] * again.energy[60:]).sum())
+    assert abs(found - mean_at(600)) < 0.08 < 0.15 < abs(mean_at(600) - mean_at(300))
+    same = rescored(made, open_energy("mmff94", mol), open_energy("mmff94", mol))
+    torch.testing.assert_close(same.weights, made.weights)

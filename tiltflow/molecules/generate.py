@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class ConformerSettings:
         temperature: of the ensemble, in K.
         sampling_temperature: of training, in K; None: that of the ensemble. A hotter one finds more conformers.
         n: conformers. templates: most kinds of rigid geometry (rings, amides) to sample.
+        rescore: another energy, whose ensemble the samples are weighted for in the end; its energies are reported.
         sampler: of the torsions. model: file of ``tiltflow train-conformers`` to draw from instead of training.
     """
 
@@ -48,6 +49,25 @@ class ConformerSettings:
     templates: int = 4
     sampler: TorsionalSettings = field(default_factory=TorsionalSettings)
     model: str | None = None
+    rescore: str | None = None
+
+
+def rescored(ensemble: Ensemble, old: MolecularEnergy, new: MolecularEnergy) -> Ensemble:
+    """The same conformers weighted for another energy: log w' = log w + (E_old − E_new)/kT, with E_new as their energies.
+
+    Exact where the samples of the old energy cover those of the new one, which the ESS must show. Rows that the new energy
+    cannot evaluate have no weight.
+    """
+    value = new.energy_and_forces(ensemble.positions)[0].double()
+    kelvin = ensemble.temperature
+    before = torch.zeros(len(ensemble)) if ensemble.log_weights is None else ensemble.log_weights.double()
+    log_w = before + ensemble.energy.double() * kt_per(old.unit, kelvin) - value * kt_per(new.unit, kelvin)
+    finite = torch.isfinite(value)
+    if not bool(finite.any()):
+        raise TiltflowError(f"{ensemble.molecule.name}: {new.name} evaluates none of {len(value)} conformers.")
+    log_w = torch.where(finite, log_w - log_w[finite].max(), -torch.inf)
+    said = {**ensemble.provenance, "sampled_with": old.name}
+    return replace(ensemble, energy=value, unit=new.unit, log_weights=log_w, provenance=said)
 
 
 def generate(
@@ -64,6 +84,9 @@ def generate(
     if settings.n < 1 or settings.templates < 1:
         raise TiltflowError(f"one conformer and one template are the least, got {settings.n} and {settings.templates}.")
     energy = open_energy(settings.energy, molecule)
+    if settings.rescore is not None:
+        judge = open_energy(settings.rescore, molecule)
+        return rescored(generate(molecule, replace(settings, rescore=None), seed, progress), energy, judge)
     rigid, share = templates(molecule, min(settings.templates, settings.n), seed)
     torsions = rotatable_torsions(molecule)
     hot = settings.sampling_temperature or settings.temperature
