@@ -226,6 +226,18 @@ DEFAULTS: dict[str, SamplerSettings] = {
         learning_rate=2e-3,
         minimum_ess=0.2,
     ),
+    "lj55": SamplerSettings(
+        iterations=100,
+        batch=64,
+        updates=60,
+        minibatch=32,
+        buffer_rounds=30,
+        steps=40,
+        draw_steps=100,
+        finest=0.03,
+        learning_rate=2e-3,
+        minimum_ess=0.2,
+    ),
 }
 """Settings of named problems where they differ from the class's; chosen on seed 0, see docs/lab-notes.md."""
 

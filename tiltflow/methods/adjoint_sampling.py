@@ -49,19 +49,20 @@ def update_step_variance(
 ) -> None:
     """Move the v_k/R_k of a control with :class:`~tiltflow.control.StepVariance` a fifth of the way to this round's.
 
-    v_k = E‖X_1 − X_k − R_k b(X_k)‖²/d over weighted ambient end points x1 (n, *event), an eighth of them at each step. What
-    the drift has not learned yet counts as variance.
+    v_k = E‖X_1 − X_k − R_k b(X_k)‖²/d over weighted ambient end points x1 (n, *event), at each step an eighth of them, or
+    enough for 2,048 numbers. What the drift has not learned yet counts as variance.
     """
     if not isinstance(control, DriftControl) or not isinstance(control.module, StepVariance):
         return
-    steps, rows = len(chain.std), max(len(x1) // 8, min(len(x1), 64))
+    steps, dimension = len(chain.std), chain.geometry.dimension(chain.event_shape)
+    rows = max(len(x1) // 8, min(len(x1), 64, -(-2048 // dimension)))
     pick = torch.multinomial(weight, rows * steps, replacement=True, generator=generator)
     k = torch.arange(steps).repeat_interleave(rows)
     ends, starts = x1[pick], torch.zeros_like(x1[pick]) if x0 is None else x0[pick]
     x, _ = chain.bridge(k, starts, ends, generator)
     rows_of = {name: v[pick] for name, v in (condition or {}).items()}
     error = event_sum((ends - x - at(chain.remaining, k, x) * control.drift(chain, k, x, **rows_of)) ** 2)
-    found = error.reshape(steps, rows).double().mean(1) / chain.geometry.dimension(chain.event_shape)
+    found = error.reshape(steps, rows).double().mean(1) / dimension
     control.module.share.lerp_((found / chain.remaining[:-1]).clamp_max(1.0).to(control.module.share), 0.2)
 
 
