@@ -168,10 +168,10 @@ TINY = ["--iterations", "2", "--batch", "8", "--steps", "10", "--reference-sampl
     "args",
     [
         ["--reward", "thickness", "--label", "3", "--guidance", "1.5"],
-        ["--reward", "digit-3", "--strength", "0.5"],
+        pytest.param(["--reward", "digit-3", "--strength", "0.5"], marks=pytest.mark.slow),
         ["--reward", "inpainting"],
     ],
-    ids=lambda args: args[1],
+    ids=["thickness", "digit-3", "inpainting"],
 )
 def test_shipped_rewards_on_the_shipped_base(args, tmp_path):
     out = tmp_path / "run"
