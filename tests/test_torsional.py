@@ -19,7 +19,7 @@ from tiltflow.fit import FitSettings, fit
 from tiltflow.methods import State
 from tiltflow.methods.adjoint_sampling import AdjointSampling
 from tiltflow.methods.several import SeveralAdjointSampling
-from tiltflow.molecules.generate import ConformerSettings, generate, rescored
+from tiltflow.molecules.generate import ConformerSettings, allot, generate, rescored
 from tiltflow.molecules.molecule import molecule, with_positions
 from tiltflow.molecules.templates import embed, templates
 from tiltflow.molecules.torsional import TorsionalSettings, torsion_chain, train_torsional
@@ -238,3 +238,24 @@ def test_another_energy_weights_the_same_samples():
     assert abs(found - mean_at(600)) < 0.08 < 0.15 < abs(mean_at(600) - mean_at(300))
     same = rescored(made, open_energy("mmff94", mol), open_energy("mmff94", mol))
     torch.testing.assert_close(same.weights, made.weights)
+
+
+def test_shares_of_draws_do_not_change_the_weights():
+    """Cyclohexanol's chairs get unequal numbers of draws; weights are Z_j/Z by quadrature, and not without −log n_j."""
+    mol = molecule("OC1CCCCC1")
+    torsions, energy = rotatable_torsions(mol), open_energy("mmff94", mol)
+    rigid, share = templates(mol, 2, 0)
+    counts = torch.tensor(allot(2000, share), dtype=torch.float64) / 2000
+    line = torch.linspace(-math.pi, math.pi, 361, dtype=torch.float64)[:-1, None]
+    on_grid = torch.stack([energy.energy_and_forces(place(x, torsions, line))[0] for x in rigid])
+    exact = torch.softmax(torch.logsumexp(-on_grid / (0.0019872043 * 300), 1), 0)
+    sampler = TorsionalSettings(iterations=8, updates=15, minibatch=256)
+    made = generate(mol, ConformerSettings(n=2000, templates=2, sampler=sampler), seed=0)
+    heavy = [a.GetIdx() for a in mol.mol.GetAtoms() if a.GetAtomicNum() > 1]
+    sites = made.positions[:, heavy]
+    apart = [(torch.cdist(sites, sites) - torch.cdist(x[heavy], x[heavy])).abs().amax((1, 2)) for x in rigid]
+    kind = torch.stack(apart).argmin(0)
+    found = torch.zeros(2, dtype=torch.float64).index_add(0, kind, made.weights.double())
+    uncorrected = found * counts / (found * counts).sum()  # the term log n_j dropped
+    assert float((found - exact).abs().max()) < 0.02
+    assert float((uncorrected - exact).abs().max()) > 0.04

@@ -154,7 +154,7 @@ def network(problem: EnergyProblem, settings: SamplerSettings) -> tuple[nn.Modul
             settings.layers,
             lengths=(0.4 * scale, 4 * scale),
             basis=24,
-            noise=partial(_left, settings.noise, scale, finest),
+            noise=partial(noise_left, settings.noise, scale, finest),
         )
         return net, 1.0
     dim = math.prod(problem.event_shape)
@@ -164,7 +164,7 @@ def network(problem: EnergyProblem, settings: SamplerSettings) -> tuple[nn.Modul
     return EventMLP(MLP(dim, dim, settings.hidden, settings.layers)), scale
 
 
-def _left(noise: str, scale: float, finest: float, t: Tensor) -> Tensor:
+def noise_left(noise: str, scale: float, finest: float, t: Tensor) -> Tensor:
     """√(R_t + σ_min²): the standard deviation of the noise that is still to come."""
     return scale * (finest / scale) ** t if noise == "geometric" else (scale**2 * (1 - t) + finest**2).sqrt()
 

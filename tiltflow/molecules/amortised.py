@@ -36,6 +36,7 @@ from tiltflow.molecules.templates import templates
 from tiltflow.molecules.torsional import TorsionalSampler, TorsionalSettings, target, torsion_energies
 from tiltflow.molecules.torsions import Torsions, rotatable_torsions
 from tiltflow.nn.torsion import TorsionNet
+from tiltflow.sampler import noise_left
 from tiltflow.store import load_weights, save_weights
 
 
@@ -154,12 +155,7 @@ def _control(net: TorsionNet, s: TorsionalSettings) -> DriftControl:
 
 
 def _noise(s: TorsionalSettings) -> Callable[[Tensor], Tensor]:
-    return partial(_left, s.scale, s.finest)
-
-
-def _left(scale: float, finest: float, t: Tensor) -> Tensor:
-    """√(R_t + σ_min²) of the geometric noise."""
-    return scale * (finest / scale) ** t
+    return partial(noise_left, "geometric", s.scale, s.finest)
 
 
 def save_amortised(path: Path, model: Amortised) -> None:

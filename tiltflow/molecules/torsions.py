@@ -85,16 +85,19 @@ def dihedrals(x: Tensor, atoms: Tensor) -> Tensor:
     return torch.atan2(sine, (n1 * n2).sum(-1))
 
 
+def rotated(x: Tensor, b: Tensor, c: Tensor, angle: Tensor) -> Tensor:
+    """Points x (B, M, 3) turned about the axis from b to c, (B, 3), by an angle (B,): Rodrigues' formula."""
+    axis = torch.nn.functional.normalize(c - b, dim=-1)[:, None]
+    arm, cos, sin = x - c[:, None], angle[:, None, None].cos(), angle[:, None, None].sin()
+    along = axis * (axis * arm).sum(-1, keepdim=True)
+    return (arm - along) * cos + torch.linalg.cross(axis.expand_as(arm), arm) * sin + along + c[:, None]
+
+
 def place(template: Tensor, torsions: Torsions, angles: Tensor) -> Tensor:
     """x(θ), (B, N, 3), of a template (N, 3), or one per row (B, N, 3), at angles (B, D); differentiable in the angles."""
     x = template.to(angles).expand(len(angles), -1, -1)
     turn = angles - dihedrals(template.reshape(-1, *x.shape[1:]), torsions.atoms).to(angles)
     for k, (_, b, c, _) in enumerate(torsions.atoms.tolist()):
         beyond = torsions.moving[k].nonzero()[:, 0]
-        axis = torch.nn.functional.normalize(x[:, c] - x[:, b], dim=-1)[:, None]
-        arm = x[:, beyond] - x[:, c : c + 1]
-        cos, sin = turn[:, k, None, None].cos(), turn[:, k, None, None].sin()
-        along = axis * (axis * arm).sum(-1, keepdim=True)
-        turned = (arm - along) * cos + torch.linalg.cross(axis.expand_as(arm), arm) * sin + along
-        x = x.index_copy(1, beyond, turned + x[:, c : c + 1])
+        x = x.index_copy(1, beyond, rotated(x[:, beyond], x[:, b], x[:, c], turn[:, k]))
     return x

@@ -22,6 +22,7 @@ from torch.nn.functional import silu
 
 from tiltflow.errors import TiltflowError
 from tiltflow.molecules.systems import LEVELS, RELATIONS, Systems
+from tiltflow.molecules.torsions import rotated
 from tiltflow.nn.features import time_features
 from tiltflow.nn.particles import Radial
 
@@ -34,12 +35,7 @@ def place_sites(rows: Systems, angles: Tensor) -> Tensor:
     x, turn, every = rows.template.to(angles), angles - rows.angles.to(angles), torch.arange(len(angles))
     for k in range(angles.shape[1]):
         b, c = x[every, rows.axes[:, k, 0]], x[every, rows.axes[:, k, 1]]
-        axis = nn.functional.normalize(c - b, dim=-1)[:, None]
-        arm = x - c[:, None]
-        cos, sin = turn[:, k, None, None].cos(), turn[:, k, None, None].sin()
-        along = axis * (axis * arm).sum(-1, keepdim=True)
-        turned = (arm - along) * cos + torch.linalg.cross(axis.expand_as(arm), arm) * sin + along + c[:, None]
-        x = torch.where(rows.moving[:, k, :, None], turned, x)
+        x = torch.where(rows.moving[:, k, :, None], rotated(x, b, c, turn[:, k]), x)
     return x
 
 
