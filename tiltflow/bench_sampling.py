@@ -1,8 +1,9 @@
 r"""`tiltflow bench sampling`: samplers of e^{−E} side by side, and parallel tempering as the classical one.
 
-Protocol: 10,000 samples; log Z and ESS from all of them, distances from 2,000 beside their floors (:mod:`tiltflow.assess`).
-Each method has the problem's default settings but for its name. Counted during training only: calls of the energy and rows
-it evaluated (an energy with its gradient is one), rows through the network, gradient steps, seconds of clock and processor.
+Protocol: 10,000 samples (LJ13 4,000, LJ55 1,000: they cost most); log Z and ESS from all of them, distances from 2,000
+(LJ55: 500) beside their floors (:mod:`tiltflow.assess`). Each method has the problem's default settings but for its name.
+Counted during training only: calls of the energy and rows it evaluated (an energy with its gradient is one), rows through the
+network, gradient steps, seconds of clock and processor.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,8 @@ from tiltflow.sampler_run import EVALUATION_SEED, assess_all, base_draws, defaul
 Row = dict[str, Any]
 TEMPERING = "parallel_tempering"
 NAMES = (*METHODS, TEMPERING)
-SAMPLES, COMPARED, PILOT = 10_000, 2_000, 200
+SAMPLES, COMPARED, PILOT, PILOT_ROUNDS = 10_000, 2_000, 200, 4
+FEWER = {"lj13": (4_000, COMPARED), "lj55": (1_000, 500)}  # samples, and those compared
 COLUMNS = (
     "problem", "method", "seed", "w2", "w2_floor", "energy_w2", "energy_w2_floor", "mode_tv", "ess", "log_z_error",
     "energy_calls", "gradient_steps", "seconds", "processor_seconds", "network_evaluations", "energy_evaluations",
@@ -95,7 +96,8 @@ def bench_sampling(
     Args:
         problems: names, or module:function giving an EnergyProblem. methods: of :data:`NAMES`.
         iterations: rounds of training (parallel tempering: kept moves) instead of the default.
-        minutes: as many rounds (moves) as this time allows, judged by a pilot of a few; instead of ``iterations``.
+        minutes: instead of ``iterations``: as many rounds (moves) as fit this time on the threads in use, judged by the
+            processor time of a pilot of a few.
         reference: a NumPy file (N, *event) to compare with instead of the problem's own samples; one problem only.
 
     Raises:
@@ -128,19 +130,22 @@ def bench_one(
 ) -> Row:
     """The row of one method on one problem."""
     row: Row = dict.fromkeys(COLUMNS) | {"problem": name, "method": method, "seed": seed}
+    samples, compared = FEWER.get(name, (SAMPLES, COMPARED))
+    budget = None if minutes is None else 60 * minutes * torch.get_num_threads()  # of processor seconds
     trained: TrainedSampler | None = None
     if method == TEMPERING:
         plan = LADDERS.get(name, Tempering())
-        if minutes is not None:
-            _, pilot = temper(problem, replace(plan, steps=PILOT, burn_in=0), seed)
-            iterations = max(1, int(60 * minutes * PILOT / (1.5 * pilot["seconds"])))
+        if budget is not None:
+            _, pilot = temper(problem, replace(plan, steps=PILOT, burn_in=0), seed, samples)
+            iterations = max(1, int(budget * PILOT / (1.5 * pilot["processor_seconds"])))
         plan = plan if iterations is None else replace(plan, steps=iterations, burn_in=iterations // 2)
-        drawn, spent = temper(problem, plan, seed)
+        drawn, spent = temper(problem, plan, seed, samples)
     else:
         settings = replace(default_settings(name), method=method)
-        if minutes is not None:
-            pilot_rounds = train_sampler(problem, replace(settings, iterations=4), seed=seed).history[1:]
-            iterations = max(1, int(60 * minutes / median(r["seconds"] for r in pilot_rounds)))
+        if budget is not None:
+            busy = time.process_time()
+            train_sampler(problem, replace(settings, iterations=PILOT_ROUNDS), seed=seed)
+            iterations = max(1, int(budget * PILOT_ROUNDS / (time.process_time() - busy)))
         settings = settings if iterations is None else replace(settings, iterations=iterations)
         with counted_rows(type(network(problem, settings)[0])) as through:
             started, busy = time.perf_counter(), time.process_time()
@@ -155,10 +160,10 @@ def bench_one(
             "steps": settings.steps,
         }
         started = time.perf_counter()
-        drawn = trained.draw(SAMPLES, seed=EVALUATION_SEED + seed)
+        drawn = trained.draw(samples, seed=EVALUATION_SEED + seed)
         spent["sample_seconds"] = time.perf_counter() - started
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
-    return row | assess_all(problem, drawn, trained, generator, COMPARED).row | spent
+    return row | assess_all(problem, drawn, trained, generator, compared).row | spent
 
 
 @contextmanager
@@ -177,8 +182,8 @@ def counted_rows(kind: type[nn.Module]) -> Iterator[Counter[str]]:
         hook.remove()
 
 
-def temper(problem: EnergyProblem, plan: Tempering, seed: int) -> tuple[Drawn, Row]:
-    """SAMPLES draws of parallel tempering from relaxed draws of the base, in random order, and what they cost."""
+def temper(problem: EnergyProblem, plan: Tempering, seed: int, samples: int = SAMPLES) -> tuple[Drawn, Row]:
+    """``samples`` draws of parallel tempering from relaxed draws of the base, in random order, and what they cost."""
     generator = torch.Generator().manual_seed(seed)
     evaluator, started, busy = Evaluator(problem.energy), time.perf_counter(), time.process_time()
     x = base_draws(problem, plan.chains, generator)
@@ -193,7 +198,7 @@ def temper(problem: EnergyProblem, plan: Tempering, seed: int) -> tuple[Drawn, R
         plan.steps,
         generator,
         burn_in=plan.burn_in,
-        thin=max(1, plan.steps * plan.chains // SAMPLES),
+        thin=max(1, plan.steps * plan.chains // samples),
         step=problem.finest**2,
         geometry=problem.geometry,
     )
@@ -208,7 +213,7 @@ def temper(problem: EnergyProblem, plan: Tempering, seed: int) -> tuple[Drawn, R
         "lowest_swap": float(found.swaps.min()),
     }
     x = found.samples.flatten(0, 1)
-    x = x[torch.randperm(len(x), generator=generator)[:SAMPLES]]
+    x = x[torch.randperm(len(x), generator=generator)[:samples]]
     return Drawn(x, problem.energy(x).detach(), None), spent
 
 

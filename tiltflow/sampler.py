@@ -215,7 +215,7 @@ DEFAULTS: dict[str, SamplerSettings] = {
         iterations=400, minibatch=256, buffer_rounds=20, steps=60, draw_steps=400, finest=0.1, learning_rate=2e-3
     ),
     "lj13": SamplerSettings(
-        iterations=200,
+        iterations=140,
         updates=75,
         minibatch=256,
         buffer_rounds=20,
