@@ -61,7 +61,7 @@ class Training:
 
 
 def without_seconds(history):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in history]
 
 
 def same(one, other):

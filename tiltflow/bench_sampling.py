@@ -2,8 +2,8 @@ r"""`tiltflow bench sampling`: samplers of e^{−E} side by side, and parallel t
 
 Protocol: 10,000 samples (LJ13 4,000, LJ55 1,000: they cost most); log Z and ESS from all of them, distances from 2,000
 (LJ55: 500) beside their floors (:mod:`tiltflow.assess`). Each method has the problem's default settings but for its name.
-Counted during training only: calls of the energy and rows it evaluated (an energy with its gradient is one), rows through the
-network, gradient steps, seconds of clock and processor.
+Counted during training only: calls of the energy and rows it evaluated (an energy with its gradient is one), rows through
+the network, gradient steps, seconds of clock and processor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from tiltflow.sampler_run import EVALUATION_SEED, assess_all, base_draws, defaul
 Row = dict[str, Any]
 TEMPERING = "parallel_tempering"
 NAMES = (*METHODS, TEMPERING)
-SAMPLES, COMPARED, PILOT, PILOT_ROUNDS = 10_000, 2_000, 200, 4
+SAMPLES, COMPARED, PILOT = 10_000, 2_000, 1_000
 FEWER = {"lj13": (4_000, COMPARED), "lj55": (1_000, 500)}  # samples, and those compared
 COLUMNS = (
     "problem", "method", "seed", "w2", "w2_floor", "energy_w2", "energy_w2_floor", "mode_tv", "ess", "log_z_error",
@@ -143,9 +144,8 @@ def bench_one(
     else:
         settings = replace(default_settings(name), method=method)
         if budget is not None:
-            busy = time.process_time()
-            train_sampler(problem, replace(settings, iterations=PILOT_ROUNDS), seed=seed)
-            iterations = max(1, int(budget * PILOT_ROUNDS / (time.process_time() - busy)))
+            pilot_rounds = train_sampler(problem, replace(settings, iterations=4), seed=seed).history[1:]
+            iterations = max(1, int(budget / median(r["processor_seconds"] for r in pilot_rounds)))
         settings = settings if iterations is None else replace(settings, iterations=iterations)
         with counted_rows(type(network(problem, settings)[0])) as through:
             started, busy = time.perf_counter(), time.process_time()

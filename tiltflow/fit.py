@@ -77,7 +77,7 @@ def fit(
         callback: called with each iteration's metrics (progress bars, early printing).
 
     Returns:
-        One dict per iteration: iteration, loss, grad_norm, seconds, the method's metrics and curves.
+        One dict per iteration: iteration, loss, grad_norm, seconds, processor_seconds, the method's metrics and curves.
 
     Raises:
         TiltflowError: a non-finite loss (the last checkpoint stays), or nothing to resume.
@@ -126,7 +126,7 @@ def fit(
             )
 
     while state.iteration < settings.iterations:
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         collected = method.collect(state)
         buffer.add(collected.material)
         for group in optimiser.param_groups:
@@ -155,6 +155,7 @@ def fit(
             **collected.metrics,
             **collected.curves,
             "seconds": time.perf_counter() - started,
+            "processor_seconds": time.process_time() - busy,
         }
         history.append(row)
         state.iteration += 1
