@@ -37,11 +37,14 @@ endif
 demo: setup
 	$(BIN)/tiltflow $(DEMO)
 
+# One process per core and one thread per process: tests are too small for more threads each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(OMP_NUM_THREADS) --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Molecular energies whose packages exclude each other: `make energy-xtb` builds .venv-energy-xtb, which is .venv and tblite.
 ENERGIES := ani aimnet2 xtb

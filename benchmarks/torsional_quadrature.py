@@ -54,7 +54,7 @@ def worst(angles: Tensor, weights: Tensor, grid: Tensor, exact: Tensor) -> float
 def measure(name: str, smiles: str, seed: int) -> dict[str, Any]:
     mol, started = molecule(smiles, name), time.perf_counter()
     torsions, energy = rotatable_torsions(mol), open_energy("mmff94", mol)
-    dim, rigid = len(torsions.atoms), templates(mol, 1, seed).positions
+    dim, rigid = len(torsions.atoms), templates(mol, torsions, 1, seed).positions
     trained = train_torsional(energy, KELVIN, rigid, torsions, seed=seed)
     (drawn,) = trained.draw([DRAWS], torch.Generator().manual_seed(seed))
     seconds, calls = time.perf_counter() - started, trained.energy_calls

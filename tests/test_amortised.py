@@ -38,7 +38,7 @@ def model(prepared):
 
 
 def evidence_of(model, one, n=1500):
-    sampler = model.of(one.molecule, one.energy, one.templates, SETTINGS.temperature)
+    sampler = model.of(one.molecule, one.energy, one.torsions, one.templates, SETTINGS.temperature)
     (drawn,) = sampler.draw([n], torch.Generator().manual_seed(1))
     line = torch.linspace(-math.pi, math.pi, 73, dtype=torch.float64)[:-1]
     energy = sampler.energies[0].energy(torch.cartesian_prod(line, line))

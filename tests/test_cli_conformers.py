@@ -63,7 +63,7 @@ def test_one_smiles(calls, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "molecule-1" in done.stderr and "drawn" in done.stderr
     document = json.loads(done.stdout)
-    assert calls[0][1:] == (ConformerSettings("mmff94", 350.0, 700.0, 12), 4)
+    assert calls[0][1:] == (ConformerSettings("mmff94", 350.0, 700.0, n=12), 4)
     assert document["seed"] == 4 and document["verdict"] is None
     (row,) = document["rows"]
     assert row["conformers"] == 12 and row["rejected"] == 0 and 0.5 < row["ess"] <= 1 and row["reliable"]

@@ -17,7 +17,7 @@ SMILES = ["OCC(N)C(=O)NCc1ccccc1C", "C#CCOc1ccccc1", "F/C=C/C[C@H](O)CS"]
 
 
 def table_of(seed=0):
-    pairs = [(mol, embed(mol, 1, seed)[0]) for mol in map(molecule, SMILES)]
+    pairs = [(mol, rotatable_torsions(mol), embed(mol, 1, seed)[0]) for mol in map(molecule, SMILES)]
     return pairs, systems(pairs)
 
 
@@ -33,8 +33,7 @@ def awake(table, **kw):
 def test_sites_are_where_the_molecule_puts_them(generator):
     pairs, table = table_of()
     table = table._replace(template=table.template.double(), angles=table.angles.double())
-    for s, (mol, template) in enumerate(pairs):
-        torsions = rotatable_torsions(mol)
+    for s, (mol, torsions, template) in enumerate(pairs):
         d, n = len(torsions.atoms), int(table.sites[s])
         angles = 2 * math.pi * torch.rand(4, d, generator=generator, dtype=torch.float64)
         sites = place_sites(table.rows(torch.full((4,), s)), angles)
@@ -75,10 +74,10 @@ def test_invariances(generator):
     assert (field[:, count:] == 0).all() and (field[:, :count].abs() > 1e-4).all()
     turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=generator).double())
     turn = (turn * turn.det().sign()).float()
-    net.systems = systems([(pairs[2][0], (pairs[2][1].float() @ turn.T + 3).double())])
+    net.systems = systems([(*pairs[2][:2], (pairs[2][2].float() @ turn.T + 3).double())])
     alone = net(x[:, :count], t, torch.zeros(5, dtype=torch.long))
     torch.testing.assert_close(alone, field[:, :count], atol=1e-4, rtol=1e-4)
-    net.systems = systems([(pairs[2][0], pairs[2][1] * torch.tensor([1.0, 1.0, -1.0]))])
+    net.systems = systems([(*pairs[2][:2], pairs[2][2] * torch.tensor([1.0, 1.0, -1.0]))])
     mirrored = net(-x[:, :count], t, torch.zeros(5, dtype=torch.long))
     torch.testing.assert_close(mirrored, -field[:, :count], atol=1e-4, rtol=1e-4)
     unturned = net(x[:, :count], t, torch.zeros(5, dtype=torch.long))

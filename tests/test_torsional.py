@@ -95,7 +95,7 @@ def test_weighted_conformers_match_quadrature(smiles, seed, settings):
     mol = molecule(smiles)
     torsions = rotatable_torsions(mol)
     dim = len(torsions.atoms)
-    rigid = templates(mol, 1, seed).positions
+    rigid = templates(mol, torsions, 1, seed).positions
     trained = train_torsional(open_energy("mmff94", mol), 300.0, rigid, torsions, settings, seed)
     (drawn,) = trained.draw([8_000], torch.Generator().manual_seed(seed))
     grid, log_z, exact = quadrature(trained.energies[0].energy, dim, 90 if dim < 3 else 36)
@@ -179,7 +179,7 @@ def test_generate_weights_at_another_temperature():
     again = generate(mol, settings, seed=0)
     assert torch.equal(made.positions, again.positions)
     torsions = rotatable_torsions(mol)
-    rigid = templates(mol, 1, 0).positions
+    rigid = templates(mol, rotatable_torsions(mol), 1, 0).positions
     energy = open_energy("mmff94", mol)
     line = torch.linspace(-math.pi, math.pi, 73, dtype=torch.float64)[:-1]
     e = energy.energy_and_forces(place(rigid[0], torsions, torch.cartesian_prod(line, line)))[0]
@@ -196,7 +196,8 @@ def test_a_rigid_molecule_and_ring_templates():
     """Benzene has one state; methylcyclohexane's chairs are templates with the weights of their energies."""
     benzene = generate(molecule("c1ccccc1"), ConformerSettings(n=3), seed=0)
     assert len(benzene) == 3 and benzene.ess == pytest.approx(1)
-    chairs = templates(molecule("CC1CCCCC1"), 4, 0)
+    ring = molecule("CC1CCCCC1")
+    chairs = templates(ring, rotatable_torsions(ring), 4, 0)
     assert len(chairs.positions) >= 2 and float(chairs.share.sum()) == pytest.approx(1)
     made = generate(molecule("CC1CCCCC1"), ConformerSettings(n=4), seed=0)
     low = made.energy < made.energy.min() + 0.1
@@ -228,7 +229,8 @@ def test_another_energy_weights_the_same_samples():
     assert again.unit == "kcal/mol" and again.provenance["sampled_with"] == "mmff94"
     assert (again.log_weights[:60] == -torch.inf).all() and again.energy[:60].isnan().all()
     line = torch.linspace(-math.pi, math.pi, 73, dtype=torch.float64)[:-1]
-    x = place(templates(mol, 1, 0).positions[0], rotatable_torsions(mol), torch.cartesian_prod(line, line))
+    torsions = rotatable_torsions(mol)
+    x = place(templates(mol, torsions, 1, 0).positions[0], torsions, torch.cartesian_prod(line, line))
     e = open_energy("mmff94", mol).energy_and_forces(x)[0] / 2
 
     def mean_at(kelvin):
@@ -244,7 +246,7 @@ def test_shares_of_draws_do_not_change_the_weights():
     """Cyclohexanol's chairs get unequal numbers of draws; weights are Z_j/Z by quadrature, and not without −log n_j."""
     mol = molecule("OC1CCCCC1")
     torsions, energy = rotatable_torsions(mol), open_energy("mmff94", mol)
-    rigid, share = templates(mol, 2, 0)
+    rigid, share = templates(mol, torsions, 2, 0)
     counts = torch.tensor(allot(2000, share), dtype=torch.float64) / 2000
     line = torch.linspace(-math.pi, math.pi, 361, dtype=torch.float64)[:-1, None]
     on_grid = torch.stack([energy.energy_and_forces(place(x, torsions, line))[0] for x in rigid])

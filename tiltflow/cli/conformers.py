@@ -20,6 +20,7 @@ COLUMNS = ["name", "conformers", "rejected", "ess", "reliable", "clusters", "ene
 @click.option("--energy", default="mmff94", show_default=True, help="Name of the energy; see docs/conformers.md.")
 @click.option("--temperature", default="300K", show_default=True, help="Of the ensemble, in kelvin.")
 @click.option("--sampling-temperature", help="Of training, in kelvin (default: the temperature).")
+@click.option("--conjugated", is_flag=True, help="Turn amides, esters and acids too, which hardly turn at room temperature.")
 @click.option("--rescore", help="Another energy to weight the samples for, e.g. gfn2.")
 @click.option("--model", type=click.Path(path_type=Path), help="Draw from a model of train-conformers; train nothing.")
 @click.option("-n", "count", type=click.IntRange(1, 2000), default=100, show_default=True, help="Conformers per molecule.")
@@ -28,8 +29,9 @@ COLUMNS = ["name", "conformers", "rejected", "ess", "reliable", "clusters", "ene
 @click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
 @common
 def conformers_command(
-    source: str, out: Path, energy: str, temperature: str, sampling_temperature: str | None, rescore: str | None,
-    model: Path | None, count: int, max_atoms: int, resume: bool, overwrite: bool, seed: int, device: str, as_json: bool,
+    source: str, out: Path, energy: str, temperature: str, sampling_temperature: str | None, conjugated: bool,
+    rescore: str | None, model: Path | None, count: int, max_atoms: int, resume: bool, overwrite: bool, seed: int,
+    device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Boltzmann-weighted conformers of molecules, from an energy alone.
 
@@ -52,8 +54,8 @@ def conformers_command(
     kelvin = parse_temperature(temperature)
     hotter = None if sampling_temperature is None else parse_temperature(sampling_temperature)
     settings = ConformerSettings(
-        energy=energy, temperature=kelvin, sampling_temperature=hotter, n=count,
-        model=None if model is None else str(model), rescore=rescore,
+        energy=energy, temperature=kelvin, sampling_temperature=hotter, conjugated=conjugated,
+        n=count, model=None if model is None else str(model), rescore=rescore,
     )  # fmt: skip
     if model is not None:
         load_amortised(model)  # misuse is found before the folder is touched

@@ -46,12 +46,14 @@ class AmortisedSettings:
 
     Args:
         energy: see :func:`tiltflow.energies.molecular.open_energy`. temperature: of training, in K.
+        conjugated: turn amides, esters and acids too (:mod:`tiltflow.molecules.torsions`).
         templates: most kinds of rigid geometry per molecule. visited: (molecule, template) pairs per round.
         sampler: of the torsions; its ``batch`` is per pair.
     """
 
     energy: str = "mmff94"
     temperature: float = 700.0
+    conjugated: bool = True
     templates: int = 2
     visited: int = 8
     sampler: TorsionalSettings = field(
@@ -78,12 +80,13 @@ class Amortised(NamedTuple):
     smiles: list[str]
     history: History
 
-    def of(self, molecule: Molecule, energy: MolecularEnergy, rigid: Tensor, kelvin: float) -> TorsionalSampler:
+    def of(
+        self, molecule: Molecule, energy: MolecularEnergy, torsions: Torsions, rigid: Tensor, kelvin: float
+    ) -> TorsionalSampler:
         """The sampler of one molecule's templates (J, N, 3), as it is; weights are at ``kelvin``."""
-        torsions = rotatable_torsions(molecule)
         module = copy.deepcopy(self.control.module)
         assert isinstance(module, StepVariance) and isinstance(module.net, TorsionNet)
-        module.net.systems = systems([(molecule, x) for x in rigid])
+        module.net.systems = systems([(molecule, torsions, x) for x in rigid])
         zero, evaluators = torsion_energies(energy, kelvin, rigid, torsions)
         control = DriftControl(module, self.control.finest)
         return TorsionalSampler(self.settings.sampler, len(torsions.atoms), zero, control, evaluators, [])
@@ -102,11 +105,11 @@ def prepare(
     """
     found = []
     for i, one in enumerate(molecules):
-        torsions = rotatable_torsions(one)
+        torsions = rotatable_torsions(one, settings.conjugated)
         if len(torsions.atoms):
             try:
                 energy = open_energy(settings.energy, one)
-                rigid = templates(one, settings.templates, seed + i, embeddings=8).positions
+                rigid = templates(one, torsions, settings.templates, seed + i, embeddings=8).positions
                 found.append(Prepared(one, energy, torsions, rigid))
             except UnsupportedMolecule:
                 pass
@@ -136,7 +139,7 @@ def train_amortised(
     for one in prepared:
         _, evaluators = torsion_energies(one.energy, settings.temperature, one.templates, one.torsions)
         samplers += [target(e, len(one.torsions.atoms), s) for e in evaluators]
-    table = systems([(one.molecule, x) for one in prepared for x in one.templates])
+    table = systems([(one.molecule, one.torsions, x) for one in prepared for x in one.templates])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         control = _control(TorsionNet(table, s.hidden, s.layers, noise=_noise(s)), s)

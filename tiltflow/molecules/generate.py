@@ -37,6 +37,8 @@ class ConformerSettings:
         energy: see :func:`tiltflow.energies.molecular.open_energy`.
         temperature: of the ensemble, in K.
         sampling_temperature: of training, in K; None: that of the ensemble. A hotter one finds more conformers.
+            With a model it is the model's.
+        conjugated: turn amides, esters and acids too, which hardly turn at room temperature; of a model, what it learned.
         n: conformers. templates: most kinds of rigid geometry (rings, amides) to sample.
         rescore: another energy, whose ensemble the samples are weighted for in the end; its energies are reported.
         sampler: of the torsions. model: file of ``tiltflow train-conformers`` to draw from instead of training.
@@ -45,6 +47,7 @@ class ConformerSettings:
     energy: str = "mmff94"
     temperature: float = 300.0
     sampling_temperature: float | None = None
+    conjugated: bool = False
     n: int = 100
     templates: int = 4
     sampler: TorsionalSettings = field(default_factory=TorsionalSettings)
@@ -87,9 +90,10 @@ def generate(
     if settings.rescore is not None:
         judge = open_energy(settings.rescore, molecule)
         return rescored(generate(molecule, replace(settings, rescore=None), seed, progress), energy, judge)
-    rigid, share = templates(molecule, min(settings.templates, settings.n), seed)
-    torsions = rotatable_torsions(molecule)
-    hot = settings.sampling_temperature or settings.temperature
+    model = None if settings.model is None else load_amortised(Path(settings.model))
+    hot = model.settings.temperature if model else settings.sampling_temperature or settings.temperature
+    torsions = rotatable_torsions(molecule, settings.conjugated if model is None else model.settings.conjugated)
+    rigid, share = templates(molecule, torsions, min(settings.templates, settings.n), seed)
     if not len(torsions.atoms):
         return _rigid_ensemble(molecule, energy, settings, rigid.repeat(-(-settings.n // len(rigid)), 1, 1)[: settings.n])
 
@@ -97,10 +101,10 @@ def generate(
         said = f"median energy {row['energy']:.1f} kT, ESS {row['ess']:.2f}"
         progress(row["iteration"] + 1, settings.sampler.rounds(len(torsions.atoms)), said)
 
-    if settings.model is None:
+    if model is None:
         trained = train_torsional(energy, hot, rigid, torsions, settings.sampler, seed, report)
     else:
-        trained = load_amortised(Path(settings.model)).of(molecule, energy, rigid, hot)
+        trained = model.of(molecule, energy, torsions, rigid, hot)
     counts = allot(settings.n, share)
     drawn = trained.draw(counts, torch.Generator().manual_seed(seed))
     x = torch.cat([place(template, torsions, one.x.double()) for template, one in zip(rigid, drawn)])

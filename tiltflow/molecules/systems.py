@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from tiltflow.errors import TiltflowError
 from tiltflow.molecules.molecule import Molecule
-from tiltflow.molecules.torsions import dihedrals, rotatable_torsions
+from tiltflow.molecules.torsions import Torsions, dihedrals
 
 ELEMENTS = (1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 34, 35, 53)
 SHAPES = (Chem.HybridizationType.SP, Chem.HybridizationType.SP2, Chem.HybridizationType.SP3)
@@ -60,15 +60,15 @@ class Systems(NamedTuple):
         )
 
 
-def systems(pairs: Sequence[tuple[Molecule, Tensor]]) -> Systems:
-    """The table of (molecule, template (N, 3)) pairs, each with a rotatable bond at least.
+def systems(triples: Sequence[tuple[Molecule, Torsions, Tensor]]) -> Systems:
+    """The table of (molecule, torsions, template (N, 3)), each with a rotatable bond at least.
 
     Raises:
         TiltflowError: an empty list, a molecule without rotatable bonds.
     """
-    if not pairs:
+    if not triples:
         raise TiltflowError("a table of systems needs one at least.")
-    rows = [_row(molecule, template) for molecule, template in pairs]
+    rows = [_row(*one) for one in triples]
     n, d = max(int(r.sites) for r in rows), max(int(r.torsions) for r in rows)
 
     def padded(name: str, *widths: int) -> Tensor:
@@ -92,9 +92,9 @@ def _padded(x: Tensor, widths: Sequence[int]) -> Tensor:
     return pad(x, [v for extra in reversed(room) for v in (0, extra)])
 
 
-def _row(molecule: Molecule, template: Tensor) -> Systems:
+def _row(molecule: Molecule, torsions: Torsions, template: Tensor) -> Systems:
     """One system, not padded."""
-    mol, torsions = molecule.mol, rotatable_torsions(molecule)
+    mol = molecule.mol
     if not len(torsions.atoms):
         raise TiltflowError(f"{molecule.name} ({molecule.smiles}) has no rotatable bond.")
     sites = [a.GetIdx() for a in mol.GetAtoms() if a.GetAtomicNum() != 1 or a.GetNeighbors()[0].GetAtomicNum() != 6]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiltflow.errors import TiltflowError
 from tiltflow.molecules.molecule import Molecule, positions_of
-from tiltflow.molecules.torsions import dihedrals, rotatable_torsions
+from tiltflow.molecules.torsions import Torsions, dihedrals
 
 SAME = math.radians(40)
 """Two geometries are of one kind if none of their rigid dihedrals differs by more."""
@@ -49,10 +49,10 @@ class Templates(NamedTuple):
     share: Tensor
 
 
-def templates(molecule: Molecule, most: int, seed: int, embeddings: int = 24) -> Templates:
+def templates(molecule: Molecule, torsions: Torsions, most: int, seed: int, embeddings: int = 24) -> Templates:
     """The commonest kinds of rigid geometry (rings, amides, ring nitrogens) among relaxed embeddings, at most ``most``."""
     x = embed(molecule, embeddings, seed, relax=True)
-    angles = dihedrals(x, _rigid(molecule))
+    angles = dihedrals(x, _rigid(molecule, torsions))
     kinds: list[list[int]] = []
     for i in range(len(x)):
         for kind in kinds:
@@ -67,10 +67,10 @@ def templates(molecule: Molecule, most: int, seed: int, embeddings: int = 24) ->
     return Templates(x[[kind[0] for kind in kinds]], share / share.sum())
 
 
-def _rigid(molecule: Molecule) -> Tensor:
-    """One dihedral of heavy atoms for each bond that is not rotatable, and the pyramid of each nitrogen, (R, 4)."""
+def _rigid(molecule: Molecule, torsions: Torsions) -> Tensor:
+    """One dihedral of heavy atoms for each bond that is no torsion, and the pyramid of each nitrogen, (R, 4)."""
     mol = molecule.mol
-    rotatable = {frozenset(a[1:3]) for a in rotatable_torsions(molecule).atoms.tolist()}
+    rotatable = {frozenset(a[1:3]) for a in torsions.atoms.tolist()}
     found = []
     for bond in mol.GetBonds():
         b, c = bond.GetBeginAtom(), bond.GetEndAtom()

@@ -1,10 +1,10 @@
 r"""Torsional coordinates: a molecule whose bond lengths, angles and rings are those of a template, turned about its bonds.
 
-θ ∈ [−π, π)^D are the dihedral angles of the rotatable bonds: RDKit's pattern (Lipinski) without the bonds between C=O, C=N
-or C=S and N, O or S, which hardly turn and belong to the template; and those of hydroxyl and thiol hydrogens, which decide
-about hydrogen bonds. x(θ) turns, for one bond after the other, the atoms on its smaller side about the bond by θ_k minus the
-template's angle; turning one bond leaves every other dihedral as it is, so that their order matters only to a motion of the
-whole molecule. Densities in these coordinates are with respect to dθ.
+θ ∈ [−π, π)^D are the dihedral angles of the rotatable bonds: RDKit's pattern (Lipinski), and those of hydroxyl and thiol
+hydrogens, which decide about hydrogen bonds. The bonds between C=O, C=N or C=S and N, O or S (amides, esters, acids)
+hardly turn and belong to the template, unless ``conjugated`` ones are asked for. x(θ) turns, bond after bond, the atoms
+on its smaller side about the bond by θ_k minus the template's angle; turning one bond leaves every other dihedral as it is,
+so that their order matters only to a motion of the whole molecule. Densities in these coordinates are with respect to dθ.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from torch import Tensor
 from tiltflow.errors import TiltflowError
 from tiltflow.molecules.molecule import Molecule
 
-HYDROXYL = Chem.MolFromSmarts("[!$([#6]=[O,N,S]);!H3;!D1]-!@[$([OX2H1]),$([SX2H1])]")
-"""An OH or SH that is no acid's."""
+HYDROXYL = Chem.MolFromSmarts("[!H3;!D1]-!@[$([OX2H1]),$([SX2H1])]")
 CONJUGATED = Chem.MolFromSmarts("[CX3;$(C=[O,N,S])]-!@[#7,#8,#16]")
-"""Amides, esters, amidines and the like."""
+"""Amides, esters, acids, amidines and the like."""
 
 
 class Torsions(NamedTuple):
@@ -32,7 +31,7 @@ class Torsions(NamedTuple):
     moving: Tensor
 
 
-def rotatable_torsions(molecule: Molecule) -> Torsions:
+def rotatable_torsions(molecule: Molecule, conjugated: bool = False) -> Torsions:
     """The rotatable bonds of a molecule, each with one dihedral (heavy atoms first) and its smaller side."""
     mol = molecule.mol
     heavy = Chem.RemoveHs(mol)  # the patterns are for hydrogen-free graphs
@@ -40,8 +39,9 @@ def rotatable_torsions(molecule: Molecule) -> Torsions:
     if heavy.GetNumAtoms() != len(names):
         raise TiltflowError(f"{molecule.name}: hydrogens that RDKit does not remove (isotopes, hydrides) are not supported.")
     bonds = {tuple(sorted(m)) for m in heavy.GetSubstructMatches(RotatableBondSmarts)}
-    bonds -= {tuple(sorted(m)) for m in heavy.GetSubstructMatches(CONJUGATED)}
     bonds |= {tuple(sorted(m)) for m in heavy.GetSubstructMatches(HYDROXYL)}
+    if not conjugated:
+        bonds -= {tuple(sorted(m)) for m in heavy.GetSubstructMatches(CONJUGATED)}
     atoms, moving = [], []
     for i, j in sorted(bonds):
         b, c = names[i], names[j]

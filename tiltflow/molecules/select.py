@@ -1,0 +1,48 @@
+"""Which n of many conformers to keep so that they cover the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tiltflow.errors import TiltflowError
+
+TWINS = 1e-3
+"""Conformers closer than this, in the unit of the RMSD, are the same."""
+
+
+def cover(rmsd: Tensor, n: int, radius: float) -> Tensor:
+    """Rows (n,) of m ≥ n conformers, the most useful first: each covers the most that none before it covers.
+
+    Greedy maximum coverage, within 1 − 1/e of the best choice (Nemhauser, Wolsey & Fisher 1978). Once all are covered, the
+    radius is halved and what is chosen covers less.
+
+    Args:
+        rmsd: (m, m), symmetric. radius: in its unit; a conformer covers those at most this far.
+
+    Raises:
+        TiltflowError: fewer than n conformers, a radius that is not positive.
+    """
+    if not 1 <= n <= len(rmsd) or not radius > 0:
+        raise TiltflowError(f"cannot choose {n} of {len(rmsd)} conformers within {radius} Å: 1 ≤ n ≤ m, radius > 0.")
+    chosen: list[int] = []
+    free = torch.ones(len(rmsd), dtype=torch.bool)
+    near = rmsd <= radius
+    gain = near.sum(1)
+    open_rows = free.clone()
+    while len(chosen) < n:
+        best = int(torch.where(free, gain, -1).argmax())
+        if int(gain[best]) == 0 and radius < TWINS:
+            return torch.cat([torch.tensor(chosen), free.nonzero()[: n - len(chosen), 0]])
+        if int(gain[best]) == 0:  # all covered
+            radius /= 2
+            near = rmsd <= radius
+            open_rows = ~near[:, chosen].any(1)
+            gain = near[:, open_rows].sum(1)
+            continue
+        chosen.append(best)
+        free[best] = False
+        newly = near[best] & open_rows
+        open_rows &= ~newly
+        gain = gain - near[:, newly].sum(1)
+    return torch.tensor(chosen)
