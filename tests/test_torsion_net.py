@@ -96,3 +96,16 @@ def test_it_starts_at_zero_and_sees_the_elements(generator):
     before = net(x.double(), t.double(), system)
     net.systems = table._replace(atoms=torch.zeros_like(table.atoms))
     assert not torch.allclose(net(x.double(), t.double(), system), before, atol=1e-3)
+
+
+def test_blocks_change_nothing(generator, monkeypatch):
+    """Rows go through sorted and in blocks: the field of each is that of the row alone; another row's is not."""
+    _, table = table_of()
+    net = awake(table)
+    system = torch.tensor([2, 0, 1, 0, 2, 1, 1])
+    x, t = torch.randn(7, table.angles.shape[1], generator=generator).double(), torch.rand(7, generator=generator).double()
+    alone = torch.cat([net(x[i : i + 1], t[i : i + 1], system[i : i + 1]) for i in range(7)])
+    for block in (1, 2**12, 2**30):
+        monkeypatch.setattr("tiltflow.nn.torsion.BLOCK", block)
+        torch.testing.assert_close(net(x, t, system), alone)
+    assert not torch.allclose(net(x, t, system.roll(1)), alone)

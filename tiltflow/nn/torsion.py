@@ -24,7 +24,7 @@ from tiltflow.errors import TiltflowError
 from tiltflow.molecules.systems import LEVELS, RELATIONS, Systems
 from tiltflow.molecules.torsions import rotated
 from tiltflow.nn.features import time_features
-from tiltflow.nn.particles import Radial
+from tiltflow.nn.particles import BLOCK, Radial
 
 SHORTEST, LONGEST = 1.0, 12.0
 """Å: distances told apart."""
@@ -62,18 +62,17 @@ class PairLayer(nn.Module):
         super().__init__()
         self.node = nn.Linear(hidden, hidden, bias=False)
         self.radial = nn.Linear(features, hidden, bias=False)
-        self.relation = nn.Embedding(RELATIONS, hidden)
         self.message = nn.Linear(hidden, hidden)
         self.push = nn.Linear(hidden, 1, bias=False)
         self.own = nn.Linear(hidden, hidden, bias=False)
         self.received = nn.Linear(hidden, hidden)
         self.update = nn.Linear(hidden, hidden)
 
-    def forward(self, h: Tensor, basis: Tensor, relation: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """h (N, B, H), basis (P, B, F), relation (P, B), real (P, B) → pushes (P, B, 1) and h."""
+    def forward(self, h: Tensor, pairs: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """h (N, B, H), features of the pairs (P, B, F), real (P, B) → pushes (P, B, 1) and h."""
         first, second = _pairs(len(h))
         a = self.node(h)
-        z = self.radial(basis) + self.relation(relation) + a[first] + a[second]
+        z = self.radial(pairs).add_(a.index_select(0, first)).add_(a.index_select(0, second))
         m = silu(self.message(silu(z))) * real[..., None]
         total = torch.zeros_like(h).index_add(0, first, m).index_add(0, second, m) / 4
         h = h + self.update(silu(self.received(total) + self.own(h)))
@@ -99,12 +98,12 @@ class TorsionNet(nn.Module):
         frequencies: int = 4,
     ) -> None:
         super().__init__()
-        self.systems, self.noise, self.frequencies = systems, noise, frequencies
+        self.systems, self.noise, self.frequencies, self.hidden = systems, noise, frequencies, hidden
         self.radial = Radial(basis, (SHORTEST, LONGEST), noisy=False)
         self.columns = nn.ModuleList(nn.Embedding(n, hidden) for n in LEVELS)
         times = 1 + 2 * frequencies + (noise is not None)
         self.time = nn.Sequential(nn.Linear(times, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-        self.layers = nn.ModuleList(PairLayer(len(self.radial.centre), hidden) for _ in range(layers))
+        self.layers = nn.ModuleList(PairLayer(len(self.radial.centre) + RELATIONS, hidden) for _ in range(layers))
         for layer in self.layers:
             assert isinstance(layer, PairLayer)
             nn.init.zeros_(layer.push.weight)
@@ -113,7 +112,18 @@ class TorsionNet(nn.Module):
         """The field (B, D) of angles (B, D); zero where D is padding."""
         if self.systems is None:
             raise TiltflowError("this network has been told no molecules yet: set its attribute `systems`.")
-        rows = self.systems.rows(system)
+        if x.device.type != "cpu":
+            return self._field(self.systems, x, t, system)
+        sizes = self.systems.sites[system]
+        order = torch.argsort(sizes * len(self.systems.sites) + system)  # alike ones together: little padding
+        widest = int(sizes.max())
+        blocks = order.split(max(1, BLOCK // (self.hidden * widest * widest // 2)))
+        field = torch.cat([self._field(self.systems, x[b], t[b], system[b]) for b in blocks])
+        return torch.zeros_like(field).index_copy(0, order, field)
+
+    def _field(self, systems: Systems, x: Tensor, t: Tensor, system: Tensor) -> Tensor:
+        """The field of one block."""
+        rows = systems.rows(system)
         d = rows.angles.shape[1]
         sites = place_sites(rows, x[:, :d])
         field = torques(rows, sites, self._force(rows, sites, t))
@@ -127,14 +137,15 @@ class TorsionNet(nn.Module):
             features = torch.cat([features, self.noise(t).log()[:, None]], 1)
         atoms = sum(column(rows.atoms[..., k]) for k, column in enumerate(self.columns))
         h = (atoms + self.time(features)[:, None]).transpose(0, 1)
-        relation = rows.relations.permute(1, 2, 0)[first, second]
         real = (second[:, None] < rows.sites).to(x)
         difference = (x[:, first] - x[:, second]).transpose(0, 1)
         squared = (difference * difference).sum(-1)
         unit = difference * (squared + SHORTEST**2).rsqrt()[..., None]
-        basis, push = self.radial(squared, None), torch.zeros_like(squared)[..., None]
+        relation = nn.functional.one_hot(rows.relations.permute(1, 2, 0)[first, second], RELATIONS)
+        pairs = torch.cat([self.radial(squared, None), relation.to(x)], -1)
+        push = torch.zeros_like(squared)[..., None]
         for layer in self.layers:
-            one, h = layer(h, basis, relation, real)
+            one, h = layer(h, pairs, real)
             push = push + one
         along = unit * push * real[..., None]
         force = x.new_zeros(x.shape[1], len(x), 3)
