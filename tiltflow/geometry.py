@@ -112,20 +112,21 @@ class Torus:
         return math.prod(event_shape)
 
     def _images(self, x: Tensor, variance: float) -> tuple[Tensor, Tensor]:
-        """Ambient images (…, 13) of wrapped x and their log-densities."""
+        """Ambient images (13, …) of wrapped x, and their densities relative to that of the nearest, x itself."""
         shift = 2 * math.pi * torch.arange(-WINDINGS, WINDINGS + 1, dtype=x.dtype, device=x.device)
-        images = self.wrap(x)[..., None] + shift
-        return images, -0.5 * (images**2 / variance + math.log(2 * math.pi * variance))
+        x = self.wrap(x)
+        images = x + shift.reshape(-1, *(1,) * x.ndim)
+        return images, ((x**2 - images**2) / (2 * variance)).exp()
 
     def log_normal(self, x: Tensor, variance: float) -> Tensor:
-        return _flat_sum(torch.logsumexp(self._images(x, variance)[1], -1))
+        density = self._images(x, variance)[1].sum(0).log() - self.wrap(x) ** 2 / (2 * variance)
+        return _flat_sum(density - 0.5 * math.log(2 * math.pi * variance))
 
     def normal_score(self, x: Tensor, variance: float) -> Tensor:
-        images, log_p = self._images(x, variance)
-        return -(torch.softmax(log_p, -1) * images).sum(-1) / variance
+        images, density = self._images(x, variance)
+        return -(density * images).sum(0) / (variance * density.sum(0))
 
     def lift(self, x: Tensor, variance: float, generator: torch.Generator) -> Tensor:
-        images, log_p = self._images(x, variance)
-        chance = torch.softmax(log_p, -1).reshape(-1, images.shape[-1])
-        pick = torch.multinomial(chance, 1, generator=generator)
-        return images.reshape(-1, images.shape[-1]).gather(1, pick).reshape(x.shape)
+        density = self._images(x, variance)[1].cumsum(0)
+        u = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) * density[-1]
+        return self.wrap(x) + 2 * math.pi * ((density < u).sum(0).clamp_max(2 * WINDINGS) - WINDINGS)
