@@ -69,12 +69,15 @@ class PairLayer(nn.Module):
         self.received = nn.Linear(hidden, hidden)
         self.update = nn.Linear(hidden, hidden)
 
-    def forward(self, h: Tensor, basis: Tensor, relation: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """h (N, B, H), basis (P, B, F), relation (P, B), real (P, B) → pushes (P, B, 1) and h."""
-        first, second = _pairs(len(h))
+    def forward(
+        self, h: Tensor, basis: Tensor, relation: Tensor, pairs: tuple[Tensor, Tensor], real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """h (N, B, H), basis (P, B, F), relation (P, B or 1), pairs of sites (P,), real (P, B) → pushes (P, B, 1) and h."""
+        first, second = pairs
         a = self.node(h)
         z = self.radial(basis) + self.relation(relation) + a[first] + a[second]
-        m = silu(self.message(silu(z))) * real[..., None]
+        m = silu(self.message(silu(z)))
+        m = m if real is None else m * real[..., None]
         total = torch.zeros_like(h).index_add(0, first, m).index_add(0, second, m) / 4
         h = h + self.update(silu(self.received(total) + self.own(h)))
         return self.push(m), h
@@ -134,7 +137,7 @@ class TorsionNet(nn.Module):
         unit = difference * (squared + SHORTEST**2).rsqrt()[..., None]
         basis, push = self.radial(squared, None), torch.zeros_like(squared)[..., None]
         for layer in self.layers:
-            one, h = layer(h, basis, relation, real)
+            one, h = layer(h, basis, relation, (first, second), real)
             push = push + one
         along = unit * push * real[..., None]
         force = x.new_zeros(x.shape[1], len(x), 3)
