@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,12 @@ class AdjointBridgeSampling(Method):
         chain: a Brownian chain from any source. cost: only its energy is used.
         corrector: network h(x, t) → (B, *event), evaluated at t = 1, in units of 1/h(1).
         batch: pairs per round. input_scale: divides x before the corrector.
+        target: "adjoint" (the paper's), or "least_variance": ii + c_t (adjoint − ii), since adjoint − ii is
+            ∇_{x_1} log p*(x_1|X_t) here as well; c_t as in :mod:`~tiltflow.methods.adjoint_sampling`, where only the small
+            divergence of h differs.
+
+    Raises:
+        TiltflowError: an unknown target.
     """
 
     chain: BrownianChain
@@ -82,6 +88,11 @@ class AdjointBridgeSampling(Method):
     corrector: nn.Module
     batch: int = 512
     input_scale: float = 1.0
+    target: Literal["adjoint", "least_variance"] = "adjoint"
+
+    def __post_init__(self) -> None:
+        if self.target not in ("adjoint", "least_variance"):
+            raise TiltflowError(f"target={self.target!r}: choose adjoint or least_variance.")
 
     @property
     def auxiliary(self) -> dict[str, Any]:
@@ -103,7 +114,12 @@ class AdjointBridgeSampling(Method):
         correction, corrector_terms = self.corrector_terms(x0, x1)
         k = _steps(self.chain, len(x1), generator)
         x, _ = self.chain.bridge(k, x0, x1, generator)
-        terms = matching_terms(control, self.chain, x, k, material["grad"] + correction.detach(), x)
+        drift = -material["grad"] - correction.detach()
+        if self.target == "least_variance":
+            bridge, zeta = (x1 - x) / at(self.chain.remaining, k, x), at(self.chain.zeta, k, x)
+            fisher = material["fisher"].reshape(-1, *(1,) * (x1.ndim - 1))
+            drift = bridge + (drift - bridge) / (zeta + self.chain.end_variance * (1 - zeta) * fisher)
+        terms = matching_terms(control, self.chain, x, k, -drift, x)
         return reduce_terms(terms, material["weight"]) + reduce_terms(corrector_terms, material["weight"])
 
 

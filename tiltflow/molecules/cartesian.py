@@ -14,7 +14,7 @@ turned to fit its X_0, bridge matching comes first. Samples are the learned samp
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -66,6 +66,8 @@ class CartesianSettings:
     layers: int = 3
     learning_rate: float = 3e-3
     max_grad_norm: float = 30.0
+    fine_iterations: int = 20
+    fine_grad_norm: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -170,4 +172,8 @@ def train_cartesian(
     state = State(control, state.generator)
     fit_settings = FitSettings(s.iterations, s.learning_rate, ema=0.9, updates=s.updates, minibatch=s.minibatch)
     history += fit(method, state, fit_settings, Buffer(s.buffer_rounds * s.batch), callback=callback)
+    fine = replace(method, cost=replace(method.cost, max_grad_norm=s.fine_grad_norm), target="least_variance")
+    state = State(control, state.generator)
+    fit_settings = FitSettings(s.fine_iterations, s.learning_rate, ema=0.9, updates=s.updates, minibatch=s.minibatch)
+    history += fit(fine, state, fit_settings, Buffer(s.buffer_rounds * s.batch), callback=callback)
     return CartesianSampler(s, zero, cartesian_chain(s, regular, atoms, s.draw_steps), control, evaluator, history)
