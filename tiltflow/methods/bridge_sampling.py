@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -78,6 +78,7 @@ class AdjointBridgeSampling(Method):
         target: "adjoint" (the paper's), or "least_variance": ii + c_t (adjoint − ii), since adjoint − ii is
             ∇_{x_1} log p*(x_1|X_t) here as well; c_t as in :mod:`~tiltflow.methods.adjoint_sampling`, where only the small
             divergence of h differs.
+        bound: on ‖∇E‖, in place of the cost's, as a function of the iteration; None: the cost's.
 
     Raises:
         TiltflowError: an unknown target.
@@ -89,6 +90,7 @@ class AdjointBridgeSampling(Method):
     batch: int = 512
     input_scale: float = 1.0
     target: Literal["adjoint", "least_variance"] = "adjoint"
+    bound: Callable[[int], float] | None = None
 
     def __post_init__(self) -> None:
         if self.target not in ("adjoint", "least_variance"):
@@ -100,7 +102,8 @@ class AdjointBridgeSampling(Method):
 
     def collect(self, state: State) -> Round:
         """Simulate pairs."""
-        return _collect(self.chain, self.cost, self.batch, state)
+        cost = self.cost if self.bound is None else replace(self.cost, max_grad_norm=self.bound(state.iteration))
+        return _collect(self.chain, cost, self.batch, state)
 
     def corrector_terms(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
         """h(X_1), (B, *event), and its loss, (B,)."""

@@ -1,14 +1,15 @@
 r"""The Cartesian sampler: all atoms of one molecule, from a harmonic source to e^{−E/kT − U} by a Schrödinger bridge.
 
-The source is the Gaussian chain of springs on the bond graph,
+The source is that of springs on the bond graph,
 
     p_0(x) ∝ exp(−½ Σ_bonds 3‖x_i − x_j‖²/d°²),
 
-of precision L ⊗ 1_3 with the graph's Laplacian L weighted by 3/d°². L has the kernel (1, …, 1) and, the graph being connected,
-no other: on the subspace with the centre of mass at zero it is not singular, and X_0 = Σ_k v_k ξ_k/√λ_k over its other
-eigenvectors. From there :class:`~tiltflow.methods.bridge_sampling.AdjointBridgeSampling` (Liu et al. 2025, arXiv:2506.22565)
-learns the drift; U (:mod:`tiltflow.molecules.regular`) keeps bonds and stereo. With ``pretrain`` conformers of RDKit, each
-turned to fit its X_0, bridge matching comes first. Samples are the learned sampler's: there are no path weights.
+of precision L ⊗ 1_3 with the graph's Laplacian L weighted by 3/d°². The graph is connected, so that the kernel of L is
+(1, …, 1) alone: on the subspace with the centre of mass at zero L is not singular, and X_0 = Σ_k v_k ξ_k/√λ_k over its
+other eigenvectors. From there ASBS (Liu et al. 2025, arXiv:2506.22565; :mod:`tiltflow.methods.bridge_sampling`) learns the
+drift; U (:mod:`tiltflow.molecules.regular`) keeps bonds and stereo. With ``pretrain`` conformers of RDKit, each
+turned to fit its X_0, bridge matching comes first. Samples are the learned sampler's, with no path weights, since the end
+law of the base is known up to its corrector only.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tiltflow.energies.cost import EnergyCost
 from tiltflow.energies.molecular import MolecularEnergy, Reduced
 from tiltflow.fit import FitSettings, History, fit
 from tiltflow.geometry import Centred
-from tiltflow.methods import State
+from tiltflow.methods import Method, State
 from tiltflow.methods.bridge_sampling import AdjointBridgeSampling, BridgeMatching
 from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.regular import Regulariser, regulariser
@@ -42,32 +43,40 @@ from tiltflow.sampler import Drawn, draw, noise_left
 class CartesianSettings:
     """How to train a Cartesian sampler; lengths in Å.
 
+    The adjoint target moves far and overshoots, the more the larger the gradients; that of least variance moves by about
+    ∇E/E‖∇E‖² and keeps what is nearly right. Hence first the one, its bound growing, then the other.
+
     Args:
-        iterations: rounds of ASBS. batch: end points per round.
-        updates, minibatch: gradient steps per round, and their rows. buffer_rounds: rounds kept.
-        pretrain: conformers of RDKit for bridge matching (0: none). pretrain_iterations: rounds of it.
+        pretrain, pretrain_rounds: conformers of RDKit for bridge matching (0: none), and rounds of it.
+        rounds: of the adjoint target. bounds: on ‖∇(E/kT + U)‖ of an atom, per Å, at their beginning and end.
+        fine_rounds, fine_rate: rounds with the target of least variance, and their share of the learning rate.
+        batch: end points per round. updates, minibatch: gradient steps per round, and their rows.
+        kept: rounds in the buffer.
         steps, draw_steps: simulation steps K in training, and of finished samples.
         scale, finest: σ_max and σ_min of the geometric noise. hidden, layers: of the network.
-        max_grad_norm: bound on ‖∇(E/kT + U)‖ of each atom, per Å.
     """
 
-    iterations: int = 60
-    batch: int = 64
-    updates: int = 30
-    minibatch: int = 64
-    buffer_rounds: int = 8
     pretrain: int = 0
-    pretrain_iterations: int = 20
-    steps: int = 30
+    pretrain_rounds: int = 20
+    rounds: int = 36
+    bounds: tuple[float, float] = (30.0, 100.0)
+    fine_rounds: int = 0
+    fine_rate: float = 0.5
+    batch: int = 128
+    updates: int = 30
+    minibatch: int = 32
+    kept: int = 6
+    steps: int = 20
     draw_steps: int = 50
     scale: float = 1.0
     finest: float = 0.03
     hidden: int = 32
     layers: int = 3
     learning_rate: float = 3e-3
-    max_grad_norm: float = 30.0
-    fine_iterations: int = 20
-    fine_grad_norm: float = 300.0
+
+
+FROM_CONFORMERS = CartesianSettings(pretrain=100, rounds=0, fine_rounds=24)
+"""Bridge matching first; then the adjoint target would only lose what it learned."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class CartesianEnergy:
 
 @dataclass(frozen=True)
 class CartesianSampler:
-    """A trained sampler of one molecule; ``energy`` counts every evaluation, and its zero is ``zero``, in the energy's unit."""
+    """A trained sampler of one molecule; ``energy`` counts evaluations and is 0 at ``zero``, in the energy's unit."""
 
     settings: CartesianSettings
     zero: float
@@ -158,22 +167,24 @@ def train_cartesian(
         corrector = MoleculeNet(molecule, reference, noise, s.hidden // 2, 1)  # of one time, and smooth: X_0 is
     control = DriftControl(StepVariance(net, s.steps), s.finest)
     chain = cartesian_chain(s, regular, atoms, s.steps)
-    method = AdjointBridgeSampling(chain, EnergyCost(evaluator, chain, s.max_grad_norm), corrector, s.batch)
+    low, high = s.bounds
+    method = AdjointBridgeSampling(chain, EnergyCost(evaluator, chain, high), corrector, s.batch)
+    coarse = replace(method, bound=lambda iteration: low * (high / low) ** (iteration / max(s.rounds - 1, 1)))
+    fine = replace(method, target="least_variance")
 
     def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x0 = chain.source(n, generator)
         x1 = conformers[torch.randint(len(conformers), (n,), generator=generator)].to(x0)
         return x0, aligned(x1, x0)
 
-    state, history = State(control, torch.Generator().manual_seed(seed)), []
-    fit_settings = FitSettings(s.pretrain_iterations, s.learning_rate, ema=0.9, updates=s.updates, minibatch=s.minibatch)
-    if s.pretrain:
-        history += fit(BridgeMatching(method, pairs), state, fit_settings, callback=callback)
-    state = State(control, state.generator)
-    fit_settings = FitSettings(s.iterations, s.learning_rate, ema=0.9, updates=s.updates, minibatch=s.minibatch)
-    history += fit(method, state, fit_settings, Buffer(s.buffer_rounds * s.batch), callback=callback)
-    fine = replace(method, cost=replace(method.cost, max_grad_norm=s.fine_grad_norm), target="least_variance")
-    state = State(control, state.generator)
-    fit_settings = FitSettings(s.fine_iterations, s.learning_rate, ema=0.9, updates=s.updates, minibatch=s.minibatch)
-    history += fit(fine, state, fit_settings, Buffer(s.buffer_rounds * s.batch), callback=callback)
+    rate, generator = s.learning_rate, torch.Generator().manual_seed(seed)
+    stages: list[tuple[Method, int, float, int]] = [
+        (BridgeMatching(fine, pairs), s.pretrain_rounds if s.pretrain else 0, rate, 1),
+        (coarse, s.rounds, rate, s.kept),
+        (fine, s.fine_rounds, rate * s.fine_rate, s.kept),
+    ]
+    history: History = []
+    for stage, rounds, rate, kept in stages:
+        how = FitSettings(rounds, rate, ema=0.9, updates=s.updates, minibatch=s.minibatch)
+        history += fit(stage, State(control, generator), how, Buffer(kept * s.batch), callback=callback)
     return CartesianSampler(s, zero, cartesian_chain(s, regular, atoms, s.draw_steps), control, evaluator, history)

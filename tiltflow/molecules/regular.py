@@ -1,7 +1,7 @@
-r"""What keeps a molecule the molecule that it is: penalties that are zero, with zero gradient, wherever its geometry is sound.
+r"""What keeps a molecule what it is: penalties that are zero, with zero gradient, wherever its geometry is sound.
 
-With lengths d of bonds, volumes V = (a × b)·c of three arms of each stereocentre and p = (r_1 × r)·(r × r_2) of the bonds r_1,
-r, r_2 in a row at each double bond r of defined E/Z, all relative to an embedding of RDKit (d°, V°, p°),
+With lengths d of bonds, volumes V = (a × b)·c of three arms of each stereocentre and p = (r_1 × r)·(r × r_2) of the bonds
+r_1, r, r_2 in a row at each double bond r of defined E/Z, all relative to an embedding of RDKit (d°, V°, p°),
 
     U/kT = ½ k_d Σ max(0, |d − d°| − w)² + ½ k_s Σ max(0, m − V/V°)² + ½ k_s Σ max(0, m − p/p°)².
 
@@ -59,7 +59,7 @@ class Regulariser:
     Args:
         bonds, centres, doubles: see :func:`bonds_of`, :func:`stereocentres`, :func:`double_bonds`.
         lengths (M,), volumes (C,), twists (E,): d°, V°, p°.
-        stiffness: k_d in 1/Å². slack: w in Å. stereo, margin: k_s and m.
+        stiffness: k_d in 1/Å². slack: w in Å. stereo, margin: k_s and m. At k_s = 100 the mirror image of a centre is a minimum of E/kT + U.
     """
 
     bonds: Tensor
@@ -70,7 +70,7 @@ class Regulariser:
     twists: Tensor
     stiffness: float = 100.0
     slack: float = 0.25
-    stereo: float = 100.0
+    stereo: float = 500.0
     margin: float = 0.2
 
     def __call__(self, x: Tensor) -> Tensor:
