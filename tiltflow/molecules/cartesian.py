@@ -7,9 +7,9 @@ The source is that of springs on the bond graph,
 of precision L ⊗ 1_3 with the graph's Laplacian L weighted by 3/d°². The graph is connected, so that the kernel of L is
 (1, …, 1) alone: on the subspace with the centre of mass at zero L is not singular, and X_0 = Σ_k v_k ξ_k/√λ_k over its
 other eigenvectors. From there ASBS (Liu et al. 2025, arXiv:2506.22565; :mod:`tiltflow.methods.bridge_sampling`) learns the
-drift; U (:mod:`tiltflow.molecules.regular`) keeps bonds and stereo. With ``pretrain`` conformers of RDKit, each
-turned to fit its X_0, bridge matching comes first. Samples are the learned sampler's, with no path weights, since the end
-law of the base is known up to its corrector only.
+drift; U (:mod:`tiltflow.molecules.regular`) keeps bonds and stereo. With ``pretrain`` conformers of RDKit, each turned to fit
+its X_0, bridge matching comes first. Samples are the learned sampler's, without path weights, which would need the end law of
+the Brownian motion from p_0 under the optimal coupling.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class CartesianSettings:
     bounds: tuple[float, float] = (30.0, 100.0)
     fine_rounds: int = 0
     fine_rate: float = 0.5
-    batch: int = 128
-    updates: int = 30
+    batch: int = 64
+    updates: int = 40
     minibatch: int = 32
     kept: int = 6
     steps: int = 20
@@ -75,7 +75,7 @@ class CartesianSettings:
     learning_rate: float = 3e-3
 
 
-FROM_CONFORMERS = CartesianSettings(pretrain=100, rounds=0, fine_rounds=24)
+FROM_CONFORMERS = CartesianSettings(pretrain=100, rounds=0, fine_rounds=16)
 """Bridge matching first; then the adjoint target would only lose what it learned."""
 
 
@@ -113,7 +113,7 @@ class CartesianSampler:
 
 
 def harmonic_source(bonds: Tensor, lengths: Tensor, atoms: int) -> Callable[[int, torch.Generator], Tensor]:
-    """Draws of p_0, (n, N, 3), with the centre of mass at zero, of bonds (M, 2) with mean squares ``lengths``²."""
+    """Draws of p_0, (n, N, 3), mass centre at zero; bonds (M, 2) have the mean squares ``lengths``² (in rings less)."""
     weight = torch.zeros(atoms, atoms, dtype=torch.float64)
     weight[bonds[:, 0], bonds[:, 1]] = weight[bonds[:, 1], bonds[:, 0]] = 3 / lengths.double() ** 2
     value, vector = torch.linalg.eigh(torch.diag(weight.sum(1)) - weight)
@@ -164,7 +164,7 @@ def train_cartesian(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = MoleculeNet(molecule, reference, noise, s.hidden, s.layers)
-        corrector = MoleculeNet(molecule, reference, noise, s.hidden // 2, 1)  # of one time, and smooth: X_0 is
+        corrector = MoleculeNet(molecule, reference, noise, s.hidden // 2, 1)  # smooth, and of t = 1 only
     control = DriftControl(StepVariance(net, s.steps), s.finest)
     chain = cartesian_chain(s, regular, atoms, s.steps)
     low, high = s.bounds

@@ -59,7 +59,8 @@ class Regulariser:
     Args:
         bonds, centres, doubles: see :func:`bonds_of`, :func:`stereocentres`, :func:`double_bonds`.
         lengths (M,), volumes (C,), twists (E,): d°, V°, p°.
-        stiffness: k_d in 1/Å². slack: w in Å. stereo, margin: k_s and m. At k_s = 100 the mirror image of a centre is a minimum of E/kT + U.
+        stiffness: k_d in 1/Å². slack: w in Å. stereo, margin: k_s and m; k_s = 100 leaves E/kT + U a minimum at the mirror
+            image of a centre.
     """
 
     bonds: Tensor

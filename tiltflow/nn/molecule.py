@@ -1,14 +1,15 @@
 r"""A network for all atoms of one molecule: a field that turns and shifts with it, has no mean, and knows its handedness.
 
-Messages between pairs of atoms, as in :mod:`tiltflow.nn.torsion`, give states h_i and pushes φ_ij along the pairs. Bonds and
-angles are stiff, and what they should be is known: pairs at most two bonds apart have a spring besides, of learned strength,
+With noise of standard deviation h(t) still to come, a field f says that the end point is y = x + h f. Each layer ℓ looks at
+the end point that the layers before it predict, and corrects it: with y⁰ = x and f⁰ = 0,
 
-    f_i = Σ_j u_ij (φ_ij + a_ij(t) z_ij) + Σ_c γ_c ∂V_c/∂x_i,    z = (d − d°) h/(h² + s²),
+    f_i ← f_i + Σ_j u_ij (φ_ij + a(t) z_ij) + Σ_c γ_c ∂V_c/∂y_i,    z = (d − d°) h/(h² + s²),    y ← x + h f,
 
-which with h(t), the noise that is left, is what a Gaussian distance of width s asks for. V_c is the signed volume of
-stereocentre c (:mod:`tiltflow.molecules.regular`), and V_c/V_c° enters the state of the centre: the only thing here that
-a mirror image changes. Pairs are those at most three bonds apart, and all of heavy atoms and of hydrogens that are not on
-carbon.
+where distances d and directions u are those of y. The pushes φ_ij come from messages as in :mod:`tiltflow.nn.torsion`.
+Bonds and angles are stiff and what they should be is known: pairs at most two bonds apart have a spring of learned strength
+a(t), with what a Gaussian distance of width s asks for. V_c is the signed volume of stereocentre c
+(:mod:`tiltflow.molecules.regular`), whose ratio to its reference enters the state of the centre: the only thing here that a
+mirror image changes. Pairs are those at most three bonds apart, and all of heavy atoms and of hydrogens not on carbon.
 """
 
 from __future__ import annotations
