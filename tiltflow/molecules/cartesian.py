@@ -6,10 +6,10 @@ The source is that of springs on the bond graph,
 
 of precision L ⊗ 1_3 with the graph's Laplacian L weighted by 3/d°². The graph is connected, so that the kernel of L is
 (1, …, 1) alone: on the subspace with the centre of mass at zero L is not singular, and X_0 = Σ_k v_k ξ_k/√λ_k over its
-other eigenvectors. From there ASBS (Liu et al. 2025, arXiv:2506.22565; :mod:`tiltflow.methods.bridge_sampling`) learns the
-drift; U (:mod:`tiltflow.molecules.regular`) keeps bonds and stereo. With ``pretrain`` conformers of RDKit, each turned to fit
-its X_0, bridge matching comes first. Samples are the learned sampler's, without path weights, which would need the end law of
-the Brownian motion from p_0 under the optimal coupling.
+other eigenvectors. From there ASBS (Liu et al. 2025, arXiv:2506.22565; :mod:`tiltflow.methods.bridge_sampling`) learns
+the drift; U (:mod:`tiltflow.molecules.regular`) keeps bonds and stereo. With ``pretrain`` conformers of RDKit, each turned
+to fit its X_0, bridge matching comes first. Samples are the learned sampler's, without path weights: dP*/dP_base depends on
+X_0 too, by a factor that is not learned.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class CartesianSettings:
     learning_rate: float = 3e-3
 
 
-FROM_CONFORMERS = CartesianSettings(pretrain=100, rounds=0, fine_rounds=16)
-"""Bridge matching first; then the adjoint target would only lose what it learned."""
+FROM_CONFORMERS = CartesianSettings(pretrain=100, pretrain_rounds=32, rounds=0, fine_rounds=6)
+"""Mostly bridge matching: many rounds on energies lose what it learned (docs/lab-notes.md)."""
 
 
 @dataclass(frozen=True)
