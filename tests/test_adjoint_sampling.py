@@ -209,7 +209,8 @@ def test_rejected_energies_carry_no_weight(generator):
     assert bool(torch.isfinite(rows["grad"]).all()) and energy.rejected == int(beyond.sum())
 
 
-def test_asbs_from_a_point_is_adjoint_sampling(generator):
+@pytest.mark.parametrize("target", ["adjoint", "least_variance"])
+def test_asbs_from_a_point_is_adjoint_sampling(generator, target):
     """From X_0 = 0 the corrector's regression target is ∇log p_1^base, and with it the loss is Adjoint Sampling's."""
     chain = chain_of()
     cost = cost_of(chain)
@@ -218,12 +219,22 @@ def test_asbs_from_a_point_is_adjoint_sampling(generator):
         def forward(self, x, t):
             return -x / chain.end_variance**0.5
 
-    asbs = AdjointBridgeSampling(chain, cost, BaseScore(), batch=128)
+    asbs = AdjointBridgeSampling(chain, cost, BaseScore(), batch=128, target=target)
     rows = asbs.collect(State(optimal(chain), generator)).material
-    plain = AdjointSampling(chain, cost)
     got = asbs.loss(optimal(chain), rows, torch.Generator().manual_seed(4))
-    expected = plain.loss(optimal(chain), rows, torch.Generator().manual_seed(4))
-    assert float(got) == pytest.approx(float(expected), rel=1e-5)
+    expected, other = (
+        float(AdjointSampling(chain, cost, target=name).loss(optimal(chain), rows, torch.Generator().manual_seed(4)))
+        for name in (target, "bridge")
+    )
+    assert float(got) == pytest.approx(expected, rel=1e-5) and float(got) != pytest.approx(other, rel=1e-2)
+
+
+def test_asbs_bounds_gradients_by_the_iteration(generator):
+    chain = chain_of()
+    method = AdjointBridgeSampling(chain, cost_of(chain), torch.nn.Identity(), batch=64, bound=lambda i: 0.5 * (i + 1))
+    for iteration in (0, 3):
+        rows = method.collect(State(optimal(chain), generator, iteration)).material
+        assert float(rows["grad"].norm(dim=1).max()) == pytest.approx(0.5 * (iteration + 1), rel=1e-5)
 
 
 def test_bridge_matching_of_exact_end_points_is_still_at_its_fixed_point(generator):

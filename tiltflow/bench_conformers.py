@@ -31,8 +31,11 @@ from torch import Tensor
 
 from tiltflow import __version__
 from tiltflow.bench import run_apart
+from tiltflow.energies.molecular import open_energy
 from tiltflow.errors import TiltflowError
 from tiltflow.metrics.conformers import coverage, rmsd_matrix
+from tiltflow.molecules.audit import audit
+from tiltflow.molecules.cartesian import FROM_CONFORMERS, CartesianSettings, train_cartesian
 from tiltflow.molecules.generate import ConformerSettings, generate
 from tiltflow.molecules.geom import Listed, Reference, list_molecules, read_reference
 from tiltflow.molecules.molecule import Molecule, positions_of, with_positions
@@ -116,10 +119,38 @@ def torsional(molecule: Molecule, n: int, seed: int) -> Generated:
     return Generated(x, int(made.provenance["energy_evaluations"]), time.perf_counter() - started)
 
 
+def cartesian(molecule: Molecule, n: int, seed: int, settings: CartesianSettings | None = None) -> Generated:
+    """n draws of a Cartesian sampler of all atoms, trained on this molecule's MMFF94 at 700 K.
+
+    Those with an energy that is not finite or with a fault in the audit are drawn again; all count.
+
+    Raises:
+        TiltflowError: fewer than n that are sound after five attempts.
+    """
+    started = time.perf_counter()
+    energy = open_energy("mmff94", molecule)
+    sampler = train_cartesian(energy, 700.0, molecule, settings, seed)
+    generator, found = torch.Generator().manual_seed(seed), torch.zeros(0, *positions_of(molecule.mol).shape[1:])
+    for _ in range(ATTEMPTS):
+        drawn = sampler.draw(n - len(found), generator)
+        sound = [bool(e.isfinite()) and not fault for e, fault in zip(drawn.energy, audit(molecule, drawn.x))]
+        found = torch.cat([found, drawn.x[torch.tensor(sound)].to(found)])
+        if len(found) == n:
+            return Generated(found.double(), sampler.energy.evaluations, time.perf_counter() - started)
+    raise TiltflowError(f"the Cartesian sampler of {molecule.name!r}: {len(found)} of {n} in {ATTEMPTS} attempts.")
+
+
+def cartesian_pretrained(molecule: Molecule, n: int, seed: int) -> Generated:
+    """:func:`cartesian` after bridge matching on 100 conformers of RDKit."""
+    return cartesian(molecule, n, seed, FROM_CONFORMERS)
+
+
 METHODS: dict[str, Callable[[Molecule, int, int], Generated]] = {
     "rdkit": rdkit,
     "rdkit_random_torsions": rdkit_random_torsions,
     "torsional": torsional,
+    "cartesian": cartesian,
+    "cartesian_pretrained": cartesian_pretrained,
 }
 """(molecule, n, seed) → n conformers. A learned sampler is added here, and nowhere else."""
 

@@ -12,13 +12,16 @@ r"""Samplers from an arbitrary source p_0 to e^{−E}: bridge matching fixed poi
 
   as in :mod:`~tiltflow.methods.adjoint_sampling`; its fixed point is the Markovian projection of the mixture of bridges
   p_0 ⊗ p*. Each round moves by the share ``damping`` towards the target: (1 − η) b_old(X_t) + η target.
+* :class:`BridgeMatching`: X_1 from data instead, target ii (Liu et al. 2022, arXiv:2208.14699; Peluchetti 2023,
+  arXiv:2304.00917): a control and a corrector to begin with.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +75,13 @@ class AdjointBridgeSampling(Method):
         chain: a Brownian chain from any source. cost: only its energy is used.
         corrector: network h(x, t) → (B, *event), evaluated at t = 1, in units of 1/h(1).
         batch: pairs per round. input_scale: divides x before the corrector.
+        target: "adjoint" (the paper's), or "least_variance": ii + c_t (adjoint − ii), since adjoint − ii is
+            ∇_{x_1} log p*(x_1|X_t) here as well; c_t as in :mod:`~tiltflow.methods.adjoint_sampling`, where only the small
+            divergence of h differs.
+        bound: on ‖∇E‖, in place of the cost's, as a function of the iteration; None: the cost's.
+
+    Raises:
+        TiltflowError: an unknown target.
     """
 
     chain: BrownianChain
@@ -79,6 +89,12 @@ class AdjointBridgeSampling(Method):
     corrector: nn.Module
     batch: int = 512
     input_scale: float = 1.0
+    target: Literal["adjoint", "least_variance"] = "adjoint"
+    bound: Callable[[int], float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.target not in ("adjoint", "least_variance"):
+            raise TiltflowError(f"target={self.target!r}: choose adjoint or least_variance.")
 
     @property
     def auxiliary(self) -> dict[str, Any]:
@@ -86,21 +102,59 @@ class AdjointBridgeSampling(Method):
 
     def collect(self, state: State) -> Round:
         """Simulate pairs."""
-        return _collect(self.chain, self.cost, self.batch, state)
+        cost = self.cost if self.bound is None else replace(self.cost, max_grad_norm=self.bound(state.iteration))
+        return _collect(self.chain, cost, self.batch, state)
 
-    def _correction(self, x1: Tensor) -> Tensor:
-        out = self.corrector(x1 / self.input_scale, x1.new_ones(len(x1)))
-        return self.chain.geometry.project(out) / self.chain.end_variance**0.5
+    def corrector_terms(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        """h(X_1), (B, *event), and its loss, (B,)."""
+        h2, out = self.chain.end_variance, self.corrector(x1 / self.input_scale, x1.new_ones(len(x1)))
+        correction = self.chain.geometry.project(out) / h2**0.5
+        return correction, 0.5 * h2 * event_sum((correction + (x1 - x0) / h2) ** 2)
 
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """Adjoint matching plus corrector matching."""
-        x0, x1, h2 = material["x0"], material["x1"], self.chain.end_variance
-        correction = self._correction(x1)
-        corrector_terms = 0.5 * h2 * event_sum((correction + (x1 - x0) / h2) ** 2)
+        x0, x1 = material["x0"], material["x1"]
+        correction, corrector_terms = self.corrector_terms(x0, x1)
         k = _steps(self.chain, len(x1), generator)
         x, _ = self.chain.bridge(k, x0, x1, generator)
-        terms = matching_terms(control, self.chain, x, k, material["grad"] + correction.detach(), x)
+        drift = -material["grad"] - correction.detach()
+        if self.target == "least_variance":
+            bridge, zeta = (x1 - x) / at(self.chain.remaining, k, x), at(self.chain.zeta, k, x)
+            fisher = material["fisher"].reshape(-1, *(1,) * (x1.ndim - 1))
+            drift = bridge + (drift - bridge) / (zeta + self.chain.end_variance * (1 - zeta) * fisher)
+        terms = matching_terms(control, self.chain, x, k, -drift, x)
         return reduce_terms(terms, material["weight"]) + reduce_terms(corrector_terms, material["weight"])
+
+
+@dataclass(frozen=True)
+class BridgeMatching(Method):
+    """Pairs (X_0, X_1) from data; trains the control and the corrector of an :class:`AdjointBridgeSampling`.
+
+    Args:
+        pretrained: whose chain, corrector and batch. data: draws pairs, (n, generator) → x0, x1 (n, *event).
+    """
+
+    pretrained: AdjointBridgeSampling
+    data: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+
+    @property
+    def auxiliary(self) -> dict[str, Any]:
+        return {"corrector": self.pretrained.corrector}
+
+    def collect(self, state: State) -> Round:
+        """Draw pairs."""
+        x0, x1 = self.data(self.pretrained.batch, state.generator)
+        weight = x1.new_ones(len(x1))
+        update_step_variance(state.control, self.pretrained.chain, x1, weight, state.generator, x0)
+        return Round({"x0": x0, "x1": x1, "weight": weight}, {}, {})
+
+    def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
+        """Bridge matching plus corrector matching."""
+        chain, x0, x1 = self.pretrained.chain, material["x0"], material["x1"]
+        k = _steps(chain, len(x1), generator)
+        x, _ = chain.bridge(k, x0, x1, generator)
+        terms = matching_terms(control, chain, x, k, (x - x1) / at(chain.remaining, k, x), x)
+        return reduce_terms(terms + self.pretrained.corrector_terms(x0, x1)[1])
 
 
 @dataclass(frozen=True)

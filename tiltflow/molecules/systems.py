@@ -97,19 +97,12 @@ def _row(molecule: Molecule, torsions: Torsions, template: Tensor) -> Systems:
     mol = molecule.mol
     if not len(torsions.atoms):
         raise TiltflowError(f"{molecule.name} ({molecule.smiles}) has no rotatable bond.")
-    sites = [a.GetIdx() for a in mol.GetAtoms() if a.GetAtomicNum() != 1 or a.GetNeighbors()[0].GetAtomicNum() != 6]
+    sites = sites_of(mol)
     place_of = {atom: k for k, atom in enumerate(sites)}
-    apart = torch.from_numpy(Chem.GetDistanceMatrix(mol)).long()[sites][:, sites]
-    relations = torch.where((apart > 1) & (apart <= FARTHEST), len(BONDS) - 1 + apart, 0)
-    for bond in mol.GetBonds():
-        ends = [place_of.get(i) for i in (bond.GetBeginAtomIdx(), bond.GetEndAtomIdx())]
-        if None not in ends:
-            kind = BONDS.index(bond.GetBondType()) + 1 if bond.GetBondType() in BONDS else 1
-            relations[ends[0], ends[1]] = relations[ends[1], ends[0]] = kind
     axes = [[place_of[b], place_of[c]] for _, b, c, _ in torsions.atoms.tolist()]
     return Systems(
         torch.tensor([_atom(mol.GetAtomWithIdx(i)) for i in sites]),
-        relations,
+        relations(mol)[sites][:, sites],
         torch.tensor(len(sites)),
         torch.tensor(len(axes)),
         template[sites].float(),
@@ -117,6 +110,21 @@ def _row(molecule: Molecule, torsions: Torsions, template: Tensor) -> Systems:
         torch.tensor(axes),
         torsions.moving[:, sites],
     )
+
+
+def sites_of(mol: Chem.Mol) -> list[int]:
+    """Heavy atoms and the hydrogens that are not on carbon."""
+    return [a.GetIdx() for a in mol.GetAtoms() if a.GetAtomicNum() != 1 or a.GetNeighbors()[0].GetAtomicNum() != 6]
+
+
+def relations(mol: Chem.Mol) -> Tensor:
+    """(N, N) of all atoms, see :data:`RELATIONS`."""
+    apart = torch.from_numpy(Chem.GetDistanceMatrix(mol)).long()
+    found = torch.where((apart > 1) & (apart <= FARTHEST), len(BONDS) - 1 + apart, 0)
+    for bond in mol.GetBonds():
+        i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
+        found[i, j] = found[j, i] = BONDS.index(bond.GetBondType()) + 1 if bond.GetBondType() in BONDS else 1
+    return found
 
 
 def _atom(atom: Chem.Atom) -> list[int]:

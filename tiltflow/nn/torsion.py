@@ -68,12 +68,15 @@ class PairLayer(nn.Module):
         self.received = nn.Linear(hidden, hidden)
         self.update = nn.Linear(hidden, hidden)
 
-    def forward(self, h: Tensor, pairs: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """h (N, B, H), features of the pairs (P, B, F), real (P, B) → pushes (P, B, 1) and h."""
-        first, second = _pairs(len(h))
+    def forward(
+        self, h: Tensor, features: Tensor, pairs: tuple[Tensor, Tensor], real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """h (N, B, H), features (P, B, F) of pairs of sites (P,), real (P, B) → pushes (P, B, 1) and h."""
+        first, second = pairs
         a = self.node(h)
-        z = self.radial(pairs).add_(a.index_select(0, first)).add_(a.index_select(0, second))
-        m = silu(self.message(silu(z))) * real[..., None]
+        z = self.radial(features).add_(a.index_select(0, first)).add_(a.index_select(0, second))
+        m = silu(self.message(silu(z)))
+        m = m if real is None else m * real[..., None]
         total = torch.zeros_like(h).index_add(0, first, m).index_add(0, second, m) / 4
         h = h + self.update(silu(self.received(total) + self.own(h)))
         return self.push(m), h
@@ -145,7 +148,7 @@ class TorsionNet(nn.Module):
         pairs = torch.cat([self.radial(squared, None), relation.to(x)], -1)
         push = torch.zeros_like(squared)[..., None]
         for layer in self.layers:
-            one, h = layer(h, pairs, real)
+            one, h = layer(h, pairs, (first, second), real)
             push = push + one
         along = unit * push * real[..., None]
         force = x.new_zeros(x.shape[1], len(x), 3)

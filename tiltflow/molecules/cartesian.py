@@ -1,0 +1,190 @@
+r"""The Cartesian sampler: all atoms of one molecule, from a harmonic source to e^{−E/kT − U} by a Schrödinger bridge.
+
+The source is that of springs on the bond graph,
+
+    p_0(x) ∝ exp(−½ Σ_bonds 3‖x_i − x_j‖²/d°²),
+
+of precision L ⊗ 1_3 with the graph's Laplacian L weighted by 3/d°². The graph is connected, so that the kernel of L is
+(1, …, 1) alone: on the subspace with the centre of mass at zero L is not singular, and X_0 = Σ_k v_k ξ_k/√λ_k over its
+other eigenvectors. From there ASBS (Liu et al. 2025, arXiv:2506.22565; :mod:`tiltflow.methods.bridge_sampling`) learns
+the drift; U (:mod:`tiltflow.molecules.regular`) keeps bonds and stereo. With ``pretrain`` conformers of RDKit, each turned
+to fit its X_0, bridge matching comes first. Samples are the learned sampler's, without path weights: dP*/dP_base depends on
+X_0 too, by a factor that is not learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltflow.brownian import BrownianChain, geometric_chain
+from tiltflow.buffer import Buffer
+from tiltflow.control import DriftControl, StepVariance
+from tiltflow.energies import Evaluator
+from tiltflow.energies.cost import EnergyCost
+from tiltflow.energies.molecular import MolecularEnergy, Reduced
+from tiltflow.fit import FitSettings, History, fit
+from tiltflow.geometry import Centred
+from tiltflow.methods import Method, State
+from tiltflow.methods.bridge_sampling import AdjointBridgeSampling, BridgeMatching
+from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.regular import Regulariser, regulariser
+from tiltflow.molecules.templates import embed
+from tiltflow.nn.molecule import MoleculeNet
+from tiltflow.sampler import Drawn, draw, noise_left
+
+
+@dataclass(frozen=True)
+class CartesianSettings:
+    """How to train a Cartesian sampler; lengths in Å.
+
+    The adjoint target moves far and overshoots, the more the larger the gradients; that of least variance moves by about
+    ∇E/E‖∇E‖² and keeps what is nearly right. Hence first the one, its bound growing, then the other.
+
+    Args:
+        pretrain, pretrain_rounds: conformers of RDKit for bridge matching (0: none), and rounds of it.
+        rounds: of the adjoint target. bounds: on ‖∇(E/kT + U)‖ of an atom, per Å, at their beginning and end.
+        fine_rounds, fine_rate: rounds with the target of least variance, and their share of the learning rate.
+        batch: end points per round. updates, minibatch: gradient steps per round, and their rows.
+        kept: rounds in the buffer.
+        steps, draw_steps: simulation steps K in training, and of finished samples.
+        scale, finest: σ_max and σ_min of the geometric noise. hidden, layers: of the network.
+    """
+
+    pretrain: int = 0
+    pretrain_rounds: int = 20
+    rounds: int = 36
+    bounds: tuple[float, float] = (30.0, 100.0)
+    fine_rounds: int = 0
+    fine_rate: float = 0.5
+    batch: int = 64
+    updates: int = 40
+    minibatch: int = 32
+    kept: int = 6
+    steps: int = 20
+    draw_steps: int = 50
+    scale: float = 1.0
+    finest: float = 0.03
+    hidden: int = 32
+    layers: int = 3
+    learning_rate: float = 3e-3
+
+
+FROM_CONFORMERS = CartesianSettings(pretrain=100, pretrain_rounds=32, rounds=0, fine_rounds=6)
+"""Mostly bridge matching: many rounds on energies lose what it learned (docs/lab-notes.md)."""
+
+
+@dataclass(frozen=True)
+class CartesianEnergy:
+    """E/kT + U of positions (B, N, 3): a ForceProvider."""
+
+    energy: Reduced
+    regular: Regulariser
+
+    def energy_and_forces(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(E/kT + U) (B,) and its negative gradient (B, N, 3), float64."""
+        energy, forces = self.energy.energy_and_forces(x)
+        with torch.enable_grad():
+            at = x.detach().double().requires_grad_(True)
+            extra = self.regular(at)
+            (slope,) = torch.autograd.grad(extra.sum(), at)
+        return energy + extra.detach(), forces - slope
+
+
+@dataclass(frozen=True)
+class CartesianSampler:
+    """A trained sampler of one molecule; ``energy`` counts evaluations and is 0 at ``zero``, in the energy's unit."""
+
+    settings: CartesianSettings
+    zero: float
+    chain: BrownianChain
+    control: DriftControl
+    energy: Evaluator
+    history: History
+
+    def draw(self, n: int, generator: torch.Generator) -> Drawn:
+        """n samples (n, N, 3), as they come, with E/kT + U above ``zero``."""
+        return draw(self.chain, self.control, self.energy, n, generator)
+
+
+def harmonic_source(bonds: Tensor, lengths: Tensor, atoms: int) -> Callable[[int, torch.Generator], Tensor]:
+    """Draws of p_0, (n, N, 3), mass centre at zero; bonds (M, 2) have the mean squares ``lengths``² (in rings less)."""
+    weight = torch.zeros(atoms, atoms, dtype=torch.float64)
+    weight[bonds[:, 0], bonds[:, 1]] = weight[bonds[:, 1], bonds[:, 0]] = 3 / lengths.double() ** 2
+    value, vector = torch.linalg.eigh(torch.diag(weight.sum(1)) - weight)
+    modes = vector[:, 1:] * value[1:].rsqrt()
+
+    def source(n: int, generator: torch.Generator) -> Tensor:
+        white = torch.randn(n, atoms - 1, 3, generator=generator)
+        return modes.to(white) @ white
+
+    return source
+
+
+def aligned(x: Tensor, to: Tensor) -> Tensor:
+    """Each x (B, N, 3), centred and turned to fit ``to`` (B, N, 3), centred. Kabsch, Acta Cryst. A 32, 922, 1976."""
+    x = x - x.mean(1, keepdim=True)
+    u, _, vt = torch.linalg.svd(x.transpose(1, 2) @ to)
+    sign = torch.ones_like(u[:, 0])
+    sign[:, 2] = torch.det(u @ vt).sign()
+    return x @ (u * sign[:, None] @ vt)
+
+
+def cartesian_chain(settings: CartesianSettings, regular: Regulariser, atoms: int, steps: int) -> BrownianChain:
+    """The base: Brownian motion of centred atoms from the harmonic source."""
+    source = harmonic_source(regular.bonds, regular.lengths, atoms)
+    return geometric_chain(Centred(), (atoms, 3), steps, settings.scale, settings.finest, source)
+
+
+def train_cartesian(
+    energy: MolecularEnergy,
+    kelvin: float,
+    molecule: Molecule,
+    settings: CartesianSettings | None = None,
+    seed: int = 0,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> CartesianSampler:
+    """Train a sampler of e^{−E/kT − U} over all atoms of a molecule.
+
+    Raises:
+        TiltflowError: RDKit cannot embed the molecule, an energy that is mostly not finite, or divergence.
+    """
+    s = settings or CartesianSettings()
+    conformers = embed(molecule, max(s.pretrain, 1), seed, relax=True)
+    reference, atoms = conformers[0], conformers.shape[1]
+    zero = float(energy.energy_and_forces(reference[None])[0])
+    regular = regulariser(molecule, reference)
+    evaluator = Evaluator(CartesianEnergy(Reduced(energy, kelvin, zero), regular))
+    noise = partial(noise_left, "geometric", s.scale, s.finest)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = MoleculeNet(molecule, reference, noise, s.hidden, s.layers)
+        corrector = MoleculeNet(molecule, reference, noise, s.hidden // 2, 1)  # smooth, and of t = 1 only
+    control = DriftControl(StepVariance(net, s.steps), s.finest)
+    chain = cartesian_chain(s, regular, atoms, s.steps)
+    low, high = s.bounds
+    method = AdjointBridgeSampling(chain, EnergyCost(evaluator, chain, high), corrector, s.batch)
+    coarse = replace(method, bound=lambda iteration: low * (high / low) ** (iteration / max(s.rounds - 1, 1)))
+    fine = replace(method, target="least_variance")
+
+    def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x0 = chain.source(n, generator)
+        x1 = conformers[torch.randint(len(conformers), (n,), generator=generator)].to(x0)
+        return x0, aligned(x1, x0)
+
+    rate, generator = s.learning_rate, torch.Generator().manual_seed(seed)
+    stages: list[tuple[Method, int, float, int]] = [
+        (BridgeMatching(fine, pairs), s.pretrain_rounds if s.pretrain else 0, rate, 1),
+        (coarse, s.rounds, rate, s.kept),
+        (fine, s.fine_rounds, rate * s.fine_rate, s.kept),
+    ]
+    history: History = []
+    for stage, rounds, rate, kept in stages:
+        how = FitSettings(rounds, rate, ema=0.9, updates=s.updates, minibatch=s.minibatch)
+        history += fit(stage, State(control, generator), how, Buffer(kept * s.batch), callback=callback)
+    return CartesianSampler(s, zero, cartesian_chain(s, regular, atoms, s.draw_steps), control, evaluator, history)
