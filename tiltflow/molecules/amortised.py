@@ -58,7 +58,7 @@ class AmortisedSettings:
     visited: int = 8
     sampler: TorsionalSettings = field(
         default_factory=lambda: TorsionalSettings(
-            iterations=400, batch=64, updates=30, buffer_rounds=30, learning_rate=2e-3, minimum_ess=0.2
+            iterations=400, batch=64, updates=20, buffer_rounds=30, steps=12, learning_rate=2e-3, minimum_ess=0.2
         )
     )
 
