@@ -30,6 +30,7 @@ from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 from torch import Tensor
 
 from tiltflow import __version__
+from tiltflow.assets import shipped
 from tiltflow.bench import run_apart
 from tiltflow.energies.molecular import open_energy
 from tiltflow.errors import TiltflowError
@@ -103,7 +104,7 @@ def rdkit_random_torsions(molecule: Molecule, n: int, seed: int) -> Generated:
     return Generated(place(positions, torsions, 2 * torch.pi * turns), calls, seconds + time.perf_counter() - started)
 
 
-def torsional(molecule: Molecule, n: int, seed: int) -> Generated:
+def torsional(molecule: Molecule, n: int, seed: int, model: str | None = None, draw_steps: int = 50) -> Generated:
     """Of n + 1,024 draws of a torsional sampler the n that cover them best, the most useful first.
 
     The sampler is trained on this molecule's MMFF94 at 3,000 K, where kT is 6 kcal/mol, the energy window of the references;
@@ -111,12 +112,19 @@ def torsional(molecule: Molecule, n: int, seed: int) -> Generated:
     references (docs/lab-notes.md).
     """
     started = time.perf_counter()
-    sampler = TorsionalSettings(batch=64, draw_steps=50)
-    settings = ConformerSettings(temperature=HOT, n=n + EXTRA, templates=8, conjugated=True, sampler=sampler)
+    sampler = TorsionalSettings(batch=64, draw_steps=draw_steps)
+    settings = ConformerSettings(
+        temperature=HOT, n=n + EXTRA, templates=8, conjugated=True, sampler=sampler, model=model
+    )
     made = generate(molecule, settings, seed)
     x = made.positions[torch.isfinite(made.energy)]
     x = x[cover(rmsd_matrix(molecule, x, x), n, RADIUS)]
     return Generated(x, int(made.provenance["energy_evaluations"]), time.perf_counter() - started)
+
+
+def torsional_amortised(molecule: Molecule, n: int, seed: int) -> Generated:
+    """:func:`torsional` without training: drawn from the shipped model, which saw 200 other molecules (MODEL_CARDS.md)."""
+    return torsional(molecule, n, seed, str(shipped("torsions-spice")), draw_steps=12)
 
 
 def cartesian(molecule: Molecule, n: int, seed: int, settings: CartesianSettings | None = None) -> Generated:
@@ -149,6 +157,7 @@ METHODS: dict[str, Callable[[Molecule, int, int], Generated]] = {
     "rdkit": rdkit,
     "rdkit_random_torsions": rdkit_random_torsions,
     "torsional": torsional,
+    "torsional_amortised": torsional_amortised,
     "cartesian": cartesian,
     "cartesian_pretrained": cartesian_pretrained,
 }

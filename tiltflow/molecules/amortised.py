@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,15 +81,16 @@ class Amortised(NamedTuple):
     history: History
 
     def of(
-        self, molecule: Molecule, energy: MolecularEnergy, torsions: Torsions, rigid: Tensor, kelvin: float
+        self, molecule: Molecule, energy: MolecularEnergy, torsions: Torsions, rigid: Tensor, kelvin: float, draw_steps: int
     ) -> TorsionalSampler:
-        """The sampler of one molecule's templates (J, N, 3), as it is; weights are at ``kelvin``."""
+        """The sampler of a molecule's templates (J, N, 3), as it is, with so many steps; weights are at ``kelvin``."""
         module = copy.deepcopy(self.control.module)
         assert isinstance(module, StepVariance) and isinstance(module.net, TorsionNet)
         module.net.systems = systems([(molecule, torsions, x) for x in rigid])
         zero, evaluators = torsion_energies(energy, kelvin, rigid, torsions)
         control = DriftControl(module, self.control.finest)
-        return TorsionalSampler(self.settings.sampler, len(torsions.atoms), zero, control, evaluators, [])
+        settings = replace(self.settings.sampler, draw_steps=draw_steps)
+        return TorsionalSampler(settings, len(torsions.atoms), zero, control, evaluators, [])
 
 
 def prepare(

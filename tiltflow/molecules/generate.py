@@ -41,7 +41,8 @@ class ConformerSettings:
         conjugated: turn amides, esters and acids too, which hardly turn at room temperature; of a model, what it learned.
         n: conformers. templates: most kinds of rigid geometry (rings, amides) to sample.
         rescore: another energy, whose ensemble the samples are weighted for in the end; its energies are reported.
-        sampler: of the torsions. model: file of ``tiltflow train-conformers`` to draw from instead of training.
+        sampler: of the torsions; with a model only its ``draw_steps`` count.
+        model: file of ``tiltflow train-conformers`` to draw from instead of training.
     """
 
     energy: str = "mmff94"
@@ -104,7 +105,7 @@ def generate(
     if model is None:
         trained = train_torsional(energy, hot, rigid, torsions, settings.sampler, seed, report)
     else:
-        trained = model.of(molecule, energy, torsions, rigid, hot)
+        trained = model.of(molecule, energy, torsions, rigid, hot, settings.sampler.draw_steps)
     counts = allot(settings.n, share)
     drawn = trained.draw(counts, torch.Generator().manual_seed(seed))
     x = torch.cat([place(template, torsions, one.x.double()) for template, one in zip(rigid, drawn)])
