@@ -26,7 +26,7 @@ from tiltflow.molecules.geom import list_molecules, read_reference
 from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.torsions import rotatable_torsions
 
-KELVIN, OTHER, DRAWS = 300.0, 450.0, 2_000
+KELVIN, OTHER, DRAWS = 300.0, 450.0, 500
 
 
 def measure(molecule: Molecule, seed: int, rescore: str | None) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def measure(molecule: Molecule, seed: int, rescore: str | None) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torsions", type=int, default=4, help="most torsions of a molecule")
-    parser.add_argument("--molecules", type=int, default=8, help="how many")
+    parser.add_argument("--molecules", type=int, default=6, help="how many")
     parser.add_argument("--rescore", help="another energy, e.g. gfn2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="the JSON document")

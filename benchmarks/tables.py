@@ -277,6 +277,20 @@ def torsional_quadrature() -> str:
     return (markdown(header, lines) if lines else "not run") + "\n\n" + provenance(documents)
 
 
+def conformer_ensembles() -> str:
+    """Free energies from two samplers, and what is left after weighting for another energy."""
+    documents = load("conformer-ensembles-*.json")
+    columns = {"ess": 2, "ess_other": 2, "difference": 3, "sigma": 3, "rescored_ess": 3, "rescored_shift": 2}
+    columns |= {"seconds": 0, "rescored_seconds": 0}
+    lines = [
+        [r["molecule"], str(r["torsions"]), str(r["templates"]), *(number([r.get(c)], d) for c, d in columns.items())]
+        for document in documents
+        for r in document["rows"]
+    ]
+    header = ["molecule", "torsions", "templates", *columns]
+    return (markdown(header, lines) if lines else "not run") + "\n\n" + provenance(documents)
+
+
 def step_variance() -> str:
     """Exact drifts with the base's step variance and with the matched one."""
     documents = load("step-variance*.json")
@@ -301,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sampling": sampling,
     "conformers": conformers,
     "torsional quadrature": torsional_quadrature,
+    "conformer ensembles": conformer_ensembles,
     "step variance": step_variance,
     "particle network": particle_network,
     "iteration": iteration,
