@@ -14,7 +14,7 @@ from tiltflow.buffer import Buffer
 from tiltflow.control import DriftControl, StepVariance
 from tiltflow.energies import Evaluator
 from tiltflow.energies.cost import EnergyCost
-from tiltflow.energies.molecular import open_energy
+from tiltflow.energies.molecular import kt_per, open_energy
 from tiltflow.fit import FitSettings, fit
 from tiltflow.methods import State
 from tiltflow.methods.adjoint_sampling import AdjointSampling
@@ -261,3 +261,21 @@ def test_shares_of_draws_do_not_change_the_weights():
     uncorrected = found * counts / (found * counts).sum()  # the term log n_j dropped
     assert float((found - exact).abs().max()) < 0.02
     assert float((uncorrected - exact).abs().max()) > 0.04
+
+
+def test_amides_turn_when_asked():
+    """N-methylacetamide at 3,000 K: E and Z, in the ratio of quadrature; else as embedded, Z."""
+    mol, kelvin = molecule("CC(=O)NC"), 3_000.0
+    torsions = rotatable_torsions(mol, conjugated=True)
+    assert len(torsions.atoms) == 1 and not len(rotatable_torsions(mol).atoms)
+    settings = ConformerSettings(temperature=kelvin, n=2_000, templates=1, conjugated=True, sampler=QUICK)
+    made = generate(mol, settings, seed=0)
+    angles = dihedrals(made.positions, torsions.atoms)[:, 0]
+    line = torch.linspace(-math.pi, math.pi, 361, dtype=torch.float64)[:-1, None]
+    template = templates(mol, torsions, 1, 0).positions[0]
+    e = open_energy("mmff94", mol).energy_and_forces(place(template, torsions, line))[0]
+    exact = torch.softmax(-e * kt_per("kcal/mol", kelvin), 0)
+    near = [float((w * (x.abs() < math.pi / 2)).sum()) for w, x in ((made.weights, angles), (exact, line[:, 0]))]
+    assert near[0] == pytest.approx(near[1], abs=0.05) and 0.1 < near[1] < 0.9
+    still = generate(mol, ConformerSettings(temperature=kelvin, n=4), seed=0)
+    assert (dihedrals(still.positions, torsions.atoms).abs() < math.pi / 2).all()
