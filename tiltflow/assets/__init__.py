@@ -36,7 +36,7 @@ INTERPOLANTS = {"linear": Linear}
 
 
 def shipped(name: str) -> Path:
-    """Path of the shipped file `<name>.safetensors`: "digits-base", "digits-classifier" or "digits-judge"."""
+    """Path of the shipped file `<name>.safetensors`: "digits-base", "digits-classifier", "digits-judge", "torsions-spice"."""
     path = Path(str(files("tiltflow.assets") / f"{name}.safetensors"))
     if not path.is_file():
         raise TiltflowError(
