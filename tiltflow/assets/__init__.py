@@ -36,7 +36,7 @@ INTERPOLANTS = {"linear": Linear}
 
 
 def shipped(name: str) -> Path:
-    """Path of the shipped file `<name>.safetensors`: "digits-base", "digits-classifier", "digits-judge", "torsions-spice"."""
+    """Path of the shipped `<name>.safetensors`: "digits-base", "digits-classifier", "digits-judge" or "torsions-spice"."""
     path = Path(str(files("tiltflow.assets") / f"{name}.safetensors"))
     if not path.is_file():
         raise TiltflowError(
