@@ -127,7 +127,7 @@ def torsional(molecule: Molecule, n: int, seed: int, model: str | None = None, d
 
 
 def torsional_amortised(molecule: Molecule, n: int, seed: int) -> Generated:
-    """:func:`torsional` without training: drawn from the shipped model, which saw 200 other molecules (MODEL_CARDS.md)."""
+    """:func:`torsional` without training: drawn from the shipped model, which saw 168 other molecules (MODEL_CARDS.md)."""
     return torsional(molecule, n, seed, str(shipped("torsions-spice")), draw_steps=12)
 
 
