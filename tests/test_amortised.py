@@ -123,6 +123,11 @@ def test_the_command_trains_and_the_other_draws(tmp_path):
     assert drawn.returncode == 0, drawn.stderr
     (row,) = json.loads(drawn.stdout)["rows"]
     assert row["conformers"] + row["rejected"] == 20 and row["conformers"] > 10
+    written = (tmp_path / "drawn" / "conformers.sdf").read_text()
+    assert "sampling_temperature>  (1) \n700 K" in written  # the model's, not the ensemble's 300 K
+    for more in (["--conjugated"], ["--sampling-temperature", "900K"]):
+        odd = tiltflow("conformers", "CCCCC", "--model", run / "model.safetensors", *more, "--out", tmp_path / "no")
+        assert odd.returncode == 2 and "--model brings its own" in odd.stderr and not (tmp_path / "no").exists()
     wrong = tiltflow("conformers", "CCCCC", "--model", smi, "--out", tmp_path / "no")
     assert wrong.returncode == 2 and "not a conformer model" in wrong.stderr and not (tmp_path / "no").exists()
     none = tiltflow("train-conformers", smi, "--out", tmp_path / "no", "--max-atoms", 3)

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -319,3 +320,21 @@ def test_a_reference_of_ones_own(tmp_path, generator):
         with pytest.raises(TiltflowError) as caught:
             bench_sampling._problem("unequal2d", path)
         assert message in str(caught.value)
+
+
+def test_minutes_become_rounds_by_processor_time(monkeypatch):
+    """Rounds of half a processor second, by the median of a pilot without its first; twice the threads, twice the rounds."""
+
+    class Planned(Exception):
+        pass
+
+    def train(problem, settings, seed):
+        if settings.iterations != 4:
+            raise Planned(settings.iterations)
+        return SimpleNamespace(history=[{"processor_seconds": s} for s in (9.0, 0.5, 0.5, 0.5)])
+
+    monkeypatch.setattr(bench_sampling, "train_sampler", train)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with pytest.raises(Planned, match=f"^{360 * threads}$"):
+            bench_sampling.bench_one(load_problem("unequal2d"), "unequal2d", "weighted_adjoint_sampling", 0, minutes=3)

@@ -57,6 +57,8 @@ def conformers_command(
         energy=energy, temperature=kelvin, sampling_temperature=hotter, conjugated=conjugated,
         n=count, model=None if model is None else str(model), rescore=rescore,
     )  # fmt: skip
+    if model is not None and (hotter is not None or conjugated):
+        raise TiltflowError("--model brings its own: leave out --sampling-temperature and --conjugated.")
     if model is not None:
         load_amortised(model)  # misuse is found before the folder is touched
     read = read_molecules(source, None, max_atoms)

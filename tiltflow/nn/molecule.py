@@ -25,21 +25,13 @@ from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.regular import stereocentres, volumes
 from tiltflow.molecules.systems import RELATIONS, relations, sites_of
 from tiltflow.nn.features import time_features
-from tiltflow.nn.particles import Radial
+from tiltflow.nn.particles import BLOCK, Radial, zeroed
 from tiltflow.nn.torsion import PairLayer
 
 SHORTEST, LONGEST = 0.5, 12.0
 """Å: distances told apart."""
 WIDTH = 0.07
 """s, in Å: of bonds, and of distances across an angle."""
-BLOCK = 2**19
-"""Most numbers in one (pairs, batch, hidden) tensor."""
-
-
-def _zero(layer: nn.Linear) -> nn.Linear:
-    for p in layer.parameters():
-        nn.init.zeros_(p)
-    return layer
 
 
 class MoleculeNet(nn.Module):
@@ -92,9 +84,9 @@ class MoleculeNet(nn.Module):
         self.atoms = nn.Embedding(int(kind.max()) + 1, hidden)
         times = 2 + 2 * frequencies
         self.time = nn.Sequential(nn.Linear(times, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-        self.springs = nn.ModuleList(_zero(nn.Linear(times, RELATIONS)) for _ in range(layers))
+        self.springs = nn.ModuleList(zeroed(nn.Linear(times, RELATIONS)) for _ in range(layers))
         self.hand = nn.Linear(1, hidden, bias=False)
-        self.inversions = nn.ModuleList(_zero(nn.Linear(hidden, 1)) for _ in range(layers))
+        self.inversions = nn.ModuleList(zeroed(nn.Linear(hidden, 1)) for _ in range(layers))
         self.layers = nn.ModuleList(PairLayer(len(self.radial.centre) + RELATIONS + 1, hidden) for _ in range(layers))
         for layer in self.layers:
             assert isinstance(layer, PairLayer)

@@ -39,7 +39,8 @@ def _silu(z: Tensor) -> Tensor:
     return silu(z, inplace=not torch.is_grad_enabled())
 
 
-def _zero(layer: nn.Linear) -> nn.Linear:
+def zeroed(layer: nn.Linear) -> nn.Linear:
+    """The layer, its parameters set to 0."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -84,10 +85,10 @@ class Layer(nn.Module):
         self.radial = nn.Linear(features, hidden, bias=False)
         self.message = nn.Linear(hidden, hidden)
         self.coordinate = nn.Linear(hidden, hidden)
-        self.push = _zero(nn.Linear(hidden, 1, bias=False))
+        self.push = zeroed(nn.Linear(hidden, 1, bias=False))
         self.last = last
         if not last:
-            self.move = _zero(nn.Linear(hidden, 1, bias=False))
+            self.move = zeroed(nn.Linear(hidden, 1, bias=False))
             self.own = nn.Linear(hidden, hidden, bias=False)
             self.received = nn.Linear(hidden, hidden)
             self.update = nn.Linear(hidden, hidden)
@@ -136,7 +137,7 @@ class ParticleNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(times, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         features = len(self.radial.centre)
         self.layers = nn.ModuleList(Layer(features, hidden, last=k == layers - 1) for k in range(layers))
-        self.gate = _zero(nn.Linear(hidden, 1))
+        self.gate = zeroed(nn.Linear(hidden, 1))
         first, second = torch.triu_indices(particles, particles, 1)
         self.register_buffer("first", first.clone(), persistent=False)
         self.register_buffer("second", second.clone(), persistent=False)
