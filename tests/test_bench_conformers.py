@@ -371,16 +371,3 @@ def test_missing_data_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench, "DATA", tmp_path / "none")
     code, _, err = tiltflow(monkeypatch, capsys, "bench", "conformers")
     assert code == 2 and "--data DIR" in err
-
-
-def test_the_recipe_turns_amides_and_has_geometries_of_its_own(monkeypatch):
-    """N-methylacetamide: both sides of the amide in the first two, where RDKit has one; bond lengths of their own."""
-    monkeypatch.setattr(bench, "EXTRA", 64)
-    mol = molecule("CC(=O)NC")
-    amide = rotatable_torsions(mol, conjugated=True).atoms
-    made, embedded = bench.torsional(mol, 6, 0), bench.rdkit(mol, 6, 0).positions
-    assert made.positions.shape == embedded.shape and made.energy_calls > 0
-    trans = [(dihedrals(x, amide)[:, 0].abs() < torch.pi / 2).tolist() for x in (made.positions[:2], embedded)]
-    assert sorted(trans[0]) == [False, True] and all(trans[1])
-    lengths, own = ((x[:, 0] - x[:, 1]).norm(dim=1) for x in (made.positions, embedded))
-    assert ((lengths[:, None] - own).abs().amin(1) < 1e-6).all() and len(lengths.round(decimals=6).unique()) > 1

@@ -75,7 +75,7 @@ def test_the_field_starts_at_zero_and_does_not_depend_on_blocks(generator):
 def test_penalties_are_zero_where_the_molecule_is_sound(generator):
     """On embeddings, and not on a stretched bond, the mirror image, or the other side of the double bond."""
     mol = molecule(CHIRAL)
-    x = embed(mol, 20, 1, relax=True)
+    x = embed(mol, 20, 1, relaxed=True)
     energy = regulariser(mol, embed(mol, 1, 0)[0])
     x.requires_grad_(True)
     value = energy(x)
@@ -184,7 +184,7 @@ def test_a_chiral_molecule_keeps_its_chirality(single):
 def test_pretraining_makes_bonds(single):
     """Bridge matching alone has the bonds of RDKit's conformers; without it they are those of the source."""
     mol = molecule("CC(=O)O")
-    bonds, lengths = regulariser(mol, embed(mol, 1, 0, relax=True)[0]).bonds, embed(mol, 20, 3, relax=True)
+    bonds, lengths = regulariser(mol, embed(mol, 1, 0, relaxed=True)[0]).bonds, embed(mol, 20, 3, relaxed=True)
 
     def error(pretrain):
         settings = replace(SMALL, pretrain=pretrain, pretrain_rounds=15, rounds=0)

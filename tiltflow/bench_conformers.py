@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rdkit import Chem
-from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
+from rdkit.Chem import rdDistGeom
 from torch import Tensor
 
 from tiltflow import __version__
@@ -37,27 +37,24 @@ from tiltflow.errors import TiltflowError
 from tiltflow.metrics.conformers import coverage, rmsd_matrix
 from tiltflow.molecules.audit import audit
 from tiltflow.molecules.cartesian import FROM_CONFORMERS, CartesianSettings, train_cartesian
-from tiltflow.molecules.generate import ConformerSettings, generate
+from tiltflow.molecules.covering import covering
 from tiltflow.molecules.geom import Listed, Reference, list_molecules, read_reference
-from tiltflow.molecules.molecule import Molecule, positions_of, with_positions
-from tiltflow.molecules.select import cover
+from tiltflow.molecules.molecule import Molecule, positions_of
 from tiltflow.molecules.split import read_training_smiles, unseen
-from tiltflow.molecules.torsional import TorsionalSettings
-from tiltflow.molecules.torsions import dihedrals, place, rotatable_torsions
+from tiltflow.molecules.templates import RELAXATION, relax
+from tiltflow.molecules.torsions import place, rotatable_torsions
 from tiltflow.store import write_text
 
 Row = dict[str, Any]
 THRESHOLDS = (0.5, 0.75, 1.0, 1.25, 1.5)
 """Å."""
 MOST_REFERENCES, FEWEST, PER_REFERENCE = 512, 128, 2
-RELAXATION = 200
 SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)
 FLEXIBLE = 7
 SUBSETS = {"all": 0, f"≥ {FLEXIBLE} rotatable bonds": FLEXIBLE}
 """By the data's own count of rotatable bonds."""
 RESAMPLES = 10_000
 ATTEMPTS = 5
-HOT, EXTRA, RADIUS = 8_000.0, 1_024, 1.0
 DATA = Path(__file__).parent.parent / "benchmarks" / "data" / "geom_drugs"
 TRAINING = "spice_train_smiles.tsv.gz"
 COLUMNS = (
@@ -104,31 +101,20 @@ def rdkit_random_torsions(molecule: Molecule, n: int, seed: int) -> Generated:
     return Generated(place(positions, torsions, 2 * torch.pi * turns), calls, seconds + time.perf_counter() - started)
 
 
-def torsional(molecule: Molecule, n: int, seed: int, model: str | None = None, draw_steps: int = 50) -> Generated:
-    """Of n + 1,024 draws of a torsional sampler the n that cover them best, the most useful first.
+def torsional(molecule: Molecule, n: int, seed: int, model: str | None = None) -> Generated:
+    """:func:`tiltflow.molecules.covering.covering`, as drawn; the benchmark relaxes them itself, like all others.
 
-    The sampler is trained on this molecule's MMFF94 at 8,000 K, with amides and esters turned, on up to 8 templates; the
-    torsions drawn are put on the n geometries of :func:`rdkit`, each in turn. Set on two molecules of SPICE, whose low GFN2
-    energies were the references, after a first recipe (3,000 K, geometries of the templates) was less than random torsions,
-    relaxed, on the forty molecules (docs/lab-notes.md).
+    The third recipe, set on four molecules of SPICE, whose low GFN2 energies were the references, after two others were less
+    than random torsions, relaxed, on the forty molecules (docs/lab-notes.md).
     """
     started = time.perf_counter()
-    sampler = TorsionalSettings(iterations=40, batch=64, draw_steps=draw_steps)
-    settings = ConformerSettings(
-        temperature=HOT, n=n + EXTRA, templates=8, conjugated=True, sampler=sampler, model=model
-    )
-    made = generate(molecule, settings, seed)
-    torsions = rotatable_torsions(molecule, conjugated=True)
-    angles = dihedrals(made.positions[torch.isfinite(made.energy)], torsions.atoms)
-    rigid = rdkit(molecule, n, seed).positions
-    x = place(rigid[torch.arange(len(angles)) % n], torsions, angles)
-    x = x[cover(rmsd_matrix(molecule, x, x), n, RADIUS)]
-    return Generated(x, int(made.provenance["energy_evaluations"]), time.perf_counter() - started)
+    made = covering(molecule, n, seed, model)
+    return Generated(made.drawn, made.energy_calls, time.perf_counter() - started)
 
 
 def torsional_amortised(molecule: Molecule, n: int, seed: int) -> Generated:
     """:func:`torsional` without training: drawn from the shipped model, which saw 168 other molecules (MODEL_CARDS.md)."""
-    return torsional(molecule, n, seed, str(shipped("torsions-spice")), draw_steps=12)
+    return torsional(molecule, n, seed, str(shipped("torsions-spice")))
 
 
 def cartesian(molecule: Molecule, n: int, seed: int, settings: CartesianSettings | None = None) -> Generated:
@@ -281,15 +267,6 @@ def bench_molecule(reference: Reference, method: str, seed: int) -> list[Row]:
 def evenly(n: int, most: int) -> Tensor:
     """At most ``most`` of the numbers 0 … n − 1, evenly spaced, the ends among them."""
     return torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).round().long()
-
-
-def relax(molecule: Molecule, positions: Tensor) -> Tensor:
-    """positions (n, N, 3) after at most 200 iterations of MMFF94 (Halgren 1996). TiltflowError: no parameters for it."""
-    mol = with_positions(molecule.mol, positions)
-    if not rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
-        raise TiltflowError(f"MMFF94 has no parameters for {molecule.name!r} ({molecule.smiles}).")
-    rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mol, numThreads=1, maxIters=RELAXATION, mmffVariant="MMFF94")
-    return positions_of(mol)
 
 
 def _scores(matrix: Tensor) -> Row:

@@ -155,7 +155,7 @@ def train_cartesian(
         TiltflowError: RDKit cannot embed the molecule, an energy that is mostly not finite, or divergence.
     """
     s = settings or CartesianSettings()
-    conformers = embed(molecule, max(s.pretrain, 1), seed, relax=True)
+    conformers = embed(molecule, max(s.pretrain, 1), seed, relaxed=True)
     reference, atoms = conformers[0], conformers.shape[1]
     zero = float(energy.energy_and_forces(reference[None])[0])
     regular = regulariser(molecule, reference)

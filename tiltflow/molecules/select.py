@@ -12,13 +12,14 @@ TWINS = 1e-3
 
 
 def cover(rmsd: Tensor, n: int, radius: float) -> Tensor:
-    """Rows (n,) of m ≥ n conformers, the most useful first: each covers the most that none before it covers.
+    """Rows (n,) of m ≥ n conformers, the most useful first: each covers the most targets that none before it covers.
 
-    Greedy maximum coverage, within 1 − 1/e of the best choice (Nemhauser, Wolsey & Fisher 1978). Once all are covered, the
-    radius is halved and what is chosen covers less.
+    Greedy maximum coverage, within 1 − 1/e of the best choice (Nemhauser, Wolsey & Fisher 1978). Once no conformer covers
+    any more, the radius is halved and what is chosen covers less.
 
     Args:
-        rmsd: (m, m), symmetric. radius: in its unit; a conformer covers those at most this far.
+        rmsd: (m, targets), of conformers from what is to be covered. radius: in its unit; a conformer covers the targets at
+            most this far.
 
     Raises:
         TiltflowError: fewer than n conformers, a radius that is not positive.
@@ -29,20 +30,20 @@ def cover(rmsd: Tensor, n: int, radius: float) -> Tensor:
     free = torch.ones(len(rmsd), dtype=torch.bool)
     near = rmsd <= radius
     gain = near.sum(1)
-    open_rows = free.clone()
+    left = torch.ones(rmsd.shape[1], dtype=torch.bool)
     while len(chosen) < n:
         best = int(torch.where(free, gain, -1).argmax())
         if int(gain[best]) == 0 and radius < TWINS:
             return torch.cat([torch.tensor(chosen), free.nonzero()[: n - len(chosen), 0]])
-        if int(gain[best]) == 0:  # all covered
+        if int(gain[best]) == 0:  # all covered that can be
             radius /= 2
             near = rmsd <= radius
-            open_rows = ~near[:, chosen].any(1)
-            gain = near[:, open_rows].sum(1)
+            left = ~near[chosen].any(0)
+            gain = near[:, left].sum(1)
             continue
         chosen.append(best)
         free[best] = False
-        newly = near[best] & open_rows
-        open_rows &= ~newly
+        newly = near[best] & left
+        left &= ~newly
         gain = gain - near[:, newly].sum(1)
     return torch.tensor(chosen)

@@ -11,15 +11,16 @@ from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 from torch import Tensor
 
 from tiltflow.errors import TiltflowError
-from tiltflow.molecules.molecule import Molecule, positions_of
+from tiltflow.molecules.molecule import Molecule, positions_of, with_positions
 from tiltflow.molecules.torsions import Torsions, dihedrals
 
+RELAXATION = 200
 SAME = math.radians(40)
 """Two geometries are of one kind if none of their rigid dihedrals differs by more."""
 
 
-def embed(molecule: Molecule, n: int, seed: int, relax: bool = False) -> Tensor:
-    """n conformers of RDKit's ETKDGv3, (n, N, 3) in Å, float64; ``relax`` minimises MMFF94 (200 steps).
+def embed(molecule: Molecule, n: int, seed: int, relaxed: bool = False) -> Tensor:
+    """n conformers of RDKit's ETKDGv3, (n, N, 3) in Å, float64; ``relaxed``: by :func:`relax`, where MMFF94 has parameters.
 
     Fewer come back if some embeddings fail. Riniker & Landrum, J. Chem. Inf. Model. 55, 2562, 2015.
 
@@ -37,8 +38,16 @@ def embed(molecule: Molecule, n: int, seed: int, relax: bool = False) -> Tensor:
         raise TiltflowError(
             f"{molecule.name} ({molecule.smiles}): RDKit finds no 3-D geometry for it; is its stereochemistry possible?"
         )
-    if relax and rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
-        rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mol, numThreads=1, maxIters=200)
+    x = positions_of(mol)
+    return relax(molecule, x) if relaxed and rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol) else x
+
+
+def relax(molecule: Molecule, positions: Tensor) -> Tensor:
+    """positions (n, N, 3) after at most 200 iterations of MMFF94 (Halgren 1996). TiltflowError: no parameters for it."""
+    mol = with_positions(molecule.mol, positions)
+    if not rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
+        raise TiltflowError(f"MMFF94 has no parameters for {molecule.name!r} ({molecule.smiles}).")
+    rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mol, numThreads=1, maxIters=RELAXATION, mmffVariant="MMFF94")
     return positions_of(mol)
 
 
@@ -51,7 +60,7 @@ class Templates(NamedTuple):
 
 def templates(molecule: Molecule, torsions: Torsions, most: int, seed: int, embeddings: int = 24) -> Templates:
     """The commonest kinds of rigid geometry (rings, amides, ring nitrogens) among relaxed embeddings, at most ``most``."""
-    x = embed(molecule, embeddings, seed, relax=True)
+    x = embed(molecule, embeddings, seed, relaxed=True)
     angles = dihedrals(x, _rigid(molecule, torsions))
     kinds: list[list[int]] = []
     for i in range(len(x)):
