@@ -133,6 +133,7 @@ def test_resume_generates_only_what_is_missing(calls, tmp_path):
         (["CCO", "--device", "meta"], "CPU"),
         (["CCO", "-n", 0], "-n"),
         (["CCCCCCC", "--max-atoms", 10], "too large"),
+        (["CCO", "--cover", "--rescore", "gfn2"], "--cover has a recipe of its own"),
     ],
 )
 def test_misuse(args, message, calls, tmp_path):

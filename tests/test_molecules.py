@@ -40,6 +40,7 @@ def embedded(smiles, n, seed=0xF00D):
 
 def ensemble(smiles="CCO", n=4, log_weights=None, **changes):
     m, x = embedded(smiles, n)
+    log_weights = torch.zeros(n) if log_weights is None else log_weights
     facts = {"unit": "kcal/mol", "temperature": 300.0, "sampling_temperature": 1000.0, "provenance": {"seed": "3"}}
     return Ensemble(m, x, torch.arange(float(len(x))) - 0.1, log_weights=log_weights, **(facts | changes))
 
@@ -243,7 +244,7 @@ def test_clusters_know_symmetric_atoms():
     m, x = embedded("CC(C)CO", 1)
     exchanged = x.clone()
     exchanged[:, [0, 2]] = x[:, [2, 0]]
-    e = Ensemble(m, torch.cat([x, exchanged]), torch.zeros(2), "kT", None, 300.0, 300.0, {})
+    e = Ensemble(m, torch.cat([x, exchanged]), torch.zeros(2), "kT", torch.zeros(2), 300.0, 300.0, {})
     assert clusters(e, 0.01).sizes == [2]
 
 

@@ -24,16 +24,17 @@ COLUMNS = ["name", "conformers", "rejected", "ess", "reliable", "clusters", "ene
 @click.option("--rescore", help="Another energy to weight the samples for, e.g. gfn2.")
 @click.option("--model", type=click.Path(path_type=Path), help="Draw from a model of train-conformers; train nothing.")
 @click.option("-n", "count", type=click.IntRange(1, 2000), default=100, show_default=True, help="Conformers per molecule.")
+@click.option("--cover", is_flag=True, help="Conformers that cover the minima instead, without weights.")
 @click.option("--max-atoms", default=200, show_default=True, help="Most atoms of a molecule, with hydrogens.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; finished molecules are kept.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
 @common
 def conformers_command(
     source: str, out: Path, energy: str, temperature: str, sampling_temperature: str | None, conjugated: bool,
-    rescore: str | None, model: Path | None, count: int, max_atoms: int, resume: bool, overwrite: bool, seed: int,
-    device: str, as_json: bool,
+    rescore: str | None, model: Path | None, count: int, cover: bool, max_atoms: int, resume: bool, overwrite: bool,
+    seed: int, device: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Boltzmann-weighted conformers of molecules, from an energy alone.
+    """Boltzmann-weighted conformers of molecules, from an energy alone; or, with --cover, those that cover its minima.
 
     INPUT is a SMILES, a .smi file (SMILES [name] per line) or an .sdf file. OUT gets conformers.sdf, conformers.csv,
     rejects.csv (what was refused, and why), metrics.json and report.html.
@@ -51,11 +52,14 @@ def conformers_command(
 
     if check_device(device) != "cpu":
         raise TiltflowError(f"--device {device}: conformers are computed on the CPU; leave --device out.")
+    if cover and (temperature, sampling_temperature, conjugated, rescore, energy) != ("300K", None, False, None, "mmff94"):
+        others = "--energy, --temperature, --sampling-temperature, --conjugated and --rescore"
+        raise TiltflowError(f"--cover has a recipe of its own: leave out {others}.")
     kelvin = parse_temperature(temperature)
     hotter = None if sampling_temperature is None else parse_temperature(sampling_temperature)
     settings = ConformerSettings(
         energy=energy, temperature=kelvin, sampling_temperature=hotter, conjugated=conjugated,
-        n=count, model=None if model is None else str(model), rescore=rescore,
+        n=count, model=None if model is None else str(model), rescore=rescore, cover=cover,
     )  # fmt: skip
     if model is not None and (hotter is not None or conjugated):
         raise TiltflowError("--model brings its own: leave out --sampling-temperature and --conjugated.")
@@ -76,7 +80,7 @@ def conformers_command(
     bars = Bars()
     with RunFolder(out, config, resume, overwrite) as folder:
         rows = run_conformers(read, settings, seed, folder, command_line(), bars)
-        result = document(seed, device, rows, "cannot tell" if any(not r.get("reliable", True) for r in rows) else None)
+        result = document(seed, device, rows, "cannot tell" if any(r.get("reliable") is False for r in rows) else None)
         folder.write_json("metrics.json", result)
     bars.close()
     done, refused = ([r for r in rows if r["kind"] == kind] for kind in ("conformers", "refused"))

@@ -50,14 +50,14 @@ def clusters(ensemble: Ensemble, threshold: float = THRESHOLD) -> Clusters:
     rmsd = rdMolAlign.GetAllConformerBestRMS(shape, numThreads=1, maxMatches=MOST_MATCHES) if n > 1 else ()
     found = Butina.ClusterData(rmsd, n, threshold, isDistData=True, reordering=True) if n else ()
     members = [torch.tensor(rows) for rows in found]
-    weights = ensemble.weights
-    members.sort(key=lambda rows: -float(weights[rows].sum()) if ensemble.reliable else -len(rows))
+    weights = ensemble.weights if ensemble.reliable else None
+    members.sort(key=lambda rows: -len(rows) if weights is None else -float(weights[rows].sum()))
     labels = torch.zeros(n, dtype=torch.int64)
     for k, rows in enumerate(members):
         labels[rows] = k
     return Clusters(
         labels,
         [len(rows) for rows in members],
-        [float(weights[rows].sum()) for rows in members] if ensemble.reliable else None,
+        None if weights is None else [float(weights[rows].sum()) for rows in members],
         [int(rows[ensemble.energy[rows].argmin()]) for rows in members],
     )

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tiltflow.energies.molecular import open_energy
 from tiltflow.metrics.conformers import rmsd_matrix
+from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.generate import ConformerSettings, generate
 from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.select import cover
@@ -68,3 +70,14 @@ def covering(
     to_minima = [rmsd_matrix(molecule, x, relaxed) for x in (drawn, relaxed)]
     rows = cover(torch.cat(to_minima, 1), n, RADIUS)
     return Covering(drawn[rows], relaxed[rows], int(made.provenance["energy_evaluations"]))
+
+
+def covering_ensemble(
+    molecule: Molecule, settings: ConformerSettings, seed: int, progress: Callable[[int, int, str], None]
+) -> Ensemble:
+    """:func:`covering`, relaxed, with MMFF94 energies and without weights: they were chosen, not drawn."""
+    made = covering(molecule, settings.n, seed, settings.model, progress)
+    energy = open_energy("mmff94", molecule)
+    value = energy.energy_and_forces(made.relaxed)[0].double()
+    said = {"coordinates": "all, relaxed by MMFF94", "energy_evaluations": str(made.energy_calls)}
+    return Ensemble(molecule, made.relaxed, value, energy.unit, None, HOT, HOT, said)

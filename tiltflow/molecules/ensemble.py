@@ -27,7 +27,8 @@ class Ensemble:
     Args:
         positions: (n, N, 3), Å, float64, atoms in the order of ``molecule.mol``.
         energy: (n,), in ``unit``, e.g. "kcal/mol".
-        log_weights: log path weights (n,), up to a constant, at ``temperature``; None: the samples follow e^{−E/kT} itself.
+        log_weights: log path weights (n,), up to a constant, at ``temperature``; None: conformers that were chosen, not
+            drawn, and have no weights (:mod:`tiltflow.molecules.covering`).
         temperature: in K, of the target. sampling_temperature: in K, at which the sampler was trained.
         provenance: what made it: energy, seed, versions; written beside every conformer.
         discarded: samples with a fault that were left out; they count as samples without weight in the ESS.
@@ -69,16 +70,17 @@ class Ensemble:
 
     @property
     def weights(self) -> Tensor:
-        """Normalised path weights at ``temperature``, (n,), float64: they sum to 1."""
-        return normalised(self.log_weights if self.log_weights is not None else torch.zeros(len(self)))
+        """Normalised path weights at ``temperature``, (n,), float64: they sum to 1. TiltflowError: there are none."""
+        if self.log_weights is None:
+            raise TiltflowError(f"{self.molecule.name}: conformers that were chosen to cover have no weights.")
+        return normalised(self.log_weights)
 
     @property
     def ess(self) -> float:
-        """Effective sample size as a fraction of all samples drawn, (Σw)²/(N Σw²), N = n + discarded; 0 without samples."""
-        if not len(self):
+        """Effective sample size as a fraction of all samples drawn, (Σw)²/(N Σw²), N = n + discarded; 0 without weights."""
+        if self.log_weights is None or not len(self):
             return 0.0
-        share = len(self) / (len(self) + self.discarded)
-        return share if self.log_weights is None else share * ess(self.log_weights)
+        return len(self) / (len(self) + self.discarded) * ess(self.log_weights)
 
     @property
     def reliable(self) -> bool:

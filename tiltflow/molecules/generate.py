@@ -43,6 +43,8 @@ class ConformerSettings:
         rescore: another energy, whose ensemble the samples are weighted for in the end; its energies are reported.
         sampler: of the torsions; with a model only its ``draw_steps`` count.
         model: file of ``tiltflow train-conformers`` to draw from instead of training.
+        cover: choose n conformers that cover the minima instead (:mod:`tiltflow.molecules.covering`), by a recipe of its
+            own: of the other settings only n and ``model`` count.
     """
 
     energy: str = "mmff94"
@@ -54,6 +56,7 @@ class ConformerSettings:
     sampler: TorsionalSettings = field(default_factory=TorsionalSettings)
     model: str | None = None
     rescore: str | None = None
+    cover: bool = False
 
 
 def rescored(ensemble: Ensemble, old: MolecularEnergy, new: MolecularEnergy) -> Ensemble:
@@ -64,8 +67,10 @@ def rescored(ensemble: Ensemble, old: MolecularEnergy, new: MolecularEnergy) -> 
     """
     value = new.energy_and_forces(ensemble.positions)[0].double()
     kelvin = ensemble.temperature
-    before = torch.zeros(len(ensemble)) if ensemble.log_weights is None else ensemble.log_weights.double()
-    log_w = before + ensemble.energy.double() * kt_per(old.unit, kelvin) - value * kt_per(new.unit, kelvin)
+    if ensemble.log_weights is None:
+        raise TiltflowError(f"{ensemble.molecule.name}: conformers without weights cannot be weighted for {new.name}.")
+    change = ensemble.energy.double() * kt_per(old.unit, kelvin) - value * kt_per(new.unit, kelvin)
+    log_w = ensemble.log_weights.double() + change
     finite = torch.isfinite(value)
     if not bool(finite.any()):
         raise TiltflowError(f"{ensemble.molecule.name}: {new.name} evaluates none of {len(value)} conformers.")

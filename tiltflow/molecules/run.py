@@ -16,6 +16,7 @@ import torch
 from tiltflow import __version__
 from tiltflow.molecules.audit import audit
 from tiltflow.molecules.clusters import Clusters, clusters
+from tiltflow.molecules.covering import covering_ensemble
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.generate import ConformerSettings, generate
 from tiltflow.molecules.molecule import Molecule
@@ -98,7 +99,8 @@ def _generated(
 
     started = time.perf_counter()
     try:
-        e = generate(molecule, settings, seed, progress)
+        make = covering_ensemble if settings.cover else generate
+        e = make(molecule, settings, seed, progress)
     except UnsupportedMolecule as error:
         return {"refused": error.reason}
     said = {"tiltflow_version": __version__, "energy_model": settings.energy, "seed": str(seed)}
@@ -137,8 +139,8 @@ def _row(ensemble: Ensemble, clusters: Clusters, seconds: float) -> dict[str, An
         "smiles": ensemble.molecule.smiles,
         "conformers": len(ensemble),
         "rejected": ensemble.discarded,
-        "ess": ensemble.ess,
-        "reliable": ensemble.reliable,
+        "ess": None if ensemble.log_weights is None else ensemble.ess,
+        "reliable": None if ensemble.log_weights is None else ensemble.reliable,
         "clusters": len(clusters.sizes),
         "energy_min": float(ensemble.energy.min()) if some else None,
         "energy_max": float(ensemble.energy.max()) if some else None,

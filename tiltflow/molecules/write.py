@@ -17,8 +17,8 @@ from tiltflow.molecules.molecule import with_positions
 from tiltflow.molecules.read import Reject
 from tiltflow.store import write_text
 
-UNKNOWN = "cannot tell"
-"""In place of the weights of an unreliable ensemble."""
+UNKNOWN, NO_WEIGHT = "cannot tell", "none"
+"""In place of the weights of an unreliable ensemble; and of conformers that were chosen, not drawn."""
 COLUMNS = ("name", "smiles", "conformer", "energy", "energy_unit", "weight", "cluster", "temperature")
 Clustered = tuple[Ensemble, Clusters]
 
@@ -27,8 +27,8 @@ def write_conformers(folder: Path, found: Sequence[Clustered]) -> None:
     """``conformers.sdf`` and ``conformers.csv``, in the same order.
 
     Properties of a record: ``smiles``, ``conformer`` (from 1), ``energy`` and ``energy_unit``, ``weight`` at ``temperature``
-    (those of a molecule sum to 1; "cannot tell" if they are unreliable), ``cluster`` (from 1, the most populated first), and
-    the ensemble's provenance.
+    (those of a molecule sum to 1; "cannot tell" if they are unreliable, "none" if there are none), ``cluster`` (from 1, the
+    most populated first), and the ensemble's provenance.
     """
     target = folder / "conformers.sdf"
     part = target.with_name(target.name + ".part")
@@ -55,7 +55,9 @@ def write_rejects(folder: Path, rejects: Sequence[Reject]) -> None:
 
 
 def weight_texts(ensemble: Ensemble) -> list[str]:
-    """Of each conformer: its weight, or "cannot tell"."""
+    """Of each conformer: its weight, "cannot tell" or "none"."""
+    if ensemble.log_weights is None:
+        return [NO_WEIGHT] * len(ensemble)
     return [repr(w) for w in ensemble.weights.tolist()] if ensemble.reliable else [UNKNOWN] * len(ensemble)
 
 
@@ -70,7 +72,7 @@ def _rows(ensemble: Ensemble, clusters: Clusters) -> list[dict[str, str]]:
             "energy_unit": ensemble.unit,
             "weight": weight,
             "cluster": str(cluster + 1),
-            "temperature": f"{ensemble.temperature:g} K",
+            "temperature": NO_WEIGHT if ensemble.log_weights is None else f"{ensemble.temperature:g} K",
         }
         for i, (energy, weight, cluster) in enumerate(numbers, 1)
     ]

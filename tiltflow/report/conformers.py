@@ -62,7 +62,7 @@ def render_conformers(record: ConformersRecord) -> str:
         molecules=[_line(e, c) for e, c in record.found],
         sections=[_section(e, c) for e, c in detailed],
         shapes=[shape for e, c in detailed for shape in _shapes(e, c)],
-        unreliable=sum(not e.reliable for e, _ in record.found),
+        unreliable=sum(not e.reliable for e, _ in record.found if e.log_weights is not None),
         least=RELIABLE,
         rejects=record.rejects[:REJECTS],
         figures=(),
@@ -97,6 +97,7 @@ def _line(e: Ensemble, c: Clusters) -> dict[str, Any]:
         "discarded": e.discarded,
         "ess": e.ess,
         "reliable": e.reliable,
+        "weighted": e.log_weights is not None,
         "clusters": len(c.sizes),
         "span": max(finite) - min(finite) if finite else None,
         "unit": e.unit,
@@ -116,7 +117,8 @@ def _section(e: Ensemble, c: Clusters) -> dict[str, Any]:
         for k in range(len(c.sizes))
     ]
     weights = e.weights.numpy() if e.reliable else None
-    counted = "Counted by path weight." if e.reliable else "Counted without weights, which cannot be told."
+    untold = "there are none" if e.log_weights is None else "they cannot be told"
+    counted = "Counted by path weight." if e.reliable else f"Counted without weights: {untold}."
     figures = [("Energies", f"Above the lowest. {counted}", _energies(e.energy.double() - lowest, e.unit, weights))]
     bonds = torsions(e.molecule.mol)
     if bonds:
