@@ -49,6 +49,7 @@ class AdjointMatching(Method):
             step k, instead of on its adjoint (see :func:`endpoint_share`). Needs ``importance`` and a memoryless chain.
         adjoint: "lean" (Adjoint Matching) or "full" (basic Adjoint Matching).
         conditions: draws one condition row per path, ``(n, generator) -> {name: (n, …)}``.
+        rollout: the control that the paths follow (None: the trained one), sharing its weights; e.g. with guidance.
 
     Raises:
         TiltflowError: more steps asked for than the chain has.
@@ -66,6 +67,7 @@ class AdjointMatching(Method):
     endpoint_share: Tensor | None = None
     adjoint: Literal["lean", "full"] = "lean"
     conditions: Conditions | None = None
+    rollout: Control | None = None
 
     def __post_init__(self) -> None:
         n = len(self._controlled())
@@ -101,7 +103,7 @@ class AdjointMatching(Method):
         condition: dict[str, Any] = self.conditions(self.batch, generator) if self.conditions else {}
         x0 = self.chain.source(self.batch, generator)
         with parametrize.cached():  # low-rank updates are added to their weights once, not at every step
-            path = simulate(self.chain, state.control, x0, generator, **condition)
+            path = simulate(self.chain, self.rollout or state.control, x0, generator, **condition)
         if self.adjoint == "lean":
             adjoint = lean_adjoint(self.chain, path, self.cost, **condition)
         else:

@@ -1,0 +1,268 @@
+"""Pipelines of diffusers as chains, against the schedulers' own steps and the stock pipelines; tiny models, built offline."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import diffusers as D
+import tiny_pipelines as tiny
+
+from tiltflow.adjoint import lean_adjoint
+from tiltflow.cost import RewardCost
+from tiltflow.errors import TiltflowError
+from tiltflow.integrations.adapters import add_adapter, load_adapter, merge_adapter, save_adapter, switch
+from tiltflow.integrations.diffusers import Adapted, DecodedReward, in_parts, pipeline_chain
+from tiltflow.integrations.families import encode_prompts, family_of
+from tiltflow.integrations.schedules import nodes_of, posterior
+from tiltflow.simulate import simulate
+
+FAMILIES = tuple(tiny.BUILDERS)
+STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    torch.set_default_dtype(torch.float32)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def embeddings(name, n):
+    """Arguments of the stock pipeline's call in place of texts, as its tiny model wants them."""
+    draw = generator(5)
+    normal = lambda *shape: torch.randn(*shape, generator=draw)  # noqa: E731
+    if name == "flux":
+        return {"prompt_embeds": normal(n, 6, 16), "pooled_prompt_embeds": normal(n, 16)}
+    if name == "stable_audio":
+        return {"prompt_embeds": normal(n, 6, 16)}
+    if name == "audioldm2":
+        mask = torch.ones(n, 6, dtype=torch.long)
+        mask[0, 4:] = 0
+        return {"prompt_embeds": normal(n, 6, 32), "attention_mask": mask, "generated_prompt_embeds": normal(n, 3, 16)} | {
+            "negative_prompt_embeds": normal(1, 6, 32).repeat(n, 1, 1), "negative_attention_mask": torch.ones(n, 6, dtype=torch.long),
+            "negative_generated_prompt_embeds": normal(1, 3, 16).repeat(n, 1, 1),
+        }  # fmt: skip
+    return {"prompt": ["a red cat", "blue"][:n]}
+
+
+def prepared(name, steps=STEPS, **options):
+    """A pipeline, the stock call's prompt arguments, and its chain."""
+    pipe = tiny.build(name)
+    given = embeddings(name, 2)
+    if "prompt" in given:
+        rows = encode_prompts(pipe, given["prompt"])
+    else:
+        with torch.no_grad():
+            rows = family_of(pipe).encode(pipe, dict(given))
+    return pipe, given, pipeline_chain(pipe, rows, steps, **options)
+
+
+def stock(pipe, given, x0, steps=STEPS, guidance=1.0, **more):
+    """Latents of the pipeline's own call, from x0."""
+    name = type(pipe).__name__
+    call = dict(given) | {"latents": x0, "num_inference_steps": steps, "output_type": "latent", "return_dict": False} | more
+    if name == "FluxPipeline":
+        call |= {"height": 16, "width": 16}
+    else:
+        call["guidance_scale"] = guidance
+    if name == "AudioLDM2Pipeline":
+        call |= {"audio_length_in_s": 10.24}
+        if guidance == 1.0:
+            call = {k: v for k, v in call.items() if not k.startswith("negative")}
+    if name == "StableAudioPipeline":
+        call["audio_end_in_s"] = 4.0
+        pipe.scheduler.set_timesteps(steps)
+    return pipe(**call)[0]
+
+
+PROMPT = torch.tensor([0, 1])
+
+
+# ------------------------------------------------------------------------------------------------ one step of the scheduler
+
+
+def moments(step):
+    """Mean and standard deviation of a scheduler's step in two shots of its noise, 0 and 1."""
+    mean = step(0.0)
+    return mean, (step(1.0) - mean).abs().mean()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_steps_are_those_of_ddim_with_eta_one(prediction, spacing):
+    """Mean and variance of every step on random inputs; the time of the model too. η = 0 and another prediction differ."""
+    scheduler = D.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction, clip_sample=False,
+        timestep_spacing=spacing, steps_offset=int(spacing == "leading"),
+        set_alpha_to_one=spacing == "trailing", rescale_betas_zero_snr=prediction != "epsilon",
+    )  # fmt: skip
+    nodes = nodes_of(scheduler, 10)
+    a, b, variance = posterior(nodes.alpha, nodes.beta)
+    scheduler.set_timesteps(10)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()  # its own step cancels where the first has no signal
+    x, output = torch.randn(2, 3, 4, 4, generator=generator(), dtype=torch.float64), torch.randn(3, 4, 4, generator=generator(1))
+    for k, t in enumerate(scheduler.timesteps):
+        assert float(nodes.timestep[k]) == float(t)
+        step = lambda z, eta=1.0: scheduler.step(  # noqa: E731
+            output.double(), t, x[0], eta=eta, variance_noise=torch.full_like(x[0], z) if eta else None  # noqa: B023
+        ).prev_sample
+        mean, std = moments(step)
+        x1 = nodes.p[k] * x[0] + nodes.q[k] * output
+        assert torch.allclose(a[k] * x[0] + b[k] * x1, mean, atol=1e-5) and abs(float(variance[k].sqrt() - std)) < 1e-5
+    assert not torch.allclose(step(0.0, eta=0.0), scheduler.step(output.double(), scheduler.timesteps[0], x[0], eta=1.0,
+                              variance_noise=torch.zeros_like(x[0])).prev_sample, atol=1e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_steps_are_the_memoryless_sde(shift):
+    """The output is X_0 − X_1: Euler's own step of the ODE. Mean and variance tend to dX = (2v − x/t)dt + √(2(1−t)/t) dB."""
+    scheduler = D.FlowMatchEulerDiscreteScheduler(shift=shift)
+    nodes = nodes_of(scheduler, 1000)
+    scheduler.set_timesteps(1000)
+    x, output = torch.randn(2, 50, generator=generator(), dtype=torch.float64)
+    a, b, variance = posterior(nodes.alpha, nodes.beta)
+    for k in (0, 300, 700, 999):
+        x1, t, h = nodes.p[k] * x + nodes.q[k] * output, nodes.alpha[k], nodes.alpha[k + 1] - nodes.alpha[k]
+        scheduler._step_index = None
+        euler = scheduler.step(output.float(), scheduler.timesteps[k], x.float()).prev_sample
+        assert torch.allclose(x + h * (x1 - x) / nodes.beta[k], euler.double(), atol=1e-5)
+        if 0 < k < 999:
+            v = -output
+            assert torch.allclose((a[k] * x + b[k] * x1 - x) / h, 2 * v - x / t, atol=0.05 * float(1 + 1 / t))
+            assert float(variance[k] / h) == pytest.approx(float(2 * (1 - t) / t), rel=0.02)
+    sigma = torch.linspace(1, 1e-3, 1000, dtype=torch.float64)
+    assert torch.allclose(nodes.beta[:-1], shift * sigma / (1 + (shift - 1) * sigma), atol=1e-2)  # shifted once: twice is off by .25
+
+
+def test_cosine_steps_are_those_of_its_solver_of_first_order():
+    """Stable Audio's scheduler is an SDE solver: at order 1 its step is the chain's, in units √(1 + σ²) larger."""
+    scheduler = D.CosineDPMSolverMultistepScheduler(solver_order=1)
+    nodes = nodes_of(scheduler, 8)
+    a, b, variance = posterior(nodes.alpha, nodes.beta)
+    scheduler.set_timesteps(8)
+    x, output = torch.randn(2, 50, generator=generator(), dtype=torch.float64)
+    for k in range(7):
+        scheduler._step_index = k
+        sigma, after = scheduler.sigmas[k].double(), scheduler.sigmas[k + 1].double()
+        state = x * (1 + sigma**2).sqrt()
+        denoised = scheduler.precondition_outputs(state, output, sigma)
+        assert torch.allclose(nodes.p[k] * x + nodes.q[k] * output, denoised, atol=1e-6)
+        step = lambda z: scheduler.dpm_solver_first_order_update(denoised, state, torch.full_like(x, z))  # noqa: E731, B023
+        mean, std = moments(step)
+        scale = (1 + after**2).sqrt()
+        assert torch.allclose((a[k] * x + b[k] * denoised) * scale, mean, rtol=1e-4, atol=1e-4)
+        assert float(variance[k].sqrt() * scale / std) == pytest.approx(1, abs=1e-4)
+        assert float(nodes.timestep[k]) == pytest.approx(float(scheduler.timesteps[k]))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (D.DDIMScheduler(clip_sample=True), "clips"),
+        (D.DDIMScheduler(clip_sample=False, timestep_spacing="linspace"), "do not meet"),
+        (D.DDIMScheduler(clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"), "noise alone"),
+        (D.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
+        (D.CosineDPMSolverMultistepScheduler(sigma_data=0.5), "sigma_data"),
+        (D.VQDiffusionScheduler(num_vec_classes=4), "VQDiffusionScheduler is unknown"),
+    ],
+)
+def test_schedulers_that_are_refused(scheduler, message):
+    with pytest.raises(TiltflowError, match=message):
+        nodes_of(scheduler, 10)
+
+
+def test_a_rising_noise_is_refused():
+    scheduler = D.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(TiltflowError, match="noise of FlowMatchEulerDiscreteScheduler rises"):
+        nodes_of(scheduler, 3, sigmas=[0.2, 0.5, 1.0])
+
+
+def test_a_pipeline_of_another_class_is_named():
+    with pytest.raises(TiltflowError, match="DDPMPipeline is not supported"):
+        family_of(D.DDPMPipeline(D.UNet2DModel(block_out_channels=(32, 32), layers_per_block=1, down_block_types=("DownBlock2D",) * 2,
+                                               up_block_types=("UpBlock2D",) * 2), D.DDPMScheduler()))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- whole pipelines
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl", "audioldm2"])
+def test_paths_are_those_of_the_stock_pipeline_with_ddim_noise(name, guidance):
+    """The same noise through the stock pipeline with η = 1 and through the chain: the same latents, with guidance too."""
+    pipe, given, chain = prepared(name, guidance=guidance)
+    pipe.scheduler = D.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    x0 = chain.source(2, generator(1))
+    mine = simulate(chain, None, x0, generator(2), prompt=PROMPT).x[-1]
+    theirs = stock(pipe, given, x0, guidance=guidance, eta=1.0, generator=generator(2))
+    assert torch.allclose(mine, theirs, atol=2e-5 * guidance), float((mine - theirs).abs().max())
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_3", "flux"])
+def test_velocities_are_those_of_the_stock_pipeline(name):
+    """Euler's ODE steps with the chain's X̂_1 are the stock pipeline's: same prompts, same shifted times, same sign."""
+    pipe, given, chain = prepared(name)
+    x = x0 = chain.source(2, generator(1))
+    for k in range(STEPS):
+        with torch.no_grad():
+            x1 = chain.x1(k, x, PROMPT, 1.0, adapted=False)
+        x = x + (chain.nodes.beta[k] - chain.nodes.beta[k + 1]).float() * (x1 - x) / chain.nodes.beta[k].float()
+    assert torch.allclose(x, stock(pipe, given, x0), atol=2e-5)
+
+
+def test_denoised_samples_are_those_of_stable_audio():
+    """X̂_1 at every node of the stock pipeline's own path, which its solver of order 1 leaves in ``model_outputs``."""
+    pipe, given, chain = prepared("stable_audio")
+    seen = []
+
+    def look(step, t, latents):
+        sigma = pipe.scheduler.sigmas[step + 1]
+        seen.append((latents / (1 + sigma**2) ** 0.5, pipe.scheduler.model_outputs[-1]))
+
+    torch.manual_seed(3)
+    x0 = chain.source(2, generator(1))
+    stock(pipe, given, x0, callback=look, callback_steps=1)
+    states = [x0, *(x for x, _ in seen)]
+    for k, (_, x1) in enumerate(seen):
+        with torch.no_grad():
+            mine = chain.x1(k, states[k], PROMPT, 1.0, adapted=False)
+        assert torch.allclose(mine, x1, atol=1e-3 if k == 0 else 1e-4), k  # the first state is 500 times larger
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_lean_adjoint_is_autograd_through_the_frozen_steps(name):
+    """Down to node 1 of 3, in float64, with guidance, also a row at a time; from a reward of what is decoded, with prompts."""
+    pipe, _, chain = prepared(name, steps=3, guidance=2.0)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False)
+    wanted = torch.randn(pipe_output(pipe, chain).shape, generator=generator(4))
+
+    def reward(decoded, texts):
+        return (decoded * wanted).flatten(1).sum(1) * torch.tensor([len(text) + 1.0 for text in texts])
+
+    cost = RewardCost(DecodedReward(chain, reward, ["a", "bcd", ""]), 0.7)
+    path = simulate(chain, None, chain.source(2, generator()), generator(1), prompt=PROMPT)
+    found = lean_adjoint(chain, path, cost, prompt=PROMPT)
+    x = path.x[1].clone().requires_grad_(True)
+    end = x
+    for k in (1, 2):
+        noise = path.x[k + 1] - path.mean[k]
+        end = chain.base_mean(k, end, prompt=PROMPT) + noise
+    (expected,) = torch.autograd.grad(-0.7 * cost.reward(end, prompt=PROMPT).sum(), x)
+    scale = float(expected.abs().max())
+    assert scale > 0 and torch.allclose(found.a[1], expected, atol=1e-3 * scale)
+    small = chain.__class__(**{**vars(chain), "micro_batch": 1})
+    again = lean_adjoint(small, path, RewardCost(DecodedReward(small, reward, ["a", "bcd", ""]), 0.7), prompt=PROMPT)
+    assert torch.allclose(again.a, found.a, atol=1e-4 * float(found.a.abs().max()))
+
+
+def pipe_output(pipe, chain):
+    with torch.no_grad():
+        return chain.family.decode(pipe, chain.source(1, generator()))
