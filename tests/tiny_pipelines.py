@@ -160,4 +160,7 @@ def build(name, seed=0):
     torch.manual_seed(seed)
     pipe = BUILDERS[name]()
     pipe.set_progress_bar_config(disable=True)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
     return pipe

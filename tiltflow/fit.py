@@ -67,14 +67,14 @@ def fit(
     buffer: Buffer | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
-    callback: Callable[[dict[str, Any]], None] | None = None,
+    callback: Callable[[dict[str, Any]], bool | None] | None = None,
 ) -> History:
     """Train ``state.control`` in place; at the end its weights are the averaged ones.
 
     Args:
         method, state, settings: what, on what, how. ``buffer``: None keeps the last round only.
         checkpoint: file to save to every ``checkpoint_every`` iterations and at the end; ``resume`` starts from it.
-        callback: called with each iteration's metrics (progress bars, early printing).
+        callback: called with each iteration's metrics (progress bars, early printing); True makes it the last one.
 
     Returns:
         One dict per iteration: iteration, loss, grad_norm, seconds, processor_seconds, the method's metrics and curves.
@@ -159,10 +159,11 @@ def fit(
         }
         history.append(row)
         state.iteration += 1
-        if callback is not None:
-            callback(row)
-        if state.iteration % settings.checkpoint_every == 0 or state.iteration == settings.iterations:
+        enough = callback is not None and callback(row) is True
+        if enough or state.iteration % settings.checkpoint_every == 0 or state.iteration == settings.iterations:
             save()
+        if enough:
+            break
     with torch.no_grad():
         for a, p in zip(average, weights, strict=True):
             p.copy_(a)

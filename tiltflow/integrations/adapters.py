@@ -86,8 +86,9 @@ def save_adapter(pipe: Any, folder: Path) -> Path:
     if hasattr(pipe, "load_lora_weights"):
         from diffusers.utils import convert_state_dict_to_diffusers
 
-        layers_name = f"{family.network}_lora_layers"
-        type(pipe).save_lora_weights(folder, **{layers_name: convert_state_dict_to_diffusers(state)})
+        if family.network == "unet":  # of a transformer converted, stock diffusers would leave out half the layers
+            state = convert_state_dict_to_diffusers(state)
+        type(pipe).save_lora_weights(folder, **{f"{family.network}_lora_layers": state})
         return folder / "pytorch_lora_weights.safetensors"
     config = network.peft_config[NAME].to_dict()
     kept = {key: config[key] for key in ("r", "lora_alpha")} | {"target_modules": sorted(config["target_modules"])}
@@ -109,7 +110,7 @@ def load_adapter(pipe: Any, folder: Path) -> None:
     except (OSError, ValueError, SafetensorError) as error:
         raise TiltflowError(f"{folder} holds no adapter of tiltflow or peft: {error}.") from error
     network = add_adapter(pipe, config["r"], torch.Generator(), tuple(config["target_modules"]))
-    found = set_peft_model_state_dict(network, state, adapter_name=NAME)
+    found: Any = set_peft_model_state_dict(network, state, adapter_name=NAME)
     if found.unexpected_keys:
         raise TiltflowError(f"{folder} does not fit {type(network).__name__}: it has no {found.unexpected_keys[0]}.")
 

@@ -133,7 +133,7 @@ def pipeline_chain(
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """The network with its adapter on, as a control.
+    """The network with its adapter on (or off), as a control.
 
     Args:
         guidance: of the fine-tuned model. relative: the chain's base has other guidance, so add the difference that the
@@ -143,6 +143,7 @@ class Adapted:
     network: nn.Module
     guidance: float = 1.0
     relative: bool = False
+    on: bool = True
 
     @property
     def module(self) -> nn.Module:
@@ -157,8 +158,8 @@ class Adapted:
         if self.relative and base_mean is not None:
             with torch.no_grad():
                 base = chain.x1(k, x, prompt, self.guidance, adapted=False)
-            return base_mean + at(chain.b, k, x) * (chain.x1(k, x, prompt, self.guidance, adapted=True) - base)
-        return chain.mean(k, x, chain.x1(k, x, prompt, self.guidance, adapted=True))
+            return base_mean + at(chain.b, k, x) * (chain.x1(k, x, prompt, self.guidance, adapted=self.on) - base)
+        return chain.mean(k, x, chain.x1(k, x, prompt, self.guidance, adapted=self.on))
 
 
 @dataclass(frozen=True, eq=False)

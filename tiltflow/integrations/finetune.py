@@ -1,0 +1,197 @@
+r"""Fine-tune a diffusers pipeline towards a reward of what it makes: Adjoint Matching on its own chain, into an adapter.
+
+    from diffusers import StableDiffusionPipeline
+    from tiltflow.integrations.finetune import PipelineSettings, finetune_pipeline
+    pipe = StableDiffusionPipeline.from_pretrained("folder")
+    tuned = finetune_pipeline(pipe, reward, ["a cat", "a dog"], strength=100.0)     # reward(images, texts) -> (n,)
+    tuned.save("lora")                                                             # pipe.load_lora_weights("lora")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tiltflow.buffer import Buffer
+from tiltflow.cost import RewardCost
+from tiltflow.errors import TiltflowError
+from tiltflow.fit import FitSettings, History, fit
+from tiltflow.integrations.adapters import TARGETS, add_adapter, save_adapter
+from tiltflow.integrations.diffusers import Adapted, DecodedReward, Guidance, PipelineChain, in_parts, pipeline_chain
+from tiltflow.integrations.families import Rows, encode_prompts
+from tiltflow.integrations.prompts import DrawnConditions
+from tiltflow.methods import State
+from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.metrics.distance import pairwise_mean
+from tiltflow.simulate import sample
+
+Score = Callable[[Tensor, list[str]], Tensor]
+"""(images (n, 3, H, W) in [0, 1] or audio (n, channels, samples), texts) → (n,)."""
+MANY_STEPS = 20
+"""From so many steps on, half of them are regressed on by default."""
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """Settings of :func:`finetune_pipeline`.
+
+    Args:
+        iterations, batch: rounds, and paths per round. per_prompt: consecutive paths of one prompt.
+        steps: of the scheduler. rank, targets: of the adapter.
+        learning_rate: Adam's. updates, minibatch: gradient steps per round, and rows of each (None: all).
+        buffer_rounds: rounds whose rows are drawn from.
+        last_steps, random_steps: steps regressed on (None: of 20 steps or more a quarter and a quarter, as in the paper).
+        guidance: classifier-free, and where it stands. dropout: share of paths without a prompt.
+        importance: weight paths by their tempered path weights.
+        clip: per-term bound of the loss, in units of λ² (paper: 1.6; None: none). max_reward_grad: bound on ‖λ∇r‖.
+        micro_batch: rows that a network sees at a time; see :class:`~tiltflow.integrations.diffusers.PipelineChain`.
+        ema, gradient_clip, checkpoint_every: see :class:`tiltflow.fit.FitSettings`.
+    """
+
+    iterations: int = 100
+    batch: int = 32
+    per_prompt: int = 4
+    steps: int = 40
+    rank: int = 16
+    targets: tuple[str, ...] = TARGETS
+    learning_rate: float = 1e-4
+    updates: int = 1
+    minibatch: int | None = None
+    buffer_rounds: int = 1
+    last_steps: int | None = None
+    random_steps: int | None = None
+    guidance: Guidance = field(default_factory=Guidance)
+    dropout: float = 0.0
+    importance: bool = False
+    clip: float | None = 1.6
+    max_reward_grad: float | None = None
+    micro_batch: int | None = None
+    ema: float = 0.97
+    gradient_clip: float = 1.0
+    checkpoint_every: int = 10
+
+    def regressed(self) -> tuple[int | None, int]:
+        """(last, random) steps of the loss."""
+        if self.last_steps is None and self.random_steps is None:
+            return (self.steps // 4, self.steps // 4) if self.steps >= MANY_STEPS else (None, 0)
+        return self.last_steps or 0, self.random_steps or 0
+
+
+class TunedPipeline(NamedTuple):
+    """The pipeline with its adapter on, the chain that it was trained on, its texts (the negative last), and the history."""
+
+    pipe: Any
+    chain: PipelineChain
+    control: Adapted
+    texts: list[str]
+    history: History
+
+    def save(self, folder: str | Path) -> Path:
+        """The adapter, for stock diffusers: :func:`~tiltflow.integrations.adapters.save_adapter`."""
+        return save_adapter(self.pipe, Path(folder))
+
+
+def finetune_pipeline(
+    pipe: Any,
+    reward: Score,
+    prompts: list[str],
+    strength: float,
+    settings: PipelineSettings | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    rows: Rows | None = None,
+    negative: str | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    callback: Callable[[dict[str, Any]], bool | None] | None = None,
+) -> TunedPipeline:
+    """Train an adapter so that the pipeline samples p_base(x | prompt)·exp(strength · reward(decoded x, prompt)).
+
+    Args:
+        pipe: of a supported family (:data:`~tiltflow.integrations.families.FAMILIES`); all its weights are frozen.
+        reward: differentiable, of what the pipeline makes and of the prompts' texts.
+        rows: the prompts already encoded, one more than there are, the negative one last (None: they are encoded here).
+        negative: text of the negative prompt (None: the pipeline's own).
+        callback: called with each round's metrics; True ends the training, as if it had been the last round.
+        generator, checkpoint, resume: see :func:`tiltflow.fit.fit`; the same seed gives the same adapter.
+
+    Raises:
+        TiltflowError: λ < 0, an unknown pipeline or scheduler, a reward that is detached, non-finite or of the wrong shape,
+            rows that are not one more than the prompts, diverging training.
+    """
+    s, generator = settings or PipelineSettings(), generator or torch.Generator().manual_seed(0)
+    rows = encode_prompts(pipe, prompts, negative) if rows is None else rows
+    if any(len(value) != len(prompts) + 1 for value in rows.values()):
+        counts = {name: len(value) for name, value in rows.items()}
+        raise TiltflowError(f"{len(prompts)} prompts need {len(prompts) + 1} rows, the negative one last; got {counts}.")
+    texts = [*prompts, negative or ""]
+    network = add_adapter(pipe, s.rank, generator, s.targets)
+    w = s.guidance
+    chain = pipeline_chain(pipe, rows, s.steps, w.scale if w.adjoint else 1.0, s.micro_batch)
+    control = Adapted(network, w.scale if w.control else 1.0, relative=w.control != w.adjoint)
+    cost = RewardCost(DecodedReward(chain, reward, texts), strength, s.max_reward_grad)
+    draw = DrawnConditions(len(prompts), s.per_prompt, {"prompt": s.dropout})
+    cost.grad(chain.source(2, generator), **draw(2, generator))  # fail before the work starts
+    last, random = s.regressed()
+    method = AdjointMatching(
+        chain,
+        cost,
+        batch=s.batch,
+        last_steps=last,
+        random_steps=random,
+        clip=None if s.clip is None or strength == 0 else s.clip * strength**2,
+        importance=s.importance,
+        conditions=draw,
+        rollout=Adapted(network, w.scale if w.rollout else 1.0),
+    )
+    per_round = s.batch * (int((chain.std > 0).sum()) if last is None else last + random)
+    training = FitSettings(
+        s.iterations,
+        learning_rate=s.learning_rate,
+        warmup=5,
+        updates=s.updates,
+        minibatch=s.minibatch,
+        gradient_clip=s.gradient_clip,
+        ema=s.ema,
+        checkpoint_every=s.checkpoint_every,
+    )
+    buffer = Buffer(s.buffer_rounds * per_round)
+    history = fit(method, State(control, generator), training, buffer, checkpoint, resume, callback)
+    return TunedPipeline(pipe, chain, Adapted(network, w.scale if w.rollout else 1.0), texts, history)
+
+
+class Judged(NamedTuple):
+    """Latents, scores by name (n,), the paths' KL to the base (n,), and the mean pairwise distance of what was made."""
+
+    x: Tensor
+    scores: dict[str, Tensor]
+    kl: Tensor
+    diversity: float
+
+
+@torch.no_grad()
+def judge_pipeline(
+    tuned: TunedPipeline, scores: Mapping[str, Score], n: int, generator: torch.Generator, base: bool = False
+) -> Judged:
+    """n samples of the fine-tuned pipeline (``base``: of the base), over its prompts in turn, and their ``scores``.
+
+    With the same seed, base and fine-tuned samples have the same noise, row by row. Diversity is the distance of pairs with
+    the same prompt, or of all pairs if no two have the same.
+    """
+    chain = tuned.chain
+    prompt = torch.arange(n) % (len(tuned.texts) - 1)
+    x0 = chain.source(n, generator)
+    control = replace(tuned.control, on=False) if base else tuned.control
+    found = sample(chain, control, x0, generator, prompt=prompt)
+    texts = [tuned.texts[i] for i in prompt.tolist()]
+    decoded = in_parts(lambda x: chain.family.decode(chain.pipe, x), chain.micro_batch, found.x)
+    values = {name: score(decoded, texts).detach().double().cpu() for name, score in scores.items()}
+    groups = [decoded[prompt == i].flatten(1).double() for i in prompt.unique()]
+    several = [group for group in groups if len(group) > 1] or [decoded.flatten(1).double()]
+    distances = [pairwise_mean(group)[0] for group in several]
+    return Judged(found.x, values, found.kl, sum(distances) / len(distances))
