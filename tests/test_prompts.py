@@ -1,0 +1,62 @@
+"""Prompt files, and how conditions are drawn."""
+
+import pytest
+import torch
+
+from tiltflow.errors import TiltflowError
+from tiltflow.integrations.prompts import DrawnConditions, read_prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "a cat\n\n  blue, red \n"),
+        ("p.jsonl", '{"prompt": "a cat", "seed": 1}\n\n{"prompt": "blue, red"}\n'),
+        ("p.csv", 'id,prompt\n1,a cat\n2,"blue, red"\n'),
+    ],
+)
+def test_three_formats(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_prompts(tmp_path / name) == ["a cat", "blue, red"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\nnot json\n', r'line 2: no text under "prompt"; line 3: not JSON'),
+        ("p.jsonl", "1\n" * 7, "line 5: .*; and 2 more"),
+        ("p.csv", "id,prompt\n1,a\n2,\n", "line 3: no prompt"),
+        ("p.csv", "id,text\n1,a\n", "no column prompt among id, text"),
+        ("p.txt", "\n \n", "holds no prompt"),
+        ("p.yaml", "a", "are read from .txt, .jsonl, .csv"),
+    ],
+)
+def test_bad_lines_are_numbered(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(TiltflowError, match=message):
+        read_prompts(tmp_path / name)
+    with pytest.raises(TiltflowError, match="no prompt file"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def test_groups_share_a_prompt_and_all_have_their_turn():
+    drawn = DrawnConditions(3, per_prompt=2)(9, torch.Generator().manual_seed(0))["prompt"]
+    assert drawn.shape == (9,) and (drawn[:8:2] == drawn[1::2]).all()
+    assert sorted(drawn[:6:2].tolist()) == [0, 1, 2]
+
+
+def test_two_conditions_are_dropped_independently():
+    """Text and video of one line belong together; each is left out with its own probability, whatever the other does."""
+    draw = DrawnConditions(50, dropout={"text": 0.2, "video": 0.5})
+    rows = draw(20_000, torch.Generator().manual_seed(0))
+    text, video = (rows[name] < 0 for name in ("text", "video"))
+    both = ~text & ~video
+    assert torch.equal(rows["text"][both], rows["video"][both])
+    for event, p in ((text, 0.2), (video, 0.5), (text & video, 0.1)):  # standard errors .0028, .0035, .0021
+        assert abs(float(event.double().mean()) - p) < 4 * (p * (1 - p) / 20_000) ** 0.5
+
+
+def test_misuse():
+    for settings, message in (({"count": 0}, "at least 1"), ({"count": 1, "dropout": {"prompt": 1.5}}, "dropout of prompt")):
+        with pytest.raises(TiltflowError, match=message):
+            DrawnConditions(**settings)
