@@ -372,7 +372,7 @@ def test_a_run_is_resumed_exactly(tmp_path):
             tuned = finetune_pipeline(
                 tiny.build("stable_diffusion"), brightness, ["a", "b"], 50.0,
                 PipelineSettings(iterations=3, batch=2, steps=3, rank=2, checkpoint_every=1), checkpoint=folder / "c",
-                resume=i > 0, callback=lambda row: row["iteration"] + 1 == stop,  # noqa: B023
+                resume=i > 0, callback=lambda row, tuned: row["iteration"] + 1 == stop,  # noqa: B023
             )  # fmt: skip
         runs.append(tuned)
     for a, b in zip(*(r.chain.network.parameters() for r in runs), strict=True):

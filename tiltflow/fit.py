@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tiltflow.buffer import Buffer
+from tiltflow.buffer import Buffer, Material
 from tiltflow.errors import TiltflowError
 from tiltflow.methods import Method, State
 from tiltflow.store import load_state, save_state
@@ -38,6 +38,7 @@ class FitSettings:
         gradient_clip: bound on the gradient norm.
         ema: decay of the averaged weights, which are the result (0: none).
         updates, minibatch: gradient steps per round, rows per step (None: the whole buffer).
+        accumulate: rows that the loss sees at a time; the gradient is that of all rows (None: all at once).
         checkpoint_every: iterations between checkpoints.
     """
 
@@ -50,6 +51,7 @@ class FitSettings:
     ema: float = 0.99
     updates: int = 1
     minibatch: int | None = None
+    accumulate: int | None = None
     checkpoint_every: int = 50
 
     def rate(self, iteration: int) -> float:
@@ -134,16 +136,19 @@ def fit(
         loss_sum = norm_sum = 0.0
         for batch in buffer.batches(settings.minibatch, settings.updates, state.generator):
             optimiser.zero_grad(set_to_none=True)
-            loss = method.loss(state.control, batch, state.generator)
-            loss.backward()
+            value = 0.0
+            for part, share in _parts(batch, settings.accumulate):
+                loss = share * method.loss(state.control, part, state.generator)
+                loss.backward()
+                value += loss.item()
             norm = float(torch.nn.utils.clip_grad_norm_([*weights, *others], settings.gradient_clip))
-            if not math.isfinite(loss.item()) or not math.isfinite(norm):
+            if not math.isfinite(value) or not math.isfinite(norm):
                 raise TiltflowError(
-                    f"loss {loss.item()} and gradient norm {norm} at iteration {state.iteration}: training diverged. "
+                    f"loss {value} and gradient norm {norm} at iteration {state.iteration}: training diverged. "
                     "Lower the learning rate or the strength, or clip the reward's gradient (max_grad_norm)."
                 )
             optimiser.step()
-            loss_sum, norm_sum = loss_sum + loss.item(), norm_sum + norm
+            loss_sum, norm_sum = loss_sum + value, norm_sum + norm
         with torch.no_grad():
             for a, p in zip(average, weights, strict=True):
                 decay = min(settings.ema, (1 + state.iteration) / (10 + state.iteration))
@@ -168,3 +173,11 @@ def fit(
         for a, p in zip(average, weights, strict=True):
             p.copy_(a)
     return history
+
+
+def _parts(batch: Material, size: int | None) -> Iterator[tuple[Material, float]]:
+    """The rows, ``size`` at a time, each with its share of all."""
+    n = len(next(iter(batch.values())))
+    for i in range(0, n, size or n):
+        part = {name: v[i : i + (size or n)] for name, v in batch.items()}
+        yield part, len(next(iter(part.values()))) / n

@@ -14,7 +14,7 @@ from tiltflow.store import write_text
 
 CHECKPOINT = "checkpoint.safetensors"
 LOCK = ".tiltflow.lock"
-SUFFIXES = {".json", ".safetensors", ".html", ".png", ".csv", ".sdf", ".part", ".lock"}
+SUFFIXES = {".json", ".safetensors", ".html", ".png", ".csv", ".sdf", ".wav", ".md", ".part", ".lock"}
 """Of the files that a run leaves; ``overwrite`` removes no others."""
 
 

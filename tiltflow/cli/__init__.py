@@ -16,6 +16,7 @@ from tiltflow.cli.bench import bench
 from tiltflow.cli.common import EXIT_MISUSE
 from tiltflow.cli.conformers import conformers_command, train_conformers_command
 from tiltflow.cli.finetune import check_reward_command, demo, finetune_command, pretrain_command
+from tiltflow.cli.pipeline import export_command, finetune_pipeline_command
 from tiltflow.cli.sampling import check_energy_command, sample_command, train_sampler_command
 from tiltflow.errors import TiltflowError
 
@@ -29,6 +30,8 @@ def cli() -> None:
 for command in (
     finetune_command,
     check_reward_command,
+    finetune_pipeline_command,
+    export_command,
     train_sampler_command,
     check_energy_command,
     sample_command,

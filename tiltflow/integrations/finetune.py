@@ -108,7 +108,7 @@ def finetune_pipeline(
     negative: str | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
-    callback: Callable[[dict[str, Any]], bool | None] | None = None,
+    callback: Callable[[dict[str, Any], TunedPipeline], bool | None] | None = None,
 ) -> TunedPipeline:
     """Train an adapter so that the pipeline samples p_base(x | prompt)·exp(strength · reward(decoded x, prompt)).
 
@@ -117,7 +117,7 @@ def finetune_pipeline(
         reward: differentiable, of what the pipeline makes and of the prompts' texts.
         rows: the prompts already encoded, one more than there are, the negative one last (None: they are encoded here).
         negative: text of the negative prompt (None: the pipeline's own).
-        callback: called with each round's metrics; True ends the training, as if it had been the last round.
+        callback: called with each round's metrics and what there is so far; True makes it the last round.
         generator, checkpoint, resume: see :func:`tiltflow.fit.fit`; the same seed gives the same adapter.
 
     Raises:
@@ -134,6 +134,7 @@ def finetune_pipeline(
     w = s.guidance
     chain = pipeline_chain(pipe, rows, s.steps, w.scale if w.adjoint else 1.0, s.micro_batch)
     control = Adapted(network, w.scale if w.control else 1.0, relative=w.control != w.adjoint)
+    rollout = Adapted(network, w.scale if w.rollout else 1.0)
     cost = RewardCost(DecodedReward(chain, reward, texts), strength, s.max_reward_grad)
     draw = DrawnConditions(len(prompts), s.per_prompt, {"prompt": s.dropout})
     cost.grad(chain.source(2, generator), **draw(2, generator))  # fail before the work starts
@@ -147,7 +148,7 @@ def finetune_pipeline(
         clip=None if s.clip is None or strength == 0 else s.clip * strength**2,
         importance=s.importance,
         conditions=draw,
-        rollout=Adapted(network, w.scale if w.rollout else 1.0),
+        rollout=rollout,
     )
     per_round = s.batch * (int((chain.std > 0).sum()) if last is None else last + random)
     training = FitSettings(
@@ -156,13 +157,16 @@ def finetune_pipeline(
         warmup=5,
         updates=s.updates,
         minibatch=s.minibatch,
+        accumulate=s.micro_batch or s.batch,  # of K steps' rows: memory must not grow with K
         gradient_clip=s.gradient_clip,
         ema=s.ema,
         checkpoint_every=s.checkpoint_every,
     )
     buffer = Buffer(s.buffer_rounds * per_round)
-    history = fit(method, State(control, generator), training, buffer, checkpoint, resume, callback)
-    return TunedPipeline(pipe, chain, Adapted(network, w.scale if w.rollout else 1.0), texts, history)
+    tuned = TunedPipeline(pipe, chain, rollout, texts, [])
+    told = None if callback is None else lambda row: callback(row, tuned)
+    history = fit(method, State(control, generator), training, buffer, checkpoint, resume, told)
+    return tuned._replace(history=history)
 
 
 class Judged(NamedTuple):

@@ -54,8 +54,8 @@ class CLIPReward:
             text = self.model.text_projection(self.model.text_model(**tokens).pooler_output)
         pixels = self.pixels(images).to(device, self.model.dtype)
         image = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
-        unit = (F.normalize(v.float(), dim=-1) for v in (image, text))
-        return self.head(*unit, self.model.logit_scale.float().exp().detach()).to(images.device)
+        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        return self.head(image, text, self.model.logit_scale.float().exp().detach()).to(images.device)
 
     def pixels(self, images: Tensor) -> Tensor:
         """What the vision model sees, (n, 3, s, s)."""

@@ -1,0 +1,148 @@
+"""``tiltflow finetune-pipeline`` and ``export`` as users run them, on tiny pipelines saved to a folder."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import diffusers as D
+import tiny_pipelines as tiny
+from test_cli_sampling import tiltflow
+
+from tiltflow.integrations.finetune import Judged
+from tiltflow.integrations.run import verdict_lines
+
+REWARDS = """
+def brightness(x, texts):
+    return x.flatten(1).mean(1)
+
+def half(x, texts):
+    return x[..., ::2].flatten(1).mean(1)
+
+def darkness(x, texts):
+    return -brightness(x, texts)
+"""
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def here(tmp_path):
+    """A pipeline's folder, rewards and prompts."""
+    tiny.build("stable_diffusion").save_pretrained(tmp_path / "pipe")
+    (tmp_path / "mine.py").write_text(REWARDS)
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    return tmp_path
+
+
+def arguments(here, *more, **options):
+    quick = {"iterations": 8, "batch": 8, "steps": 5, "rank": 2, "learning-rate": 0.02, "samples": 24, "strength": 200}
+    quick |= {"reward": here / "mine.py:brightness", "prompts": here / "prompts.txt", "out": here / "run"} | options
+    return ["finetune-pipeline", here / "pipe", *more, *(v for k, o in quick.items() for v in (f"--{k}", o))]
+
+
+def test_a_run_leaves_everything(here):
+    done = tiltflow(*arguments(here, "--json", "--judge", here / "mine.py:half", "--monitor", 4))
+    document = json.loads(done.stdout)
+    summary, *rows = document["rows"]
+    judge = f"{here / 'mine.py'}:half"
+    assert summary["reward_reached"] > summary["reward_base"] and summary[f"{judge}_reached"] > summary[f"{judge}_base"]
+    assert (done.returncode, document["verdict"]) in ((0, "pass"), (0, "warn"), (3, "fail")), done.stderr
+    lines = {r["name"]: r for r in rows if r["kind"] == "verdict"}
+    assert lines["reward"]["status"] == "pass" and lines[f"held-out {judge}"]["status"] == "pass"
+    history = [r for r in rows if r["kind"] == "iteration"]
+    assert len(history) == 8 and [("judge" in r) for r in history] == [False] * 3 + [True] + [False] * 3 + [True]
+    run = here / "run"
+    page, card = ((run / name).read_text(encoding="utf-8") for name in ("report.html", "adapter/README.md"))
+    assert "diversity kept" in page and "seed 0" in card and document["verdict"] in card and "mine.py:brightness" in card
+    assert json.loads((run / "metrics.json").read_text())["rows"][0] == summary
+
+    out = tiltflow("export", run, "--out", here / "merged", "--json")
+    assert out.returncode == 0, out.stderr
+    stock = D.StableDiffusionPipeline.from_pretrained(here / "pipe")
+    stock.set_progress_bar_config(disable=True)
+    merged = D.StableDiffusionPipeline.from_pretrained(here / "merged")
+    merged.set_progress_bar_config(disable=True)
+
+    def image(pipe):
+        generator = torch.Generator().manual_seed(0)
+        return torch.tensor(pipe("a", num_inference_steps=3, output_type="np", generator=generator)[0])
+
+    plain = image(stock)
+    stock.load_lora_weights(run / "adapter")
+    assert torch.allclose(image(stock), image(merged), atol=1e-3) and (image(merged) - plain).abs().max() > 1e-3
+    assert tiltflow("export", run, "--out", here / "merged").returncode == 2
+
+
+def test_a_hacked_reward_is_stopped(here):
+    """The judge is the reward turned round: training ends at the first look, and the verdict is fail (exit 3)."""
+    done = tiltflow(*arguments(here, "--json", "--judge", here / "mine.py:darkness", "--monitor", 4))
+    document = json.loads(done.stdout)
+    assert done.returncode == 3 and document["verdict"] == "fail" and document["rows"][0]["rounds"] == 4
+    (line,) = [r for r in document["rows"] if r.get("name") == "reward hacking"]
+    assert "stopped after round 4" in line["explanation"] and line["value"] < 0
+
+
+def test_an_interrupted_run_is_resumed(here, monkeypatch):
+    import tiltflow.integrations.run as module
+
+    plain = tiltflow(*arguments(here, "--json", out=here / "whole", iterations=12))
+    judge = module.Watch.__call__
+
+    def interrupt(self, tuned, row):
+        if row["iteration"] == 10:
+            raise KeyboardInterrupt
+        return judge(self, tuned, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Watch, "__call__", interrupt)
+        assert tiltflow(*arguments(here, iterations=12)).returncode == 130
+    again = tiltflow(*arguments(here, "--json", "--resume", iterations=12))
+    first, second = (json.loads(done.stdout)["rows"][0] for done in (plain, again))
+    assert all(first[k] == second[k] for k in first if "seconds" not in k)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance-in": "rollout,everywhere"}, "'everywhere' is none of"),
+        ({"prompts": "none.txt"}, "no prompt file"),
+        ({"reward": "nowhere:f"}, "cannot import 'nowhere'"),
+        ({"monitor": 3}, "with a --judge"),
+        ({"strength": -1}, "at least 0"),
+    ],
+)
+def test_misuse(here, options, message):
+    done = tiltflow(*arguments(here, **options))
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_no_pipeline_and_no_run(here, tmp_path):
+    done = tiltflow("finetune-pipeline", tmp_path, *arguments(here)[2:])
+    assert done.returncode == 2 and "holds no diffusers pipeline" in done.stderr
+    done = tiltflow("export", tmp_path, "--out", tmp_path / "x")
+    assert done.returncode == 2 and "no finished run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("reward", "judge", "diversity", "statuses"),
+    [
+        (1.0, 1.0, 1.0, ["pass", "pass", "pass"]),
+        (-1.0, 0.0, 0.7, ["fail", "warn", "warn"]),
+        (0.0, -1.0, 0.3, ["cannot tell", "fail", "fail"]),
+    ],
+)
+def test_the_verdict_names_what_is_wrong(reward, judge, diversity, statuses):
+    """Risen, fallen and unchanged rewards and judges; collapsed diversity."""
+    noise = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, zero = torch.zeros(50, 1), torch.zeros(50)
+    before = Judged(x, {"reward": noise, "judge": noise}, zero, 1.0)
+    shake = 0.1 * noise.flip(0)
+    after = Judged(x, {"reward": noise + shake + reward, "judge": noise + shake + judge}, zero, diversity)
+    assert [line.status for line in verdict_lines(before, after)] == statuses

@@ -1,0 +1,298 @@
+"""A run that fine-tunes a pipeline: config, checkpoint, adapter with its card, samples, metrics, verdict and report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tiltflow import __version__
+from tiltflow.errors import TiltflowError
+from tiltflow.integrations.finetune import (
+    Judged,
+    PipelineSettings,
+    Score,
+    TunedPipeline,
+    finetune_pipeline,
+    judge_pipeline,
+)
+from tiltflow.registry import import_function
+from tiltflow.report import RunRecord, SummaryRow, write_report
+from tiltflow.report.plots import require
+from tiltflow.run import RunFolder, finite
+from tiltflow.store import write_text
+from tiltflow.verdict import SIGMAS, Status, VerdictLine, overall
+
+Progress = Callable[[str, int, int], None]
+ADAPTER, CARD, REWARD = "adapter", "README.md", "reward"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KEPT, LOST = 0.8, 0.5
+"""Shares of the base's diversity: at least the first is good, less than the second is bad."""
+GRID = 32
+EVALUATION = 1_000
+"""Added to the seed for the samples that are judged."""
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """What a run is told.
+
+    Args:
+        pipeline: folder (or hub name) of a diffusers pipeline. prompts: the texts. strength: λ.
+        reward, judges: ``module:function`` of scores (what the pipeline makes, texts) → (n,); judges are held out.
+        samples: drawn before and after, with the same noise. monitor: rounds between looks at the judges (0: none).
+    """
+
+    pipeline: str
+    reward: str
+    prompts: list[str]
+    strength: float
+    judges: tuple[str, ...] = ()
+    negative: str | None = None
+    samples: int = 64
+    monitor: int = 0
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    settings: PipelineSettings = field(default_factory=PipelineSettings)
+
+    def load(self) -> Any:
+        """The pipeline on its device. Raises TiltflowError if it cannot be read; weights are safetensors only."""
+        return load_pipeline(self.pipeline, self.device, self.dtype)
+
+    def scores(self) -> dict[str, Score]:
+        """The reward and the judges, by name."""
+        return {REWARD: import_function(self.reward)} | {name: import_function(name) for name in self.judges}
+
+
+def load_pipeline(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
+    """A diffusers pipeline of a folder or hub name.
+
+    Raises:
+        TiltflowError: diffusers or peft is not installed, or there is no pipeline with safetensors weights.
+    """
+    try:
+        import peft  # noqa: F401
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise TiltflowError('pipelines need diffusers and peft: pip install "tiltflow[diffusers,report]".') from error
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=DTYPES[dtype], use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise TiltflowError(f"{name} holds no diffusers pipeline that can be read: {str(error).splitlines()[0]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def run_pipeline(
+    config: PipelineConfig, folder: RunFolder, command: str, progress: Progress = lambda what, done, total: None
+) -> dict[str, Any]:
+    """Run the job inside an opened run folder; returns the document that metrics.json holds.
+
+    With ``monitor``, judges are asked during training about a quarter of the samples; it ends when one of them is lower than
+    the base's by more than three standard errors of the paired difference: the reward is being hacked.
+
+    Raises:
+        TiltflowError: as :func:`~tiltflow.integrations.finetune.finetune_pipeline`.
+    """
+    started = time.perf_counter()
+    scores, pipe = config.scores(), config.load()
+    generator = torch.Generator(config.device).manual_seed(config.seed)
+    total = config.settings.iterations
+    tuned, watch = _train(config, folder, pipe, scores, generator, progress, total)
+    trained = time.perf_counter() - started
+    tuned.save(folder.path / ADAPTER)
+    before, after = (_judge(tuned, scores, config.samples, config.seed, base) for base in (True, False))
+    progress("samples", 1, 1)
+    lines = verdict_lines(before, after)
+    if watch.stopped:
+        lines.append(watch.line())
+    row: dict[str, Any] = {"kind": "summary", "pipeline": config.pipeline, "strength": config.strength}
+    for name in scores:
+        row |= {f"{name}_base": float(before.scores[name].mean()), f"{name}_reached": float(after.scores[name].mean())}
+    row |= {
+        "kl": float(after.kl.mean()),
+        "diversity_base": before.diversity,
+        "diversity_reached": after.diversity,
+        "rounds": len(tuned.history),
+        "train_seconds": trained,
+        "seconds": time.perf_counter() - started,
+    }
+    history = [{k: v for k, v in h.items() if not isinstance(v, list)} for h in tuned.history]
+    document = finite(
+        {
+            "command": command,
+            "version": __version__,
+            "seed": config.seed,
+            "device": config.device,
+            "rows": [
+                row, *({"kind": "verdict", **line._asdict()} for line in lines),
+                *({"kind": "iteration", **h} for h in history),
+            ],
+            "verdict": overall(lines),
+        }
+    )  # fmt: skip
+    save_file({"before": before.x.cpu(), "after": after.x.cpu()}, folder.path / "samples.safetensors")
+    write_text(folder.path / ADAPTER / CARD, card(config, document))
+    folder.write_json("metrics.json", document)
+    _report(config, folder, tuned, document, lines, before, after, history)
+    return document
+
+
+class Watch:
+    """The judges during training: asks every ``monitor`` rounds, and says when to stop."""
+
+    def __init__(self, config: PipelineConfig, judges: Mapping[str, Score]) -> None:
+        self.every, self.seed, self.judges = config.monitor, config.seed, judges
+        self.n = max(config.samples // 4, 8)
+        self.base: Judged | None = None
+        self.stopped: dict[str, float] = {}
+
+    def __call__(self, tuned: TunedPipeline, row: dict[str, Any]) -> bool:
+        """Put judge and diversity into the round's row; True to stop."""
+        if not self.every or (row["iteration"] + 1) % self.every:
+            return False
+        if self.base is None:
+            self.base = _judge(tuned, self.judges, self.n, self.seed + 1, base=True)
+        now = _judge(tuned, self.judges, self.n, self.seed + 1)
+        row["diversity"] = now.diversity
+        for name, value in now.scores.items():
+            change = value - self.base.scores[name]
+            row["judge"] = row[f"judge {name}"] = float(value.mean())
+            if float(change.mean()) < -SIGMAS * float(change.std()) / len(change) ** 0.5:
+                self.stopped = {name: float(change.mean()), "round": row["iteration"] + 1}
+        return bool(self.stopped)
+
+    def line(self) -> VerdictLine:
+        """That it was stopped, and by whom."""
+        name, change = next(iter(self.stopped.items()))
+        said = f"stopped after round {self.stopped['round']}: {name} had fallen while the reward rose"
+        return VerdictLine("reward hacking", change, None, None, "judges do not fall", "fail", said)
+
+
+def _train(
+    config: PipelineConfig,
+    folder: RunFolder,
+    pipe: Any,
+    scores: Mapping[str, Score],
+    generator: torch.Generator,
+    progress: Progress,
+    total: int,
+) -> tuple[TunedPipeline, Watch]:
+    watch = Watch(config, {name: score for name, score in scores.items() if name != REWARD})
+
+    def advance(row: dict[str, Any], tuned: TunedPipeline) -> bool:
+        progress("fine-tuning", row["iteration"] + 1, total)
+        return watch(tuned, row)
+
+    tuned = finetune_pipeline(
+        pipe, scores[REWARD], config.prompts, config.strength, config.settings, generator=generator,
+        negative=config.negative, checkpoint=folder.checkpoint, resume=folder.resume, callback=advance,
+    )  # fmt: skip
+    return tuned, watch
+
+
+def _judge(tuned: TunedPipeline, scores: Mapping[str, Score], n: int, seed: int, base: bool = False) -> Judged:
+    generator = torch.Generator(str(tuned.pipe.device)).manual_seed(EVALUATION + seed)
+    return judge_pipeline(tuned, scores, n, generator, base)
+
+
+def verdict_lines(before: Judged, after: Judged) -> list[VerdictLine]:
+    """Did the reward rise, did the held-out judges not fall, is the diversity still there? Differences are paired."""
+    lines = []
+    for name in after.scores:
+        change = after.scores[name] - before.scores[name]
+        mean, error = float(change.mean()), float(change.std()) / len(change) ** 0.5
+        low, high = mean - SIGMAS * error, mean + SIGMAS * error
+        held_out = name != REWARD
+        status: Status = "pass" if low > 0 else "fail" if high < 0 else "warn" if held_out else "cannot tell"
+        said = "held out: must not fall while the reward rises" if held_out else "mean change, in the same noise"
+        lines.append(VerdictLine(f"held-out {name}" if held_out else name, mean, low, high, "> 0", status, said))
+    ratio = after.diversity / before.diversity if before.diversity > 0 else float("nan")
+    kept: Status = "pass" if ratio >= KEPT else "warn" if ratio >= LOST else "fail"
+    said = "mean distance between samples of one prompt, over the base's"
+    return [*lines, VerdictLine("diversity kept", ratio, None, None, f"≥ {KEPT:g} good, < {LOST:g} bad", kept, said)]
+
+
+def card(config: PipelineConfig, document: Mapping[str, Any]) -> str:
+    """The adapter's model card, Markdown."""
+    summary = document["rows"][0]
+    from diffusers import __version__ as diffusers
+    from peft import __version__ as peft
+
+    numbers = "\n".join(f"| {k} | {v} |" for k, v in summary.items() if k != "kind")
+    settings = "\n".join(f"| {k} | {v} |" for k, v in asdict(config.settings).items())
+    made_by = f"tiltflow {document['version']} (torch {torch.__version__}, diffusers {diffusers}, peft {peft})"
+    return (
+        f"# Adapter for {config.pipeline}\n\nTilted towards `{config.reward}` with λ = {config.strength:g}, seed "
+        f"{config.seed}, {len(config.prompts)} prompts, by {made_by}.\n\n"
+        f"Verdict: **{document['verdict']}**.\n\n    {document['command']}\n\n"
+        f"| | |\n|---|---|\n{numbers}\n\n| setting | |\n|---|---|\n{settings}\n\n"
+        "The licence is that of the base model; check that it allows derived weights.\n"
+    )
+
+
+def _report(
+    config: PipelineConfig,
+    folder: RunFolder,
+    tuned: TunedPipeline,
+    document: Mapping[str, Any],
+    lines: list[VerdictLine],
+    before: Judged,
+    after: Judged,
+    history: list[dict[str, Any]],
+) -> None:
+    row, norms = document["rows"][0], [h["adjoint_norm"] for h in tuned.history[-10:]]
+    pictures = []
+    for name, found in (("before", before), ("after", after)):
+        with torch.no_grad():
+            made = tuned.chain.family.decode(tuned.pipe, found.x[:GRID]).cpu()
+        pictures.append(made if made.ndim == 4 else _audio(folder.path, name, made, tuned))
+    table = [SummaryRow(name, row[f"{name}_base"], None, row[f"{name}_reached"]) for name in after.scores]
+    table += [
+        SummaryRow("diversity", before.diversity, None, after.diversity),
+        SummaryRow("KL to the base", 0.0, None, row["kl"]),
+    ]
+    notes = ["Samples before and after have the same noise and prompts, row by row."]
+    if pictures[0].shape[1] == 1:
+        notes.append("Audio is shown as spectrograms (low frequencies below, decibels); the first of it is in *.wav.")
+    record = RunRecord(
+        title=f"{Path(config.pipeline).name} tilted towards {config.reward}, λ = {config.strength:g}",
+        command=document["command"],
+        status=document["verdict"],
+        verdict=lines,
+        summary=table,
+        before=pictures[0],
+        after=pictures[1],
+        history=history,
+        adjoint_t=tuned.chain.t.tolist() if norms else [],
+        adjoint_norm=torch.tensor(norms).mean(0).tolist() if norms else [],
+        config={k: v for k, v in asdict(config).items() if k != "settings"} | asdict(config.settings),
+        notes=notes,
+        value_range=(0.0, 1.0),
+        version=__version__,
+    )
+    write_report(folder.path, record)
+
+
+def _audio(folder: Path, name: str, made: Tensor, tuned: TunedPipeline) -> Tensor:
+    """WAV files of the first four, and all as spectrograms (n, 1, frequencies, frames) in [0, 1]."""
+    wavfile = require("scipy.io.wavfile")
+    part = tuned.pipe.vocoder if hasattr(tuned.pipe, "vocoder") else tuned.pipe.vae
+    for i, sound in enumerate(made[:4]):
+        loud = (sound / sound.abs().max().clamp_min(1e-6)).clamp(-1, 1)
+        target = folder / f"{name}-{i}.wav"
+        partial = target.with_suffix(".wav.part")
+        wavfile.write(partial, int(part.config.sampling_rate), (loud.T * 32767).short().numpy())
+        os.replace(partial, target)
+    window = min(512, made.shape[2])
+    spectrum = torch.stft(made.mean(1), window, window=torch.hann_window(window), return_complex=True).abs()
+    decibels = 20 * spectrum.clamp_min(1e-5).log10()
+    return ((decibels.flip(1) + 100) / 120).clamp(0, 1)[:, None]
