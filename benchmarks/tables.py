@@ -303,6 +303,17 @@ def step_variance() -> str:
     return (markdown(["steps", "step variance", *columns], lines) if lines else "not run") + "\n\n" + provenance(documents)
 
 
+def pipeline_memory() -> str:
+    """Peak memory of fine-tuning a pipeline against the number of steps."""
+    documents = load("pipeline-memory.json")
+    lines = [
+        [r["method"], str(r["steps"]), *(number([r[c]], digits) for c, digits in {"peak_mb": 0, "stored_mb": 1}.items())]
+        for d in documents
+        for r in d["rows"]
+    ]
+    return (markdown(["method", "steps", "peak_mb", "stored_mb"], lines) if lines else "not run") + "\n\n" + provenance(documents)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "tilt": tilt,
     "memoryless": memoryless,
@@ -318,6 +329,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "conformer ensembles": conformer_ensembles,
     "step variance": step_variance,
     "particle network": particle_network,
+    "pipeline memory": pipeline_memory,
     "iteration": iteration,
 }
 
