@@ -2,9 +2,9 @@
 
 One round of Adjoint Matching on a pipeline of Stable Diffusion's class with random weights (latents of 4 × 32 × 32, eight
 paths, a quarter and a quarter of the steps in the loss), beside one reward gradient that is propagated through all steps of
-the simulation, as DRaFT-K does. Every row is a process of its own; ``peak_mb`` is how far its resident memory rose above what
-it was before the round, ``stored_mb`` what states and adjoints of the path hold. The claim: without ``stored_mb`` the first
-kind does not grow with K, and the second does.
+the simulation, as DRaFT-K does. Every row is a process of its own; ``peak_mb`` is how far its resident memory rose above
+what it was before the round, ``stored_mb`` what states and adjoints of the path hold. The claim: without ``stored_mb`` the
+first kind does not grow with K, and the second does.
 """
 
 from __future__ import annotations

@@ -306,12 +306,13 @@ def step_variance() -> str:
 def pipeline_memory() -> str:
     """Peak memory of fine-tuning a pipeline against the number of steps."""
     documents = load("pipeline-memory.json")
+    columns = {"peak_mb": 0, "stored_mb": 1}
     lines = [
-        [r["method"], str(r["steps"]), *(number([r[c]], digits) for c, digits in {"peak_mb": 0, "stored_mb": 1}.items())]
+        [r["method"], str(r["steps"]), *(number([r[c]], digits) for c, digits in columns.items())]
         for d in documents
         for r in d["rows"]
     ]
-    return (markdown(["method", "steps", "peak_mb", "stored_mb"], lines) if lines else "not run") + "\n\n" + provenance(documents)
+    return (markdown(["method", "steps", *columns], lines) if lines else "not run") + "\n\n" + provenance(documents)
 
 
 TABLES: dict[str, Callable[[], str]] = {

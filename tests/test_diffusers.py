@@ -276,9 +276,9 @@ def brightness(decoded, texts):
     return decoded.flatten(1).mean(1)
 
 
-def trained(name, reward=brightness, strength=100.0, **settings):
+def trained(name, reward=brightness, strength=100.0, pipe=None, **settings):
     """A tiny pipeline after a few rounds, the stock call's arguments, and its latents before anything was put on it."""
-    pipe = tiny.build(name)
+    pipe = tiny.build(name) if pipe is None else pipe
     given = embeddings(name, 2)
     rows = None
     if "prompt" not in given:
@@ -340,6 +340,17 @@ def test_micro_batches_change_nothing():
     weights = [dict(t.chain.network.named_parameters()) for t in (whole, parts)]
     for key, value in weights[0].items():
         assert torch.allclose(value, weights[1][key], atol=2e-3), key
+
+
+def test_gradient_checkpointing_sees_the_adapter_that_was_on():
+    """What the model computes again in the backward pass is under the same switch: losses and weights are the same."""
+    plain, *_ = trained("stable_diffusion")
+    pipe = tiny.build("stable_diffusion")
+    pipe.unet.enable_gradient_checkpointing()
+    again, *_ = trained("stable_diffusion", pipe=pipe)
+    assert [row["loss"] for row in again.history] == pytest.approx([row["loss"] for row in plain.history], rel=1e-5)
+    for a, b in zip(plain.chain.network.parameters(), again.chain.network.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.parametrize("control", [True, False])
