@@ -12,7 +12,7 @@ import tiny_pipelines as tiny
 from tiltflow.adjoint import lean_adjoint
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
-from tiltflow.integrations.adapters import add_adapter, load_adapter, merge_adapter, save_adapter, switch
+from tiltflow.integrations.adapters import add_adapter, load_adapter, merge_adapter, save_adapter, switch, switched
 from tiltflow.integrations.diffusers import Adapted, DecodedReward, Guidance, pipeline_chain
 from tiltflow.integrations.families import encode_prompts, family_of
 from tiltflow.integrations.finetune import PipelineSettings, finetune_pipeline, judge_pipeline
@@ -318,6 +318,34 @@ def test_an_adapter_goes_into_the_stock_pipeline_as_it_was_trained(name, tmp_pat
     assert torch.allclose(latents(tuned.pipe, given, x0), after, atol=1e-4)
     tuned.pipe.save_pretrained(tmp_path / "merged")
     assert not [n for n in tuned.chain.network.state_dict() if "lora" in n]
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl"])
+def test_all_weights_may_be_trained(name, tmp_path):
+    """The frozen network is the base, bit for bit; the trained one is the pipeline's, and comes back from its folder."""
+    tuned, given, x0, before = trained(name, rank=None, learning_rate=1e-3)
+    after = latents(tuned.pipe, given, x0)
+    assert (after - before).abs().max() > 1e-4
+    tuned.pipe.save_pretrained(tmp_path)
+    fresh = type(tuned.pipe).from_pretrained(tmp_path)
+    fresh.set_progress_bar_config(disable=True)
+    assert torch.allclose(latents(fresh, given, x0), after, atol=1e-6)
+    setattr(tuned.pipe, tuned.chain.family.network, switched(tuned.chain.network, False))
+    assert torch.equal(latents(tuned.pipe, given, x0), before)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_frozen_weights_may_be_bfloat16(name):
+    """The adapter is float32 and moves; the loss is that of float32 up to bfloat16's rounding of the network."""
+    whole, *_ = trained(name, iterations=1)
+    pipe = tiny.build(name).to(torch.bfloat16)
+    half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in whole.chain.rows.items()}
+    quick = PipelineSettings(iterations=1, batch=4, steps=STEPS, rank=2, learning_rate=0.02, ema=0.0, clip=None)
+    tuned = finetune_pipeline(pipe, brightness, whole.texts[:-1], 100.0, quick, rows=half)
+    kinds = {"lora_" in n: p.dtype for n, p in tuned.chain.network.named_parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    assert tuned.history[0]["loss"] == pytest.approx(whole.history[0]["loss"], rel=0.3)
+    assert any(float(p.abs().max()) > 0 for n, p in tuned.chain.network.named_parameters() if "lora_B" in n)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -1,10 +1,12 @@
 r"""Low-rank adapters of peft on a pipeline's network: put on, switched, saved for stock diffusers, loaded, merged.
 
-W ↦ W + (α/r) BA with B = 0 at the start (Hu et al. 2022, arXiv:2106.09685). Off is the base, bit for bit.
+W ↦ W + (α/r) BA with B = 0 at the start (Hu et al. 2022, arXiv:2106.09685). Off is the base, bit for bit. Or all
+weights are trained, in a second network beside the frozen one.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from tiltflow.errors import TiltflowError
 from tiltflow.integrations.families import family_of
 from tiltflow.store import write_text
 
-NAME = "default"
+NAME, BASE = "default", "_tiltflow_base"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """The projections of attention, in all families."""
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -37,9 +39,7 @@ def add_adapter(pipe: Any, rank: int, generator: torch.Generator, targets: tuple
         raise TiltflowError(f"the rank of an adapter must be at least 1, got {rank}.")
     if _layers(network):
         raise TiltflowError("the pipeline has an adapter already: fuse it and save the pipeline, or unload_lora_weights().")
-    for component in pipe.components.values():
-        if isinstance(component, nn.Module):
-            component.requires_grad_(False).eval()
+    _freeze(pipe)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
     try:
         inject_adapter_in_model(config, network, NAME)
@@ -54,6 +54,32 @@ def add_adapter(pipe: Any, rank: int, generator: torch.Generator, targets: tuple
                 p.data = (bound * (2 * drawn - 1)).to(p.device)
             p.requires_grad_(True)
     return network
+
+
+def train_all(pipe: Any) -> nn.Module:
+    """Freeze every component of ``pipe``, put a trainable float32 copy of its network in place, and return the copy.
+
+    The frozen network stays with the copy, as what :func:`switch` goes back to.
+    """
+    name = family_of(pipe).network
+    base = getattr(pipe, name)
+    _freeze(pipe)
+    network = copy.deepcopy(base).float().requires_grad_(True)
+    object.__setattr__(network, BASE, base)  # no submodule: neither trained nor saved with it
+    setattr(pipe, name, network)
+    return network
+
+
+def _freeze(pipe: Any) -> None:
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+
+
+def switched(network: nn.Module, on: bool) -> nn.Module:
+    """The network that is to be called: with its adapter on or off, or the copy or its frozen original."""
+    switch(network, on)
+    return network if on else getattr(network, BASE, network)
 
 
 def switch(network: nn.Module, on: bool) -> None:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from tiltflow.chain import Index, at
 from tiltflow.errors import TiltflowError
 from tiltflow.geometry import Euclidean, Geometry
-from tiltflow.integrations.adapters import switch
+from tiltflow.integrations.adapters import switched
 from tiltflow.integrations.families import Family, Rows, family_of
 from tiltflow.integrations.schedules import Nodes, nodes_of, posterior
 
@@ -82,20 +82,20 @@ class PipelineChain:
         every = k if isinstance(k, Tensor) else torch.full((len(x),), k)
 
         def part(x: Tensor, k: Tensor, prompt: Tensor) -> Tensor:
-            switch(self.network, adapted)  # in here, since a checkpoint computes it again later
-            output = self._output(x, at(self.nodes.timestep, k, x[:, :1].flatten(1)[:, 0]), prompt, guidance)
+            network = switched(self.network, adapted)  # in here, since a checkpoint computes it again later
+            output = self._output(network, x, at(self.nodes.timestep, k, x[:, :1].flatten(1)[:, 0]), prompt, guidance)
             return at(self.nodes.p, k, x) * x + at(self.nodes.q, k, x) * output
 
         return in_parts(part, self.micro_batch, x, every, prompt)
 
-    def _output(self, x: Tensor, timestep: Tensor, prompt: Tensor, guidance: float) -> Tensor:
-        dtype = self.pipe.dtype
+    def _output(self, network: Any, x: Tensor, timestep: Tensor, prompt: Tensor, guidance: float) -> Tensor:
         prompt = prompt.to(next(iter(self.rows.values())).device)
         if guidance != 1:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
             prompt = torch.cat([torch.full_like(prompt, -1), prompt])
         rows = {name: value[prompt] for name, value in self.rows.items()}
-        output = self.family.predict(self.pipe, x.to(dtype), timestep, rows).float()
+        rows = {name: v.to(network.dtype) if v.is_floating_point() else v for name, v in rows.items()}
+        output = self.family.predict(self.pipe, network, x.to(network.dtype), timestep, rows).float()
         if guidance == 1:
             return output
         without, given = output.chunk(2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiltflow.errors import TiltflowError
 
@@ -34,8 +34,8 @@ class Family(Protocol):
         """Rows (n + 1, …) of n prompts: ``prompts`` are arguments of the pipeline's ``encode_prompt``."""
         ...
 
-    def predict(self, pipe: Any, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
-        """The network's output at x (B, *event), timestep (B,)."""
+    def predict(self, pipe: Any, network: nn.Module, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
+        """The output at x (B, *event), timestep (B,) of ``network``: the pipeline's, or another of its kind."""
         ...
 
     def decode(self, pipe: Any, x: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ class StableDiffusion:
         )
         return {"text": _with_negative(text, negative)}
 
-    def predict(self, pipe: Any, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
-        return pipe.unet(x, timestep, encoder_hidden_states=rows["text"], return_dict=False)[0]
+    def predict(self, pipe: Any, network: Any, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
+        return network(x, timestep, encoder_hidden_states=rows["text"], return_dict=False)[0]
 
     def decode(self, pipe: Any, x: Tensor) -> Tensor:
         return _image(pipe, x)
@@ -99,9 +99,9 @@ class StableDiffusionXL(StableDiffusion):
             "time_ids": ids.to(text.device).repeat(len(text) + 1, 1),
         }
 
-    def predict(self, pipe: Any, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
+    def predict(self, pipe: Any, network: Any, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
         added = {"text_embeds": rows["pooled"], "time_ids": rows["time_ids"]}
-        return pipe.unet(
+        return network(
             x, timestep, encoder_hidden_states=rows["text"], added_cond_kwargs=added, return_dict=False
         )[0]  # fmt: skip
 
@@ -129,8 +129,8 @@ class StableDiffusion3:
         )
         return {"text": _with_negative(text, negative), "pooled": _with_negative(pooled, negative_pooled)}
 
-    def predict(self, pipe: Any, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
-        return pipe.transformer(
+    def predict(self, pipe: Any, network: Any, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
+        return network(
             hidden_states=x, timestep=timestep, encoder_hidden_states=rows["text"], pooled_projections=rows["pooled"],
             return_dict=False,
         )[0]  # fmt: skip
@@ -168,9 +168,8 @@ class Flux:
         )
         return {"text": _with_negative(text, other), "pooled": _with_negative(pooled, other_pooled)}
 
-    def predict(self, pipe: Any, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
+    def predict(self, pipe: Any, network: Any, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
         height, width = self._size(pipe)
-        network = pipe.transformer
         guidance = x.new_full((len(x),), self.distilled_guidance) if network.config.guidance_embeds else None
         return network(
             hidden_states=x, timestep=timestep / 1000, guidance=guidance, pooled_projections=rows["pooled"],
@@ -206,12 +205,12 @@ class StableAudio:
             return {"text": _with_negative(text[n:], text[:n]), "duration": _with_negative(duration[n:], duration[:n])}
         return {"text": _with_negative(text, torch.zeros_like(text)), "duration": _with_negative(duration, duration)}
 
-    def predict(self, pipe: Any, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
+    def predict(self, pipe: Any, network: Any, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
         from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
         length = x.shape[2] + rows["duration"].shape[1]
         rotary = get_1d_rotary_pos_embed(pipe.rotary_embed_dim, length, use_real=True, repeat_interleave_real=False)
-        return pipe.transformer(
+        return network(
             x, timestep, encoder_hidden_states=rows["text"], global_hidden_states=rows["duration"], rotary_embedding=rotary,
             return_dict=False,
         )[0]  # fmt: skip
@@ -246,15 +245,15 @@ class AudioLDM2:
         text, mask, generated = ((v[len(v) // 2 :], v[: len(v) // 2]) for v in both)  # the negative ones come first
         return {"text": _with_negative(*text), "mask": _with_negative(*mask), "generated": _with_negative(*generated)}
 
-    def predict(self, pipe: Any, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
-        return pipe.unet(
+    def predict(self, pipe: Any, network: Any, x: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
+        return network(
             x, timestep, encoder_hidden_states=rows["generated"], encoder_hidden_states_1=rows["text"],
             encoder_attention_mask_1=rows["mask"], return_dict=False,
         )[0]  # fmt: skip
 
     def decode(self, pipe: Any, x: Tensor) -> Tensor:
         mel = pipe.vae.decode((x / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
-        return pipe.vocoder(mel.squeeze(1).float())[:, None]
+        return pipe.vocoder(mel.squeeze(1).to(pipe.vocoder.dtype)).float()[:, None]
 
 
 def _dynamic_shift(scheduler: Any, tokens: int, most: float) -> float:

@@ -21,7 +21,7 @@ from tiltflow.buffer import Buffer
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
 from tiltflow.fit import FitSettings, History, fit
-from tiltflow.integrations.adapters import TARGETS, add_adapter, save_adapter
+from tiltflow.integrations.adapters import TARGETS, add_adapter, save_adapter, train_all
 from tiltflow.integrations.diffusers import Adapted, DecodedReward, Guidance, PipelineChain, in_parts, pipeline_chain
 from tiltflow.integrations.families import Rows, encode_prompts
 from tiltflow.integrations.prompts import DrawnConditions
@@ -42,7 +42,7 @@ class PipelineSettings:
 
     Args:
         iterations, batch: rounds, and paths per round. per_prompt: consecutive paths of one prompt.
-        steps: of the scheduler. rank, targets: of the adapter.
+        steps: of the scheduler. rank, targets: of the adapter; rank None trains all weights, beside a frozen copy.
         learning_rate: Adam's. updates, minibatch: gradient steps per round, and rows of each (None: all).
         buffer_rounds: rounds whose rows are drawn from.
         last_steps, random_steps: steps regressed on (None: of 20 steps or more a quarter and a quarter, as in the paper).
@@ -57,7 +57,7 @@ class PipelineSettings:
     batch: int = 32
     per_prompt: int = 4
     steps: int = 40
-    rank: int = 16
+    rank: int | None = 16
     targets: tuple[str, ...] = TARGETS
     learning_rate: float = 1e-4
     updates: int = 1
@@ -92,7 +92,10 @@ class TunedPipeline(NamedTuple):
     history: History
 
     def save(self, folder: str | Path) -> Path:
-        """The adapter, for stock diffusers: :func:`~tiltflow.integrations.adapters.save_adapter`."""
+        """The adapter, for stock diffusers: :func:`~tiltflow.integrations.adapters.save_adapter`.
+
+        Where all weights were trained there is none: ``pipe.save_pretrained(folder)`` saves the pipeline with them.
+        """
         return save_adapter(self.pipe, Path(folder))
 
 
@@ -130,7 +133,7 @@ def finetune_pipeline(
         counts = {name: len(value) for name, value in rows.items()}
         raise TiltflowError(f"{len(prompts)} prompts need {len(prompts) + 1} rows, the negative one last; got {counts}.")
     texts = [*prompts, negative or ""]
-    network = add_adapter(pipe, s.rank, generator, s.targets)
+    network = train_all(pipe) if s.rank is None else add_adapter(pipe, s.rank, generator, s.targets)
     w = s.guidance
     chain = pipeline_chain(pipe, rows, s.steps, w.scale if w.adjoint else 1.0, s.micro_batch)
     control = Adapted(network, w.scale if w.control else 1.0, relative=w.control != w.adjoint)
