@@ -115,6 +115,7 @@ def test_an_interrupted_run_is_resumed(here, monkeypatch):
         ({"prompts": "none.txt"}, "no prompt file"),
         ({"reward": "nowhere:f"}, "cannot import 'nowhere'"),
         ({"monitor": 3}, "with a --judge"),
+        ({"micro-batch": "half"}, "--micro-batch half: give a number"),
         ({"strength": -1}, "at least 0"),
     ],
 )

@@ -3,7 +3,7 @@ r"""The one training loop: collect → buffer → gradient steps, for every trai
 Adam with gradient clipping, a cosine or constant learning rate that depends on the iteration only, and an exponential
 moving average of the weights. All that changes is in one checkpoint (weights, average, running statistics, optimiser,
 random generator, buffer, auxiliary states, history), so a resumed run equals an uninterrupted one bit for bit on the same
-machine.
+machine. Of several processes (:mod:`tiltflow.distributed`) each collects and checkpoints for itself; gradients are averaged.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from tiltflow.buffer import Buffer, Material
+from tiltflow.distributed import any_of, average_gradients
 from tiltflow.errors import TiltflowError
 from tiltflow.methods import Method, State
 from tiltflow.store import load_state, save_state
@@ -141,6 +142,7 @@ def fit(
                 loss = share * method.loss(state.control, part, state.generator)
                 loss.backward()
                 value += loss.item()
+            average_gradients([*weights, *others])
             norm = float(torch.nn.utils.clip_grad_norm_([*weights, *others], settings.gradient_clip))
             if not math.isfinite(value) or not math.isfinite(norm):
                 raise TiltflowError(
@@ -164,7 +166,7 @@ def fit(
         }
         history.append(row)
         state.iteration += 1
-        enough = callback is not None and callback(row) is True
+        enough = any_of(callback is not None and callback(row) is True, weights[0].device)
         if enough or state.iteration % settings.checkpoint_every == 0 or state.iteration == settings.iterations:
             save()
         if enough:

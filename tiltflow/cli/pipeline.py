@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from tiltflow.cli.common import Bars, check_device, command_line, common, document, finish, finish_run
+from tiltflow.distributed import join, wait, world
 from tiltflow.errors import TiltflowError
 from tiltflow.run import RunFolder
 
@@ -28,7 +30,7 @@ PLACES = ("rollout", "control", "adjoint")
 @click.option("--iterations", default=100, show_default=True, help="Rounds of Adjoint Matching.")
 @click.option("--batch", default=32, show_default=True, help="Paths per round.")
 @click.option("--per-prompt", default=4, show_default=True, help="Consecutive paths of one prompt.")
-@click.option("--micro-batch", type=int, help="Rows that a network sees at a time; memory, not the result, depends on it.")
+@click.option("--micro-batch", help="Rows that a network sees at a time, or fit (measured); the result is the same.")
 @click.option("--steps", default=40, show_default=True, help="Steps of the scheduler.")
 @click.option("--rank", default=16, show_default=True, help="Of the adapter.")
 @click.option("--learning-rate", default=1e-4, show_default=True)
@@ -44,13 +46,13 @@ PLACES = ("rollout", "control", "adjoint")
 @common
 def finetune_pipeline_command(
     pipeline: str, reward: str, judges: tuple[str, ...], prompts: Path, negative: str | None, strength: float, out: Path,
-    resume: bool, overwrite: bool, iterations: int, batch: int, per_prompt: int, micro_batch: int | None, steps: int,
+    resume: bool, overwrite: bool, iterations: int, batch: int, per_prompt: int, micro_batch: str | None, steps: int,
     rank: int, learning_rate: float, updates: int, guidance: float, guidance_in: str, dropout: float,
     max_reward_grad: float | None, samples: int, monitor: int, dtype: str, seed: int, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Fine-tune a diffusers PIPELINE (a folder) towards a reward; OUT/adapter holds a LoRA for stock diffusers."""
     from tiltflow.integrations.prompts import read_prompts
-    from tiltflow.integrations.run import PipelineConfig, run_pipeline
+    from tiltflow.integrations.run import PipelineConfig, help_pipeline, run_pipeline
 
     try:
         from tiltflow.integrations.diffusers import Guidance
@@ -61,10 +63,11 @@ def finetune_pipeline_command(
     unknown = [place for place in places if place not in PLACES]
     if unknown:
         raise TiltflowError(f"--guidance-in {guidance_in}: {unknown[0]!r} is none of {', '.join(PLACES)}.")
+    join()
     settings = PipelineSettings(
         iterations=iterations, batch=batch, per_prompt=per_prompt, steps=steps, rank=rank, learning_rate=learning_rate,
         updates=updates, guidance=Guidance(guidance, *(place in places for place in PLACES)), dropout=dropout,
-        max_reward_grad=max_reward_grad, micro_batch=micro_batch,
+        max_reward_grad=max_reward_grad, micro_batch=_micro_batch(micro_batch),
     )  # fmt: skip
     if samples < 2 or monitor < 0 or (monitor and not judges):
         raise TiltflowError("--samples must be at least 2, and --monitor at least 0, with a --judge to look at.")
@@ -74,14 +77,30 @@ def finetune_pipeline_command(
     )  # fmt: skip
     config.scores()  # misuse is found before the folder is touched
     config.load()
+    if world().rank > 0:
+        wait()  # until the first has claimed the folder
+        help_pipeline(config, out, resume)
+        return
     bars = Bars()
     with RunFolder(out, asdict(config), resume, overwrite) as folder:
+        wait()
         result = run_pipeline(config, folder, command_line(), bars)
     bars.close()
     summary = result["rows"][0]
     names = [key.removesuffix("_base") for key in summary if key.endswith("_base")]
     rows = [{"": name, **{c: summary[f"{name}_{c}"] for c in ("base", "reached")}} for name in names]
     finish_run(result, out, rows, ["", "base", "reached"], as_json)
+
+
+def _micro_batch(text: str | None) -> int | Literal["fit"] | None:
+    """Nothing, fit, or a number."""
+    if text is None:
+        return None
+    if text == "fit":
+        return "fit"
+    if not text.isdigit():
+        raise TiltflowError(f"--micro-batch {text}: give a number, or fit.")
+    return int(text)
 
 
 @click.command("export")

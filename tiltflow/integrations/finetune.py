@@ -12,18 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tiltflow.buffer import Buffer
 from tiltflow.cost import RewardCost
+from tiltflow.distributed import world
 from tiltflow.errors import TiltflowError
 from tiltflow.fit import FitSettings, History, fit
 from tiltflow.integrations.adapters import TARGETS, add_adapter, save_adapter, train_all
 from tiltflow.integrations.diffusers import Adapted, DecodedReward, Guidance, PipelineChain, in_parts, pipeline_chain
 from tiltflow.integrations.families import Rows, encode_prompts
+from tiltflow.integrations.memory import fitting_rows
 from tiltflow.integrations.prompts import DrawnConditions
 from tiltflow.methods import State
 from tiltflow.methods.adjoint_matching import AdjointMatching
@@ -32,6 +34,8 @@ from tiltflow.simulate import sample
 
 Score = Callable[[Tensor, list[str]], Tensor]
 """(images (n, 3, H, W) in [0, 1] or audio (n, channels, samples), texts) → (n,)."""
+OTHERS = 1_000_003
+"""Added to the seed per process."""
 MANY_STEPS = 20
 """From so many steps on, half of them are regressed on by default."""
 
@@ -49,7 +53,8 @@ class PipelineSettings:
         guidance: classifier-free, and where it stands. dropout: share of paths without a prompt.
         importance: weight paths by their tempered path weights.
         clip: per-term bound of the loss, in units of λ² (paper: 1.6; None: none). max_reward_grad: bound on ‖λ∇r‖.
-        micro_batch: rows that a network sees at a time; see :class:`~tiltflow.integrations.diffusers.PipelineChain`.
+        micro_batch: rows that a network sees at a time (:class:`~tiltflow.integrations.diffusers.PipelineChain`). "fit": as many
+            as memory has room for, after one row was run and measured.
         ema, gradient_clip, checkpoint_every: see :class:`tiltflow.fit.FitSettings`.
     """
 
@@ -70,7 +75,7 @@ class PipelineSettings:
     importance: bool = False
     clip: float | None = 1.6
     max_reward_grad: float | None = None
-    micro_batch: int | None = None
+    micro_batch: int | Literal["fit"] | None = None
     ema: float = 0.97
     gradient_clip: float = 1.0
     checkpoint_every: int = 10
@@ -135,12 +140,20 @@ def finetune_pipeline(
     texts = [*prompts, negative or ""]
     network = train_all(pipe) if s.rank is None else add_adapter(pipe, s.rank, generator, s.targets)
     w = s.guidance
-    chain = pipeline_chain(pipe, rows, s.steps, w.scale if w.adjoint else 1.0, s.micro_batch)
+    if (rank := world().rank) > 0:  # the same adapter everywhere, paths of its own in each process
+        generator.manual_seed(generator.initial_seed() + OTHERS * rank)
+    micro = None if s.micro_batch == "fit" else s.micro_batch
+    chain = pipeline_chain(pipe, rows, s.steps, w.scale if w.adjoint else 1.0, micro)
     control = Adapted(network, w.scale if w.control else 1.0, relative=w.control != w.adjoint)
     rollout = Adapted(network, w.scale if w.rollout else 1.0)
     cost = RewardCost(DecodedReward(chain, reward, texts), strength, s.max_reward_grad)
     draw = DrawnConditions(len(prompts), s.per_prompt, {"prompt": s.dropout})
     cost.grad(chain.source(2, generator), **draw(2, generator))  # fail before the work starts
+    if s.micro_batch == "fit":
+        one = draw(1, generator)
+        micro = fitting_rows(lambda: _all_for_one_row(chain, control, cost, one), s.batch, generator.device)
+        chain = replace(chain, micro_batch=micro)
+        cost = replace(cost, reward=DecodedReward(chain, reward, texts))
     last, random = s.regressed()
     method = AdjointMatching(
         chain,
@@ -160,7 +173,7 @@ def finetune_pipeline(
         warmup=5,
         updates=s.updates,
         minibatch=s.minibatch,
-        accumulate=s.micro_batch or s.batch,  # of K steps' rows: memory must not grow with K
+        accumulate=micro or s.batch,  # of K steps' rows: memory must not grow with K
         gradient_clip=s.gradient_clip,
         ema=s.ema,
         checkpoint_every=s.checkpoint_every,
@@ -170,6 +183,18 @@ def finetune_pipeline(
     told = None if callback is None else lambda row: callback(row, tuned)
     history = fit(method, State(control, generator), training, buffer, checkpoint, resume, told)
     return tuned._replace(history=history)
+
+
+def _all_for_one_row(chain: PipelineChain, control: Adapted, cost: RewardCost, condition: dict[str, Tensor]) -> None:
+    """Every kind of work with gradients: the decoder and the reward, a step of the adjoint, the loss."""
+    x = chain.source(1, torch.Generator(condition["prompt"].device))
+    cost.grad(x, **condition)
+    with torch.enable_grad():
+        leaf = x.clone().requires_grad_(True)
+        mean = chain.base_mean(0, leaf, **condition)
+        torch.autograd.grad(mean.sum(), leaf)
+        control.mean(chain, 0, x, base_mean=mean.detach(), **condition).sum().backward()
+    control.module.zero_grad(set_to_none=True)
 
 
 class Judged(NamedTuple):

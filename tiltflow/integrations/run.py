@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tiltflow import __version__
+from tiltflow.distributed import world
 from tiltflow.errors import TiltflowError
 from tiltflow.integrations.finetune import (
     Judged,
@@ -105,8 +106,7 @@ def run_pipeline(
     started = time.perf_counter()
     scores, pipe = config.scores(), config.load()
     generator = torch.Generator(config.device).manual_seed(config.seed)
-    total = config.settings.iterations
-    tuned, watch = _train(config, folder, pipe, scores, generator, progress, total)
+    tuned, watch = _train(config, folder.checkpoint, folder.resume, pipe, scores, generator, progress)
     trained = time.perf_counter() - started
     tuned.save(folder.path / ADAPTER)
     before, after = (_judge(tuned, scores, config.samples, config.seed, base) for base in (True, False))
@@ -146,6 +146,13 @@ def run_pipeline(
     return document
 
 
+def help_pipeline(config: PipelineConfig, out: Path, resume: bool) -> None:
+    """What every process but the first does of a run: train, with a checkpoint of its own in the run folder."""
+    generator = torch.Generator(config.device).manual_seed(config.seed)
+    scores, checkpoint = config.scores(), out / f"checkpoint-{world().rank}.safetensors"
+    _train(config, checkpoint, resume, config.load(), scores, generator)
+
+
 class Watch:
     """The judges during training: asks every ``monitor`` rounds, and says when to stop."""
 
@@ -179,22 +186,22 @@ class Watch:
 
 def _train(
     config: PipelineConfig,
-    folder: RunFolder,
+    checkpoint: Path,
+    resume: bool,
     pipe: Any,
     scores: Mapping[str, Score],
     generator: torch.Generator,
-    progress: Progress,
-    total: int,
+    progress: Progress = lambda what, done, total: None,
 ) -> tuple[TunedPipeline, Watch]:
     watch = Watch(config, {name: score for name, score in scores.items() if name != REWARD})
 
     def advance(row: dict[str, Any], tuned: TunedPipeline) -> bool:
-        progress("fine-tuning", row["iteration"] + 1, total)
+        progress("fine-tuning", row["iteration"] + 1, config.settings.iterations)
         return watch(tuned, row)
 
     tuned = finetune_pipeline(
         pipe, scores[REWARD], config.prompts, config.strength, config.settings, generator=generator,
-        negative=config.negative, checkpoint=folder.checkpoint, resume=folder.resume, callback=advance,
+        negative=config.negative, checkpoint=checkpoint, resume=resume, callback=advance,
     )  # fmt: skip
     return tuned, watch
 
