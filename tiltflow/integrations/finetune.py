@@ -53,8 +53,8 @@ class PipelineSettings:
         guidance: classifier-free, and where it stands. dropout: share of paths without a prompt.
         importance: weight paths by their tempered path weights.
         clip: per-term bound of the loss, in units of λ² (paper: 1.6; None: none). max_reward_grad: bound on ‖λ∇r‖.
-        micro_batch: rows that a network sees at a time (:class:`~tiltflow.integrations.diffusers.PipelineChain`). "fit": as many
-            as memory has room for, after one row was run and measured.
+        micro_batch: rows that a network sees at a time (:class:`~tiltflow.integrations.diffusers.PipelineChain`). "fit": as
+            many as memory has room for, after one row was run and measured.
         ema, gradient_clip, checkpoint_every: see :class:`tiltflow.fit.FitSettings`.
     """
 
