@@ -37,6 +37,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 KEPT, LOST = 0.8, 0.5
 """Shares of the base's diversity: at least the first is good, less than the second is bad."""
 GRID = 32
+DECIBELS = 80
+"""Of a spectrogram, below its loudest spot."""
 EVALUATION = 1_000
 """Added to the seed for the samples that are judged."""
 
@@ -269,7 +271,7 @@ def _report(
     ]
     notes = ["Samples before and after have the same noise and prompts, row by row."]
     if pictures[0].shape[1] == 1:
-        notes.append("Audio is shown as spectrograms (low frequencies below, decibels); the first of it is in *.wav.")
+        notes.append("Audio is shown as spectrograms (low frequencies below, 80 decibels from black to white); the first of it is in *.wav.")
     record = RunRecord(
         title=f"{Path(config.pipeline).name} tilted towards {config.reward}, λ = {config.strength:g}",
         command=document["command"],
@@ -301,5 +303,5 @@ def _audio(folder: Path, name: str, made: Tensor, tuned: TunedPipeline) -> Tenso
         os.replace(partial, target)
     window = min(512, made.shape[2])
     spectrum = torch.stft(made.mean(1), window, window=torch.hann_window(window), return_complex=True).abs()
-    decibels = 20 * spectrum.clamp_min(1e-5).log10()
-    return ((decibels.flip(1) + 100) / 120).clamp(0, 1)[:, None]
+    decibels = 20 * (spectrum / spectrum.max().clamp_min(1e-9)).clamp_min(1e-9).log10()
+    return (decibels.flip(1) / DECIBELS + 1).clamp(0, 1)[:, None]
