@@ -10,6 +10,7 @@ pytest.importorskip("rdkit")
 
 from test_cli_sampling import tiltflow
 
+from tiltflow import bench_conformers
 from tiltflow.energies.molecular import open_energy
 from tiltflow.metrics.conformers import rmsd_matrix
 from tiltflow.molecules import covering as module
@@ -47,6 +48,16 @@ def test_few_conformers_cover_the_minima(monkeypatch):
         assert torch.equal(relax(hexane, made.drawn), made.relaxed)
         least.append(min(float((rmsd_matrix(hexane, minima, x).amin(1) < 0.5).double().mean()) for x in made[:2]))
     assert sum(least) / 3 > 0.62, least
+
+
+def test_what_a_choice_alone_is_worth(monkeypatch):
+    """The baseline of the benchmark: random torsions, chosen by the same rule, are among those that were drawn."""
+    monkeypatch.setattr(bench_conformers, "EXTRA", 16)
+    hexane = molecule("CCCCCC")
+    found = bench_conformers.rdkit_random_torsions_chosen(hexane, 4, 0)
+    pool = bench_conformers.rdkit_random_torsions(hexane, 20, 0).positions
+    assert torch.equal(found.positions, module.chosen(hexane, pool, 4).drawn) and found.energy_calls == 0
+    assert all(any(torch.equal(x, y) for y in pool) for x in found.positions)
 
 
 def test_the_command_writes_minima_without_weights(monkeypatch, tmp_path):

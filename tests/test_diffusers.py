@@ -237,6 +237,23 @@ def test_denoised_samples_are_those_of_stable_audio():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_rewarded_is_what_the_pipeline_shows(name):
+    """Decoding our latents gives the stock pipeline's images or audio: scaling, shift, packing, range."""
+    pipe, given, chain = prepared(name, steps=2)
+    pipe.vae.register_to_config(scaling_factor=0.7, **({"shift_factor": 0.3} if hasattr(pipe, "transformer") else {}))
+    x0 = chain.source(2, generator())
+    torch.manual_seed(11)
+    shown = torch.as_tensor(stock(pipe, given, x0, steps=2, output_type="pt"))
+    torch.manual_seed(11)
+    with torch.no_grad():
+        mine = chain.family.decode(pipe, stock(pipe, given, x0, steps=2))
+    shown = shown[:, None] if shown.ndim == 2 else shown
+    samples = min(shown.shape[2], mine.shape[2])  # audio is cut to the seconds that were asked for
+    scale = float(mine.std())
+    assert scale > 0 and torch.allclose(mine[:, :, :samples], shown[:, :, :samples], atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_lean_adjoint_is_autograd_through_the_frozen_steps(name):
     """Down to node 1 of 3, with guidance, also a row at a time; from a reward of what is decoded and of the text."""
     pipe, _, chain = prepared(name, steps=3, guidance=2.0)

@@ -37,7 +37,7 @@ from tiltflow.errors import TiltflowError
 from tiltflow.metrics.conformers import coverage, rmsd_matrix
 from tiltflow.molecules.audit import audit
 from tiltflow.molecules.cartesian import FROM_CONFORMERS, CartesianSettings, train_cartesian
-from tiltflow.molecules.covering import covering
+from tiltflow.molecules.covering import EXTRA, chosen, covering
 from tiltflow.molecules.geom import Listed, Reference, list_molecules, read_reference
 from tiltflow.molecules.molecule import Molecule, positions_of
 from tiltflow.molecules.split import read_training_smiles, unseen
@@ -101,6 +101,13 @@ def rdkit_random_torsions(molecule: Molecule, n: int, seed: int) -> Generated:
     return Generated(place(positions, torsions, 2 * torch.pi * turns), calls, seconds + time.perf_counter() - started)
 
 
+def rdkit_random_torsions_chosen(molecule: Molecule, n: int, seed: int) -> Generated:
+    """Of n + 512 of :func:`rdkit_random_torsions` the n that :func:`torsional` would choose: what its choice is worth."""
+    drawn = rdkit_random_torsions(molecule, n + EXTRA, seed)
+    started = time.perf_counter()
+    return Generated(chosen(molecule, drawn.positions, n).drawn, 0, drawn.seconds + time.perf_counter() - started)
+
+
 def torsional(molecule: Molecule, n: int, seed: int, model: str | None = None) -> Generated:
     """:func:`tiltflow.molecules.covering.covering`, as drawn; the benchmark relaxes them itself, like all others.
 
@@ -146,6 +153,7 @@ def cartesian_pretrained(molecule: Molecule, n: int, seed: int) -> Generated:
 METHODS: dict[str, Callable[[Molecule, int, int], Generated]] = {
     "rdkit": rdkit,
     "rdkit_random_torsions": rdkit_random_torsions,
+    "rdkit_random_torsions_chosen": rdkit_random_torsions_chosen,
     "torsional": torsional,
     "torsional_amortised": torsional_amortised,
     "cartesian": cartesian,

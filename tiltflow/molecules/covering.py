@@ -66,10 +66,15 @@ def covering(
     angles = dihedrals(made.positions[torch.isfinite(made.energy)], torsions.atoms)
     rigid = embed(molecule, n, seed)
     drawn = place(rigid[torch.arange(len(angles)) % len(rigid)], torsions, angles)
+    return chosen(molecule, drawn, n)._replace(energy_calls=int(made.provenance["energy_evaluations"]))
+
+
+def chosen(molecule: Molecule, drawn: Tensor, n: int) -> Covering:
+    """Of conformers (m, N, 3), wherever they come from, the n that best cover what all of them relax to."""
     relaxed = relax(molecule, drawn)
     to_minima = [rmsd_matrix(molecule, x, relaxed) for x in (drawn, relaxed)]
     rows = cover(torch.cat(to_minima, 1), n, RADIUS)
-    return Covering(drawn[rows], relaxed[rows], int(made.provenance["energy_evaluations"]))
+    return Covering(drawn[rows], relaxed[rows], 0)
 
 
 def covering_ensemble(
