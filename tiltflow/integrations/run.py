@@ -272,7 +272,7 @@ def _report(
     notes = ["Samples before and after have the same noise and prompts, row by row."]
     if pictures[0].shape[1] == 1:
         notes.append(
-            "Audio is shown as spectrograms, low frequencies below, 80 decibels from black to white; the first of it is in *.wav."
+            "Audio is shown as spectrograms, low frequencies below, 80 decibels deep; the first of it is in *.wav."
         )
     record = RunRecord(
         title=f"{Path(config.pipeline).name} tilted towards {config.reward}, λ = {config.strength:g}",
