@@ -73,7 +73,7 @@ LADDERS = {
 }
 """Others: the default. The replicas grow with √d, so that neighbours overlap."""
 GENTLER: dict[tuple[str, str], dict[str, Any]] = {("gmm40", "idem"): {"updates": 20}}
-"""Settings of a method where those of the problem diverge: after 100 updates on few end points iDEM's next ones are at 10⁸."""
+"""Settings of a method where those of the problem diverge: after 100 updates on few end points iDEM's are at 10⁸."""
 
 
 def chosen_samplers(text: str) -> tuple[str, ...]:
