@@ -451,8 +451,44 @@ def test_a_run_is_resumed_exactly(tmp_path):
 )
 def test_misuse(change, message):
     call = {"reward": brightness, "prompts": ["a", "b"], "strength": 1.0} | change
+    pipe = tiny.build("stable_diffusion")
+    names = list(pipe.unet.state_dict())
     with pytest.raises(TiltflowError, match=message):
-        finetune_pipeline(tiny.build("stable_diffusion"), **call)
+        finetune_pipeline(pipe, **call)
+    assert list(pipe.unet.state_dict()) == names
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_an_interrupted_pipeline_is_as_it_was(rank):
+    """Bit for bit, so that the next attempt is not refused; and the global generator is not drawn from."""
+    pipe, given, chain = prepared("stable_diffusion")
+    x0 = chain.source(2, generator())
+    before, network = latents(pipe, given, x0), pipe.unet
+
+    def interrupt(row, tuned):
+        raise KeyboardInterrupt
+
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    quick = PipelineSettings(iterations=2, batch=2, steps=3, rank=rank, learning_rate=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_pipeline(pipe, brightness, ["a", "b"], 50.0, quick, callback=interrupt)
+    assert torch.equal(torch.get_rng_state(), state) and pipe.unet is network
+    assert torch.equal(latents(pipe, given, x0), before)
+    finetune_pipeline(pipe, brightness, ["a", "b"], 50.0, quick)
+
+
+def test_stable_audio_takes_a_negative_prompt():
+    """Its embeddings come first from the pipeline; without one the row is zero."""
+    pipe = tiny.build("stable_audio")
+    positive, negative = torch.randn(2, 2, 6, 16, generator=generator())
+    with torch.no_grad():
+        plain = family_of(pipe).encode(pipe, {"prompt_embeds": positive})
+        both = family_of(pipe).encode(pipe, {"prompt_embeds": positive, "negative_prompt_embeds": negative})
+        other = family_of(pipe).encode(pipe, {"prompt_embeds": negative})
+    assert torch.equal(plain["text"][-1], torch.zeros_like(plain["text"][-1]))
+    assert torch.allclose(both["text"][:2], plain["text"][:2]) and torch.allclose(both["text"][2], other["text"][0])
+    assert both["duration"].shape == plain["duration"].shape == (3, 1, 32)
 
 
 def test_a_second_adapter_is_refused_and_none_is_not_saved(tmp_path):

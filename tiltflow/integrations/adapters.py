@@ -42,13 +42,14 @@ def add_adapter(pipe: Any, rank: int, generator: torch.Generator, targets: tuple
     _freeze(pipe)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
     try:
-        inject_adapter_in_model(config, network, NAME)
+        with torch.random.fork_rng():  # peft draws from the global generator
+            inject_adapter_in_model(config, network, NAME)
     except ValueError as error:
         raise TiltflowError(f"{type(network).__name__} has no layer named {', '.join(targets)}.") from error
     for name, p in network.named_parameters():
         if "lora_" in name:
             p.data = p.data.float()
-            if "lora_A" in name:  # peft draws from the global generator
+            if "lora_A" in name:
                 bound = p.shape[1] ** -0.5
                 drawn = torch.rand(p.shape, generator=generator, device=generator.device)
                 p.data = (bound * (2 * drawn - 1)).to(p.device)
@@ -143,13 +144,26 @@ def load_adapter(pipe: Any, folder: Path) -> None:
 
 def merge_adapter(pipe: Any) -> None:
     """Fold the adapter into the network's weights, in place: a stock pipeline again, for ``pipe.save_pretrained``."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     network = getattr(pipe, family_of(pipe).network)
     switch(network, True)
+    for layer in _layers(network):
+        layer.merge()
+    _unwrap(network)
+
+
+def remove_adapter(pipe: Any) -> None:
+    """Take the adapter off, or put the frozen network back: the pipeline as it was before training."""
+    name = family_of(pipe).network
+    network = getattr(pipe, name)
+    _unwrap(network)
+    setattr(pipe, name, getattr(network, BASE, network))
+
+
+def _unwrap(network: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for name, layer in [*network.named_modules()]:
         if isinstance(layer, BaseTunerLayer):
-            layer.merge()
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(network, "peft_config"):

@@ -195,13 +195,14 @@ class StableAudio:
 
     def encode(self, pipe: Any, prompts: dict[str, Any]) -> Rows:
         given = {"prompt": None} | prompts
-        text = pipe.encode_prompt(device=pipe.device, do_classifier_free_guidance="negative_prompt_embeds" in given, **given)
+        negative = any(name.startswith("negative") for name in given)
+        text = pipe.encode_prompt(device=pipe.device, do_classifier_free_guidance=negative, **given)
         seconds = self.event_shape(pipe)[1] * pipe.vae.hop_length / pipe.vae.config.sampling_rate
         start, end = pipe.encode_duration(0.0, seconds, pipe.device, False, len(text))
         text = torch.cat([text, start, end], 1)
         duration = torch.cat([start, end], 2)
-        if "negative_prompt_embeds" in given:  # they come first
-            n = len(given["negative_prompt_embeds"])
+        if negative:  # they come first
+            n = len(text) // 2
             return {"text": _with_negative(text[n:], text[:n]), "duration": _with_negative(duration[n:], duration[:n])}
         return {"text": _with_negative(text, torch.zeros_like(text)), "duration": _with_negative(duration, duration)}
 

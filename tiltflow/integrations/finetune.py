@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiltflow.buffer import Buffer
 from tiltflow.cost import RewardCost
 from tiltflow.distributed import world
 from tiltflow.errors import TiltflowError
 from tiltflow.fit import FitSettings, History, fit
-from tiltflow.integrations.adapters import TARGETS, add_adapter, save_adapter, train_all
+from tiltflow.integrations.adapters import TARGETS, add_adapter, remove_adapter, save_adapter, train_all
 from tiltflow.integrations.diffusers import Adapted, DecodedReward, Guidance, PipelineChain, in_parts, pipeline_chain
 from tiltflow.integrations.families import Rows, encode_prompts
 from tiltflow.integrations.memory import fitting_rows
@@ -130,7 +130,8 @@ def finetune_pipeline(
 
     Raises:
         TiltflowError: λ < 0, an unknown pipeline or scheduler, a reward that is detached, non-finite or of the wrong shape,
-            rows that are not one more than the prompts, diverging training.
+            rows that are not one more than the prompts, diverging training. Whatever is raised, the pipeline is left as it
+            was (a checkpoint stays).
     """
     s, generator = settings or PipelineSettings(), generator or torch.Generator().manual_seed(0)
     rows = encode_prompts(pipe, prompts, negative) if rows is None else rows
@@ -139,6 +140,26 @@ def finetune_pipeline(
         raise TiltflowError(f"{len(prompts)} prompts need {len(prompts) + 1} rows, the negative one last; got {counts}.")
     texts = [*prompts, negative or ""]
     network = train_all(pipe) if s.rank is None else add_adapter(pipe, s.rank, generator, s.targets)
+    try:
+        return _train(pipe, network, reward, rows, texts, strength, s, generator, checkpoint, resume, callback)
+    except BaseException:
+        remove_adapter(pipe)
+        raise
+
+
+def _train(
+    pipe: Any,
+    network: nn.Module,
+    reward: Score,
+    rows: Rows,
+    texts: list[str],
+    strength: float,
+    s: PipelineSettings,
+    generator: torch.Generator,
+    checkpoint: Path | None,
+    resume: bool,
+    callback: Callable[[dict[str, Any], TunedPipeline], bool | None] | None,
+) -> TunedPipeline:
     w = s.guidance
     if (rank := world().rank) > 0:  # the same adapter everywhere, paths of its own in each process
         generator.manual_seed(generator.initial_seed() + OTHERS * rank)
@@ -147,7 +168,7 @@ def finetune_pipeline(
     control = Adapted(network, w.scale if w.control else 1.0, relative=w.control != w.adjoint)
     rollout = Adapted(network, w.scale if w.rollout else 1.0)
     cost = RewardCost(DecodedReward(chain, reward, texts), strength, s.max_reward_grad)
-    draw = DrawnConditions(len(prompts), s.per_prompt, {"prompt": s.dropout})
+    draw = DrawnConditions(len(texts) - 1, s.per_prompt, {"prompt": s.dropout})
     cost.grad(chain.source(2, generator), **draw(2, generator))  # fail before the work starts
     if s.micro_batch == "fit":
         one = draw(1, generator)
