@@ -15,7 +15,7 @@ from tiltflow.errors import TiltflowError
 from tiltflow.integrations.adapters import add_adapter, load_adapter, merge_adapter, save_adapter, switch, switched
 from tiltflow.integrations.diffusers import Adapted, DecodedReward, Guidance, pipeline_chain
 from tiltflow.integrations.families import encode_prompts, family_of
-from tiltflow.integrations.finetune import PipelineSettings, finetune_pipeline, judge_pipeline
+from tiltflow.integrations.finetune import PipelineSettings, check_pipeline_reward, finetune_pipeline, judge_pipeline
 from tiltflow.integrations.schedules import nodes_of, posterior
 from tiltflow.simulate import simulate
 
@@ -500,3 +500,17 @@ def test_a_second_adapter_is_refused_and_none_is_not_saved(tmp_path):
         add_adapter(pipe, 2, generator())
     with pytest.raises(TiltflowError, match="holds no adapter"):
         load_adapter(tiny.build("stable_audio"), tmp_path)
+
+
+def test_a_reward_is_checked_on_the_pipeline():
+    """Brightness passes, and λ is suggested where e^{λr} leaves 5 % of the samples; a detached one fails by name."""
+    pipe = tiny.build("stable_diffusion")
+    quick = PipelineSettings(steps=3)
+    found = check_pipeline_reward(pipe, brightness, "a", 100, settings=quick)
+    assert found.status in ("pass", "warn") and found.suggestion > 0
+    row = next(r for r in found.strengths if r.strength == pytest.approx(found.suggestion))
+    assert row.ess == pytest.approx(0.05, rel=0.1)
+    detached = check_pipeline_reward(pipe, lambda x, texts: brightness(x, texts).detach(), "a", 100, settings=quick)
+    assert detached.status == "fail"
+    with pytest.raises(TiltflowError, match="at least 100 samples"):
+        check_pipeline_reward(pipe, brightness, "a", 10, settings=quick)

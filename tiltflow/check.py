@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from tiltflow.cost import Reward
 from tiltflow.errors import TiltflowError
 from tiltflow.probe import QUESTIONS, Answer, Probe
-from tiltflow.process import Process
 from tiltflow.strength import StrengthRow, largest_strength, predict_tilt
 from tiltflow.verdict import Status, VerdictLine, overall
 
@@ -41,8 +40,15 @@ class RewardReport:
         return overall(self.lines)
 
 
+class HasShape(Protocol):
+    """A process, or anything else that says what one sample looks like."""
+
+    @property
+    def event_shape(self) -> tuple[int, ...]: ...
+
+
 def check_reward(
-    base: Process,
+    base: HasShape,
     reward: Reward,
     *,
     samples: Tensor,
@@ -93,7 +99,7 @@ def check_reward(
     return RewardReport(list(lines.values()), table, suggestion)
 
 
-def _refuse(base: Process, samples: Tensor, strengths: Iterable[float]) -> None:
+def _refuse(base: HasShape, samples: Tensor, strengths: Iterable[float]) -> None:
     if samples.shape[1:] != base.event_shape or len(samples) < MIN_SAMPLES:
         raise TiltflowError(
             f"samples have shape {tuple(samples.shape)}; a check needs at least {MIN_SAMPLES} samples of the base, "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.buffer import Buffer
+from tiltflow.check import RewardReport, check_reward
 from tiltflow.cost import RewardCost
 from tiltflow.distributed import world
 from tiltflow.errors import TiltflowError
@@ -30,7 +31,7 @@ from tiltflow.integrations.prompts import DrawnConditions
 from tiltflow.methods import State
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.metrics.distance import pairwise_mean
-from tiltflow.simulate import sample
+from tiltflow.simulate import sample, simulate
 
 Score = Callable[[Tensor, list[str]], Tensor]
 """(images (n, 3, H, W) in [0, 1] or audio (n, channels, samples), texts) → (n,)."""
@@ -204,6 +205,37 @@ def _train(
     told = None if callback is None else lambda row: callback(row, tuned)
     history = fit(method, State(control, generator), training, buffer, checkpoint, resume, told)
     return tuned._replace(history=history)
+
+
+@torch.no_grad()
+def check_pipeline_reward(
+    pipe: Any,
+    reward: Score,
+    prompt: str,
+    samples: int = 128,
+    *,
+    settings: PipelineSettings | None = None,
+    generator: torch.Generator | None = None,
+    rows: Rows | None = None,
+    judge: Score | None = None,
+) -> RewardReport:
+    """:func:`tiltflow.check_reward` on latents of the pipeline itself, for one prompt: is the reward sound, and which λ?
+
+    Args:
+        samples: at least 100, from the chain that would be fine-tuned; of ``settings`` steps, guidance and micro-batch count.
+        rows: of the prompt and the negative one, if they are encoded already.
+
+    Raises:
+        TiltflowError: an unknown pipeline or scheduler, too few samples.
+    """
+    s, generator = settings or PipelineSettings(), generator or torch.Generator().manual_seed(0)
+    rows = encode_prompts(pipe, [prompt]) if rows is None else rows
+    chain = pipeline_chain(pipe, rows, s.steps, s.guidance.scale, None if s.micro_batch == "fit" else s.micro_batch)
+    number = torch.zeros(samples, dtype=torch.long)
+    x = simulate(chain, None, chain.source(samples, generator), generator, prompt=number).x[-1]
+    held_out = None if judge is None else DecodedReward(chain, judge, [prompt, ""])
+    decoded = DecodedReward(chain, reward, [prompt, ""])
+    return check_reward(chain, decoded, samples=x, generator=generator, judge=held_out, prompt=number)
 
 
 def _all_for_one_row(chain: PipelineChain, control: Adapted, cost: RewardCost, condition: dict[str, Tensor]) -> None:
