@@ -222,7 +222,7 @@ def check_pipeline_reward(
     """:func:`tiltflow.check_reward` on latents of the pipeline itself, for one prompt: is the reward sound, and which λ?
 
     Args:
-        samples: at least 100, from the chain that would be fine-tuned; of ``settings`` steps, guidance and micro-batch count.
+        samples: at least 100, of the chain that would be fine-tuned. settings: its steps, guidance and micro-batch count.
         rows: of the prompt and the negative one, if they are encoded already.
 
     Raises:
