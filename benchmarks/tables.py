@@ -169,7 +169,7 @@ def sampling() -> str:
     rows = [r for d in documents for r in d["rows"]]
     columns = {
         "w2": 2, "w2_floor": 2, "energy_w2": 2, "energy_w2_floor": 2, "mode_tv": 3, "ess": 2, "log_z_error": 3,
-        "energy_calls": 0, "gradient_steps": 0, "seconds": 0,
+        "energy_calls": 0, "gradient_steps": 0, "processor_seconds": 0, "seconds": 0,
     }  # fmt: skip
     lines = []
     for problem in dict.fromkeys((*ENERGY_PROBLEMS, *(r["problem"] for r in rows))):
