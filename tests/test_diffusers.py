@@ -12,6 +12,7 @@ import tiny_pipelines as tiny
 from tiltflow.adjoint import lean_adjoint
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
+from tiltflow.integrations import finetune as module
 from tiltflow.integrations.adapters import add_adapter, load_adapter, merge_adapter, save_adapter, switch, switched
 from tiltflow.integrations.diffusers import Adapted, DecodedReward, Guidance, pipeline_chain
 from tiltflow.integrations.families import encode_prompts, family_of
@@ -514,3 +515,20 @@ def test_a_reward_is_checked_on_the_pipeline():
     assert detached.status == "fail"
     with pytest.raises(TiltflowError, match="at least 100 samples"):
         check_pipeline_reward(pipe, brightness, "a", 10, settings=quick)
+
+
+def test_settings_go_where_they_belong(monkeypatch):
+    """The paper's steps (10 and 10 of 40) and clip (1.6 λ²); dropout, buffer, updates; rows of one batch at a time."""
+    seen = []
+    monkeypatch.setattr(module, "fit", lambda *args: seen.append(args) or [])
+    settings = PipelineSettings(batch=3, per_prompt=2, dropout=0.25, updates=5, minibatch=7, buffer_rounds=2, ema=0.5)
+    finetune_pipeline(tiny.build("stable_diffusion"), brightness, ["a", "b"], 10.0, settings)
+    method, _, training, buffer, *_ = seen[0]
+    assert (method.last_steps, method.random_steps, method.batch, method.clip) == (10, 10, 3, pytest.approx(160.0))
+    assert method.conditions.dropout == {"prompt": 0.25} and method.conditions.per_prompt == 2
+    assert buffer.capacity == 2 * 20 * 3
+    assert (training.updates, training.minibatch, training.accumulate, training.ema) == (5, 7, 3, 0.5)
+    few = PipelineSettings(steps=5, last_steps=2, random_steps=1, clip=None, micro_batch=2)
+    finetune_pipeline(tiny.build("stable_diffusion"), brightness, ["a"], 10.0, few)
+    method, _, training, *_ = seen[1]
+    assert (method.last_steps, method.random_steps, method.clip, training.accumulate) == (2, 1, None, 2)

@@ -127,14 +127,15 @@ def finetune_pipeline(
         rows: the prompts already encoded, one more than there are, the negative one last (None: they are encoded here).
         negative: text of the negative prompt (None: the pipeline's own).
         callback: called with each round's metrics and what there is so far; True makes it the last round.
-        generator, checkpoint, resume: see :func:`tiltflow.fit.fit`; the same seed gives the same adapter.
+        generator: on the pipeline's device (None: seed 0); the same seed gives the same adapter.
+        checkpoint, resume: see :func:`tiltflow.fit.fit`.
 
     Raises:
         TiltflowError: λ < 0, an unknown pipeline or scheduler, a reward that is detached, non-finite or of the wrong shape,
             rows that are not one more than the prompts, diverging training. Whatever is raised, the pipeline is left as it
             was (a checkpoint stays).
     """
-    s, generator = settings or PipelineSettings(), generator or torch.Generator().manual_seed(0)
+    s, generator = settings or PipelineSettings(), generator or torch.Generator(str(pipe.device)).manual_seed(0)
     rows = encode_prompts(pipe, prompts, negative) if rows is None else rows
     if any(len(value) != len(prompts) + 1 for value in rows.values()):
         counts = {name: len(value) for name, value in rows.items()}
@@ -228,7 +229,7 @@ def check_pipeline_reward(
     Raises:
         TiltflowError: an unknown pipeline or scheduler, too few samples.
     """
-    s, generator = settings or PipelineSettings(), generator or torch.Generator().manual_seed(0)
+    s, generator = settings or PipelineSettings(), generator or torch.Generator(str(pipe.device)).manual_seed(0)
     rows = encode_prompts(pipe, [prompt]) if rows is None else rows
     chain = pipeline_chain(pipe, rows, s.steps, s.guidance.scale, None if s.micro_batch == "fit" else s.micro_batch)
     number = torch.zeros(samples, dtype=torch.long)
