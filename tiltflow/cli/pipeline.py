@@ -76,15 +76,15 @@ def finetune_pipeline_command(
         dtype, settings,
     )  # fmt: skip
     config.scores()  # misuse is found before the folder is touched
-    config.load()
+    pipe = config.load()
     if world().rank > 0:
         wait()  # until the first has claimed the folder
-        help_pipeline(config, out, resume)
+        help_pipeline(config, pipe, out, resume)
         return
     bars = Bars()
     with RunFolder(out, asdict(config), resume, overwrite) as folder:
         wait()
-        result = run_pipeline(config, folder, command_line(), bars)
+        result = run_pipeline(config, pipe, folder, command_line(), bars)
     bars.close()
     summary = result["rows"][0]
     names = [key.removesuffix("_base") for key in summary if key.endswith("_base")]

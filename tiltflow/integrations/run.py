@@ -95,9 +95,13 @@ def load_pipeline(name: str, device: str = "cpu", dtype: str = "float32") -> Any
 
 
 def run_pipeline(
-    config: PipelineConfig, folder: RunFolder, command: str, progress: Progress = lambda what, done, total: None
+    config: PipelineConfig,
+    pipe: Any,
+    folder: RunFolder,
+    command: str,
+    progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Run the job inside an opened run folder; returns the document that metrics.json holds.
+    """Run the job on the loaded pipeline inside an opened run folder; returns the document that metrics.json holds.
 
     With ``monitor``, judges are asked during training about a quarter of the samples; it ends when one of them is lower than
     the base's by more than three standard errors of the paired difference: the reward is being hacked.
@@ -106,7 +110,7 @@ def run_pipeline(
         TiltflowError: as :func:`~tiltflow.integrations.finetune.finetune_pipeline`.
     """
     started = time.perf_counter()
-    scores, pipe = config.scores(), config.load()
+    scores = config.scores()
     generator = torch.Generator(config.device).manual_seed(config.seed)
     tuned, watch = _train(config, folder.checkpoint, folder.resume, pipe, scores, generator, progress)
     trained = time.perf_counter() - started
@@ -148,11 +152,11 @@ def run_pipeline(
     return document
 
 
-def help_pipeline(config: PipelineConfig, out: Path, resume: bool) -> None:
+def help_pipeline(config: PipelineConfig, pipe: Any, out: Path, resume: bool) -> None:
     """What every process but the first does of a run: train, with a checkpoint of its own in the run folder."""
     generator = torch.Generator(config.device).manual_seed(config.seed)
     scores, checkpoint = config.scores(), out / f"checkpoint-{world().rank}.safetensors"
-    _train(config, checkpoint, resume, config.load(), scores, generator)
+    _train(config, checkpoint, resume, pipe, scores, generator)
 
 
 class Watch:
