@@ -77,7 +77,7 @@ GENTLER: dict[tuple[str, str], dict[str, Any]] = {
     ("lj13", "pis"): {"batch": 64},
     ("lj13", "dds"): {"batch": 64},
 }
-"""Settings of a method where those of the problem diverge or do not fit: after 100 updates on few end points iDEM's next ones
+"""Settings of a method where the problem's diverge or do not fit: after 100 updates on few end points iDEM's next ones
 are at 10⁸; a gradient through 60 steps of 512 clusters takes more than 21 GB.
 """
 
