@@ -7,7 +7,7 @@ pages, which training never sees. It confuses single letters even of clean pages
 holds likeliest (accuracy with a lexicon, .95 on rendered words; a word spelt exactly as it reads it counts in ``exact``).
 Fine-tuning draws words of one half of the vocabulary; both halves are judged.
 
-    pip install --no-deps -r recipes/requirements-words.txt
+    pip install --no-deps -r recipes/requirements-words.txt     # and EasyOCR's weights as safetensors: docs/pipelines.md
     python recipes/words.py --seeds 0 1 2 --out runs/words --results benchmarks/results/words.json
 """
 
@@ -288,6 +288,7 @@ def judged(base: Process, tuned: Tuned, seed: int, args: argparse.Namespace, rew
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a small text-to-image flow so that its words can be read.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--reader", type=Path, default=Path("english.safetensors"), help="EasyOCR's weights")
     parser.add_argument("--base", type=Path, default=Path("runs/words-base.safetensors"), help="trained if it is not there")
     parser.add_argument("--base-steps", type=int, default=6_000)
     parser.add_argument("--iterations", type=int, default=60)
@@ -300,8 +301,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    reward, judge = easyocr_recogniser(), Judge()  # what is missing is said first
     args.base.parent.mkdir(parents=True, exist_ok=True)
+    reward, judge = easyocr_recogniser(args.reader), Judge()  # what is missing is said first
     base = train_base(args, args.base)
     rows: list[dict[str, Any]] = []
     config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}

