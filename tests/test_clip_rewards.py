@@ -23,7 +23,8 @@ def folder(tmp_path_factory):
     text = tiny.clip_config().to_dict()
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
               "image_size": SIZE, "patch_size": 4, "projection_dim": 16}  # fmt: skip
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = transformers.CLIPModel(config).float()  # whatever the test before left as the default
     path = tmp_path_factory.mktemp("clip")
     model.save_pretrained(path)
     tiny.clip_tokenizer().save_pretrained(path)
