@@ -22,6 +22,7 @@ import torch
 from tiltflow.bench import publish
 from tiltflow.integrations.diffusers import Adapted, DecodedReward
 from tiltflow.integrations.finetune import PipelineSettings, finetune_pipeline
+from tiltflow.integrations.memory import peak_bytes
 from tiltflow.simulate import walk
 
 STEPS, BATCH, TOKENS = (10, 20, 40), 8, 8
@@ -49,12 +50,6 @@ def pipeline() -> Any:
     )  # fmt: skip
 
 
-def resident(what: str) -> float:
-    """VmRSS or VmHWM of this process, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
-
-
 def measure(method: str, steps: int) -> dict[str, Any]:
     """One row, in a process of its own."""
     torch.set_num_threads(1)
@@ -66,21 +61,24 @@ def measure(method: str, steps: int) -> dict[str, Any]:
 
     settings = PipelineSettings(iterations=0, batch=BATCH, steps=steps, rank=4)
     tuned = finetune_pipeline(pipe, brightness, [""], 1.0, settings, rows=rows)  # the reward is checked: the decoder is warm
-    settings = PipelineSettings(iterations=1, batch=BATCH, steps=steps, rank=4)
-    gc.collect()
-    before, started = resident("VmRSS"), time.perf_counter()
-    if method == "adjoint_matching":
-        finetune_pipeline(fresh(pipe), brightness, [""], 1.0, settings, rows=rows)
-    else:
+    one = PipelineSettings(iterations=1, batch=BATCH, steps=steps, rank=4)
+
+    def work() -> None:
+        if method == "adjoint_matching":
+            finetune_pipeline(fresh(pipe), brightness, [""], 1.0, one, rows=rows)
+            return
         chain, generator = tuned.chain, torch.Generator().manual_seed(0)
         prompt = torch.zeros(BATCH, dtype=torch.long)
         for step in walk(chain, Adapted(chain.network), chain.source(BATCH, generator), generator, prompt=prompt):
             x = step.x_next
         (-DecodedReward(chain, brightness, ["", ""])(x, prompt=prompt).mean()).backward()
+
+    gc.collect()
+    started = time.perf_counter()
     return {
         "method": method,
         "steps": steps,
-        "peak_mb": resident("VmHWM") - before,
+        "peak_mb": peak_bytes(work, torch.device("cpu")) / 2**20,
         "stored_mb": 4 * (steps + 1) * BATCH * 4 * 32 * 32 * 4 / 2**20,
         "seconds": time.perf_counter() - started,
     }

@@ -28,7 +28,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import tiltflow
 from tiltflow.bench import write_result
 from tiltflow.control import FineTuned
 from tiltflow.errors import TiltflowError
@@ -41,7 +40,7 @@ from tiltflow.nn.features import time_features
 from tiltflow.process import Process
 from tiltflow.report.plots import image_grid
 from tiltflow.rewards.ocr import Legibility, easyocr_recogniser
-from tiltflow.run import RunFolder, finite
+from tiltflow.run import RunFolder, document
 from tiltflow.simulate import ode, sample
 from tiltflow.store import load_weights, save_weights
 
@@ -315,15 +314,13 @@ def main(argv: list[str] | None = None) -> None:
             kl = float(np.mean([row["kl"] for row in tuned.history[-5:]]))
             found = judged(base, tuned, seed, args, reward, judge, folder.path)
             rows += [row | {"kl": kl, "seconds": seconds} for row in found]
-            document = finite({
-                "command": "python recipes/words.py " + " ".join(sys.argv[1:] if argv is None else argv),
-                "version": tiltflow.__version__, "seed": args.seeds, "device": "cpu", "rows": rows, "verdict": None,
-            })  # fmt: skip
-            folder.write_json("metrics.json", document)
+            command = "python recipes/words.py " + " ".join(sys.argv[1:] if argv is None else argv)
+            result = document(command, args.seeds, "cpu", rows, None)
+            folder.write_json("metrics.json", result)
             for row in rows[-4:]:
                 print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
     if args.results is not None:
-        write_result(args.results, document, time.perf_counter() - started)
+        write_result(args.results, result, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import diffusers as D
 import tiny_pipelines as tiny
 
 from tiltflow.adjoint import lean_adjoint
+from tiltflow.chain import posterior_step
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
 from tiltflow.integrations import finetune as module
@@ -17,7 +18,7 @@ from tiltflow.integrations.adapters import add_adapter, load_adapter, merge_adap
 from tiltflow.integrations.diffusers import Adapted, DecodedReward, Guidance, pipeline_chain
 from tiltflow.integrations.families import encode_prompts, family_of
 from tiltflow.integrations.finetune import PipelineSettings, check_pipeline_reward, finetune_pipeline, judge_pipeline
-from tiltflow.integrations.schedules import nodes_of, posterior
+from tiltflow.integrations.schedules import nodes_of
 from tiltflow.simulate import simulate
 
 FAMILIES = tuple(tiny.BUILDERS)
@@ -104,7 +105,7 @@ def test_steps_are_those_of_ddim_with_eta_one(prediction, spacing):
         set_alpha_to_one=spacing == "trailing", rescale_betas_zero_snr=prediction != "epsilon",
     )  # fmt: skip
     nodes = nodes_of(scheduler, 10)
-    a, b, variance = posterior(nodes.alpha, nodes.beta)
+    a, b, variance = posterior_step(nodes.alpha, nodes.beta)
     scheduler.set_timesteps(10)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()  # its own step cancels where the first has no signal
     x = torch.randn(1, 3, 4, 4, generator=generator(), dtype=torch.float64)
@@ -128,7 +129,7 @@ def test_flow_steps_are_the_memoryless_sde(shift):
     nodes = nodes_of(scheduler, 1000)
     scheduler.set_timesteps(1000)
     x, output = torch.randn(2, 50, generator=generator(), dtype=torch.float64)
-    a, b, variance = posterior(nodes.alpha, nodes.beta)
+    a, b, variance = posterior_step(nodes.alpha, nodes.beta)
     for k in (0, 300, 700, 999):
         x1, t, h = nodes.p[k] * x + nodes.q[k] * output, nodes.alpha[k], nodes.alpha[k + 1] - nodes.alpha[k]
         scheduler._step_index = None
@@ -147,7 +148,7 @@ def test_cosine_steps_are_those_of_its_solver_of_first_order():
     """Stable Audio's scheduler is an SDE solver: at order 1 its step is the chain's, in units √(1 + σ²) larger."""
     scheduler = D.CosineDPMSolverMultistepScheduler(solver_order=1)
     nodes = nodes_of(scheduler, 8)
-    a, b, variance = posterior(nodes.alpha, nodes.beta)
+    a, b, variance = posterior_step(nodes.alpha, nodes.beta)
     scheduler.set_timesteps(8)
     x, output = torch.randn(2, 50, generator=generator(), dtype=torch.float64)
     for k in range(7):

@@ -122,6 +122,16 @@ def check_grid(t: Tensor) -> Tensor:
     return t
 
 
+def posterior_step(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and the variance, each (K,), of a step of the posterior, x_{k+1} | x_k, X_1 ~ N(A x_k + B X_1, variance I).
+
+    From α and β at the nodes, (K+1,).
+    """
+    rho, beta2 = alpha[:-1] / alpha[1:], beta**2
+    shrink = torch.where(beta2[:-1] > 0, beta2[1:] / beta2[:-1].clamp_min(1e-300), 0.0)  # β_t²/β_s²; x_0 = 0 if β_0 = 0
+    return rho * shrink, alpha[1:] * (1 - rho**2 * shrink), beta2[1:] * (1 - rho**2 * shrink)
+
+
 def memoryless_chain(
     base: Process, t: Tensor, residual_variance: Tensor, noiseless_last: bool = False
 ) -> InterpolantChain:
@@ -144,13 +154,8 @@ def memoryless_chain(
             f"got shape {tuple(v.shape)}, minimum {float(v.min()):.3g}."
         )
     pad = (1,) * (v.ndim - 1)
-    alpha, beta2 = base.interpolant.alpha(t), base.interpolant.beta(t) ** 2
-    rho = alpha[:-1] / alpha[1:]
-    shrink = torch.where(beta2[:-1] > 0, beta2[1:] / beta2[:-1].clamp_min(1e-300), 0.0)  # β_t²/β_s²; x_0 = 0 if β_0 = 0
-    a = (rho * shrink).reshape(-1, *pad)
-    b = (alpha[1:] * (1 - rho**2 * shrink)).reshape(-1, *pad)
-    bridge = beta2[1:] * (1 - rho**2 * shrink)
-    std = (bridge.reshape(-1, *pad) + b**2 * v).sqrt()
+    a, b, bridge = (c.reshape(-1, *pad) for c in posterior_step(base.interpolant.alpha(t), base.interpolant.beta(t)))
+    std = (bridge + b**2 * v).sqrt()
     if noiseless_last:
         std = torch.cat([std[:-1], torch.zeros_like(std[-1:])])
     return InterpolantChain(base, t, a, b, std, memoryless=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from tiltflow import __version__
 from tiltflow.bench import TiltSettings, chain_of, mode_weights, train
 from tiltflow.chain import InterpolantChain, euler_maruyama, uniform_grid
 from tiltflow.control import FineTuned
@@ -16,7 +15,7 @@ from tiltflow.metrics.distance import mean_w2, total_variation
 from tiltflow.noise import Constant, Memoryless, NoiseSchedule, memoryless_residual
 from tiltflow.problems import mixture2d
 from tiltflow.report import plots
-from tiltflow.run import RunFolder, finite
+from tiltflow.run import RunFolder, document
 from tiltflow.simulate import sample
 
 STEPS, SAMPLES, SHOWN = 60, 20_000, 1_500
@@ -68,9 +67,7 @@ def memoryless_demo(
                     "w2_floor": floor,
                 }
             )
-        document = finite(
-            {"command": command, "version": __version__, "seed": seed, "device": "cpu", "rows": rows, "verdict": None}
-        )
-        folder.write_json("metrics.json", document)
+        result = document(command, seed, "cpu", rows, None)
+        folder.write_json("metrics.json", result)
         (folder.path / "memoryless.png").write_bytes(plots.panels2d(panels))
-    return document
+    return result

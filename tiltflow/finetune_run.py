@@ -25,7 +25,7 @@ from tiltflow.finetune import FinetuneSettings, Tuned, finetune, require_memoryl
 from tiltflow.process import Process
 from tiltflow.registry import RewardSpec, load_base, load_reward
 from tiltflow.report import RunRecord, SummaryRow, write_report
-from tiltflow.run import RunFolder, finite
+from tiltflow.run import RunFolder, document
 from tiltflow.simulate import Samples, ode, sample
 from tiltflow.store import load_weights, save_weights
 from tiltflow.verdict import Verdict, VerdictLine, judge_samples, overall
@@ -321,17 +321,9 @@ def _conclude(
         "train_seconds": trained,
         "seconds": seconds,
     }
-    document = finite(
-        {
-            "command": command,
-            "version": __version__,
-            "seed": config.seed,
-            "device": config.device,
-            "rows": [summary, *({"kind": "verdict", **line._asdict()} for line in lines), *scalars],
-            "verdict": verdict.status,
-        }
-    )
-    folder.write_json("metrics.json", document)
+    said = [summary, *({"kind": "verdict", **line._asdict()} for line in lines), *scalars]
+    result = document(command, config.seed, config.device, said, verdict.status)
+    folder.write_json("metrics.json", result)
     norms = [h["adjoint_norm"] for h in tuned.history[-10:]]
     names = [k[: -len("_base")] for k in row if k.endswith("_base")]
     table = [
@@ -370,7 +362,7 @@ def _conclude(
             version=__version__,
         ),
     )
-    return document
+    return result
 
 
 def _reward_of(spec: RewardSpec, x: Tensor, condition: dict[str, Any]) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from tiltflow import __version__
 from tiltflow.errors import TiltflowError
 from tiltflow.store import write_text
 
@@ -92,6 +93,12 @@ class RunFolder:
     def write_json(self, name: str, document: Any) -> None:
         """Write a JSON file into the folder, atomically; NaN and infinities become null."""
         write_text(self.path / name, json.dumps(finite(document), indent=1) + "\n")
+
+
+def document(command: str, seed: Any, device: str, rows: list[dict[str, Any]], verdict: Any) -> dict[str, Any]:
+    """The machine-readable answer of a command, and what metrics.json holds."""
+    said = {"command": command, "version": __version__, "seed": seed, "device": device, "rows": rows, "verdict": verdict}
+    return finite(said)
 
 
 def finite(document: Any) -> Any:

@@ -24,7 +24,7 @@ from tiltflow.errors import TiltflowError
 from tiltflow.geometry import Centred, Torus, noise
 from tiltflow.registry import load_problem
 from tiltflow.report.sampler import SamplerRecord, write_sampler_report
-from tiltflow.run import RunFolder, finite
+from tiltflow.run import RunFolder, document
 from tiltflow.sampler import DEFAULTS, Drawn, SamplerSettings, TrainedSampler, train_sampler
 from tiltflow.sampler_verdict import judge_sampler
 from tiltflow.store import load_weights, save_weights
@@ -239,23 +239,12 @@ def run_sampler(
         "train_seconds": sum(h["seconds"] for h in history),
         "seconds": time.perf_counter() - started,
     }
-    document = finite(
-        {
-            "command": command,
-            "version": __version__,
-            "seed": config.seed,
-            "device": config.device,
-            "rows": [
-                summary,
-                *({"kind": "verdict", **line._asdict()} for line in verdict.lines),
-                *({"kind": "iteration"} | h for h in history),
-            ],
-            "verdict": verdict.status,
-        }
-    )
-    folder.write_json("metrics.json", document)
+    lines = ({"kind": "verdict", **line._asdict()} for line in verdict.lines)
+    rows = [summary, *lines, *({"kind": "iteration"} | h for h in history)]
+    result = document(command, config.seed, config.device, rows, verdict.status)
+    folder.write_json("metrics.json", result)
     write_sampler_report(folder.path, _record(config, command, problem, drawn, assessed, verdict, history, notes))
-    return document
+    return result
 
 
 def save_drawn(path: Path, drawn: Drawn) -> None:

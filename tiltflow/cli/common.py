@@ -13,9 +13,8 @@ import click
 import torch
 from tqdm import tqdm
 
-from tiltflow import __version__
+from tiltflow import run
 from tiltflow.errors import TiltflowError
-from tiltflow.run import finite
 
 EXIT_MISUSE, EXIT_FAIL = 2, 3
 
@@ -68,10 +67,8 @@ def command_line() -> str:
 
 
 def document(seed: int, device: str, rows: list[dict[str, Any]], verdict: str | None) -> dict[str, Any]:
-    """The machine-readable answer of a command."""
-    return finite(
-        {"command": command_line(), "version": __version__, "seed": seed, "device": device, "rows": rows, "verdict": verdict}
-    )
+    """The machine-readable answer of this command."""
+    return run.document(command_line(), seed, device, rows, verdict)
 
 
 def finish(result: dict[str, Any], as_json: bool, text: str) -> None:

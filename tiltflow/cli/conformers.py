@@ -59,7 +59,7 @@ def conformers_command(
     hotter = None if sampling_temperature is None else parse_temperature(sampling_temperature)
     settings = ConformerSettings(
         energy=energy, temperature=kelvin, sampling_temperature=hotter, conjugated=conjugated,
-        n=count, model=None if model is None else str(model), rescore=rescore, cover=cover,
+        n=count, model=None if model is None else str(model), rescore=rescore,
     )  # fmt: skip
     if model is not None and (hotter is not None or conjugated):
         raise TiltflowError("--model brings its own: leave out --sampling-temperature and --conjugated.")
@@ -74,12 +74,13 @@ def conformers_command(
         "input": source,
         "input_sha256": hashlib.sha256(content).hexdigest(),
         **asdict(settings),
+        "cover": cover,
         "max_atoms": max_atoms,
         "seed": seed,
     }
     bars = Bars()
     with RunFolder(out, config, resume, overwrite) as folder:
-        rows = run_conformers(read, settings, seed, folder, command_line(), bars)
+        rows = run_conformers(read, settings, seed, folder, command_line(), bars, cover)
         result = document(seed, device, rows, "cannot tell" if any(r.get("reliable") is False for r in rows) else None)
         folder.write_json("metrics.json", result)
     bars.close()

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tiltflow.chain import Index, at
+from tiltflow.chain import Index, at, posterior_step
 from tiltflow.errors import TiltflowError
 from tiltflow.geometry import Euclidean, Geometry
 from tiltflow.integrations.adapters import switched
 from tiltflow.integrations.families import Family, Rows, family_of
-from tiltflow.integrations.schedules import Nodes, nodes_of, posterior
+from tiltflow.integrations.schedules import Nodes, nodes_of
 
 
 class Guidance(NamedTuple):
@@ -125,7 +125,7 @@ def pipeline_chain(
     if micro_batch is not None and micro_batch < 1:
         raise TiltflowError(f"micro_batch must be at least 1, got {micro_batch}.")
     nodes = nodes_of(pipe.scheduler, steps, **family.timing(pipe, steps))
-    a, b, variance = posterior(nodes.alpha, nodes.beta)
+    a, b, variance = posterior_step(nodes.alpha, nodes.beta)
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     shape = family.event_shape(pipe)
     return PipelineChain(pipe, family, rows, nodes, shape, t, a, b, variance.sqrt(), guidance, micro_batch)

@@ -31,10 +31,9 @@ from tiltflow.integrations.prompts import DrawnConditions
 from tiltflow.methods import State
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.metrics.distance import pairwise_mean
+from tiltflow.rewards.combine import Score
 from tiltflow.simulate import sample, simulate
 
-Score = Callable[[Tensor, list[str]], Tensor]
-"""(images (n, 3, H, W) in [0, 1] or audio (n, channels, samples), texts) → (n,)."""
 OTHERS = 1_000_003
 """Added to the seed per process."""
 MANY_STEPS = 20

@@ -19,7 +19,6 @@ from tiltflow.errors import TiltflowError
 from tiltflow.integrations.finetune import (
     Judged,
     PipelineSettings,
-    Score,
     TunedPipeline,
     finetune_pipeline,
     judge_pipeline,
@@ -27,7 +26,8 @@ from tiltflow.integrations.finetune import (
 from tiltflow.registry import import_function
 from tiltflow.report import RunRecord, SummaryRow, write_report
 from tiltflow.report.plots import require
-from tiltflow.run import RunFolder, finite
+from tiltflow.rewards.combine import Score
+from tiltflow.run import RunFolder, document
 from tiltflow.store import write_text
 from tiltflow.verdict import SIGMAS, Status, VerdictLine, overall
 
@@ -132,24 +132,14 @@ def run_pipeline(
         "seconds": time.perf_counter() - started,
     }
     history = [{k: v for k, v in h.items() if not isinstance(v, list)} for h in tuned.history]
-    document = finite(
-        {
-            "command": command,
-            "version": __version__,
-            "seed": config.seed,
-            "device": config.device,
-            "rows": [
-                row, *({"kind": "verdict", **line._asdict()} for line in lines),
-                *({"kind": "iteration", **h} for h in history),
-            ],
-            "verdict": overall(lines),
-        }
-    )  # fmt: skip
+    said = ({"kind": "verdict", **line._asdict()} for line in lines)
+    rows = [row, *said, *({"kind": "iteration", **h} for h in history)]
+    result = document(command, config.seed, config.device, rows, overall(lines))
     save_file({"before": before.x.cpu(), "after": after.x.cpu()}, folder.path / "samples.safetensors")
-    write_text(folder.path / ADAPTER / CARD, card(config, document))
-    folder.write_json("metrics.json", document)
-    _report(config, folder, tuned, document, lines, before, after, history)
-    return document
+    write_text(folder.path / ADAPTER / CARD, card(config, result))
+    folder.write_json("metrics.json", result)
+    _report(config, folder, tuned, result, lines, before, after, history)
+    return result
 
 
 def help_pipeline(config: PipelineConfig, pipe: Any, out: Path, resume: bool) -> None:
@@ -234,19 +224,19 @@ def verdict_lines(before: Judged, after: Judged) -> list[VerdictLine]:
     return [*lines, VerdictLine("diversity kept", ratio, None, None, f"≥ {KEPT:g} good, < {LOST:g} bad", kept, said)]
 
 
-def card(config: PipelineConfig, document: Mapping[str, Any]) -> str:
+def card(config: PipelineConfig, result: Mapping[str, Any]) -> str:
     """The adapter's model card, Markdown."""
-    summary = document["rows"][0]
+    summary = result["rows"][0]
     from diffusers import __version__ as diffusers
     from peft import __version__ as peft
 
     numbers = "\n".join(f"| {k} | {v} |" for k, v in summary.items() if k != "kind")
     settings = "\n".join(f"| {k} | {v} |" for k, v in asdict(config.settings).items())
-    made_by = f"tiltflow {document['version']} (torch {torch.__version__}, diffusers {diffusers}, peft {peft})"
+    made_by = f"tiltflow {result['version']} (torch {torch.__version__}, diffusers {diffusers}, peft {peft})"
     return (
         f"# Adapter for {config.pipeline}\n\nTilted towards `{config.reward}` with λ = {config.strength:g}, seed "
         f"{config.seed}, {len(config.prompts)} prompts, by {made_by}.\n\n"
-        f"Verdict: **{document['verdict']}**.\n\n    {document['command']}\n\n"
+        f"Verdict: **{result['verdict']}**.\n\n    {result['command']}\n\n"
         f"| | |\n|---|---|\n{numbers}\n\n| setting | |\n|---|---|\n{settings}\n\n"
         "The licence is that of the base model; check that it allows derived weights.\n"
     )
@@ -256,13 +246,13 @@ def _report(
     config: PipelineConfig,
     folder: RunFolder,
     tuned: TunedPipeline,
-    document: Mapping[str, Any],
+    result: Mapping[str, Any],
     lines: list[VerdictLine],
     before: Judged,
     after: Judged,
     history: list[dict[str, Any]],
 ) -> None:
-    row, norms = document["rows"][0], [h["adjoint_norm"] for h in tuned.history[-10:]]
+    row, norms = result["rows"][0], [h["adjoint_norm"] for h in tuned.history[-10:]]
     pictures = []
     for name, found in (("before", before), ("after", after)):
         with torch.no_grad():
@@ -280,8 +270,8 @@ def _report(
         )
     record = RunRecord(
         title=f"{Path(config.pipeline).name} tilted towards {config.reward}, λ = {config.strength:g}",
-        command=document["command"],
-        status=document["verdict"],
+        command=result["command"],
+        status=result["verdict"],
         verdict=lines,
         summary=table,
         before=pictures[0],

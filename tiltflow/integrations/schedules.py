@@ -67,13 +67,6 @@ def nodes_of(scheduler: Any, steps: int, **options: Any) -> Nodes:
     return nodes
 
 
-def posterior(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B, variance (K,) of x_{k+1} | x_k, X̂_1 ~ N(A x_k + B X̂_1, variance I) from the nodes (K+1,)."""
-    rho, beta2 = alpha[:-1] / alpha[1:], beta**2
-    shrink = beta2[1:] / beta2[:-1]
-    return rho * shrink, alpha[1:] * (1 - rho**2 * shrink), beta2[1:] * (1 - rho**2 * shrink)
-
-
 def _variance_preserving(scheduler: Any, steps: int) -> Nodes:
     from diffusers import DDIMScheduler
 

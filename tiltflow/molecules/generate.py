@@ -43,8 +43,6 @@ class ConformerSettings:
         rescore: another energy, whose ensemble the samples are weighted for in the end; its energies are reported.
         sampler: of the torsions; with a model only its ``draw_steps`` count.
         model: file of ``tiltflow train-conformers`` to draw from instead of training.
-        cover: choose n conformers that cover the minima instead (:mod:`tiltflow.molecules.covering`), by a recipe of its
-            own: of the other settings only n and ``model`` count.
     """
 
     energy: str = "mmff94"
@@ -56,7 +54,6 @@ class ConformerSettings:
     sampler: TorsionalSettings = field(default_factory=TorsionalSettings)
     model: str | None = None
     rescore: str | None = None
-    cover: bool = False
 
 
 def rescored(ensemble: Ensemble, old: MolecularEnergy, new: MolecularEnergy) -> Ensemble:

@@ -30,9 +30,18 @@ Progress = Callable[[str, int, int, str], None]
 
 
 def run_conformers(
-    read: Read, settings: ConformerSettings, seed: int, folder: RunFolder, command: str, progress: Progress
+    read: Read,
+    settings: ConformerSettings,
+    seed: int,
+    folder: RunFolder,
+    command: str,
+    progress: Progress,
+    cover: bool = False,
 ) -> list[dict[str, Any]]:
     """Ensembles of all molecules, in ``folder``: conformers.sdf, conformers.csv, rejects.csv, report.html.
+
+    ``cover`` asks for conformers that cover the minima instead (:mod:`tiltflow.molecules.covering`), which has a recipe of
+    its own: of the settings only n and ``model`` count.
 
     Molecule i has seed ``seed + i``. A conformer with a fault (:func:`~tiltflow.molecules.audit.audit`), or without a finite
     energy or a weight, is left out and named in rejects.csv. Molecules that the folder has finished are not generated again.
@@ -43,7 +52,8 @@ def run_conformers(
     found: list[Clustered] = []
     refused, faulty, rows = list(read.rejects), list[Reject](), list[dict[str, Any]]()
     paths = [folder.path / f"molecule-{i:05}.safetensors" for i in range(len(read.molecules))]
-    missing = [(path, m, settings, seed + i) for i, (path, m) in enumerate(zip(paths, read.molecules)) if not path.is_file()]
+    todo = [(i, path, m) for i, (path, m) in enumerate(zip(paths, read.molecules)) if not path.is_file()]
+    missing = [(path, m, settings, seed + i, cover) for i, path, m in todo]
     _generate_all(missing, progress)
     for path, molecule, line in zip(paths, read.molecules, read.lines):
         state = load_state(path)
@@ -63,12 +73,12 @@ def run_conformers(
     rejects = sorted(refused + faulty, key=lambda r: r.line)
     write_conformers(folder.path, found)
     write_rejects(folder.path, rejects)
-    config = {**asdict(settings), "seed": seed}
+    config = {**asdict(settings), "cover": cover, "seed": seed}
     write_conformers_report(folder.path, ConformersRecord(found, rejects, command, config, __version__))
     return rows + [{"kind": "refused", **r._asdict()} for r in refused]
 
 
-def _generate_all(jobs: list[tuple[Path, Molecule, ConformerSettings, int]], progress: Progress) -> None:
+def _generate_all(jobs: list[tuple[Path, Molecule, ConformerSettings, int, bool]], progress: Progress) -> None:
     """One process per core and molecule; a lone molecule, or a lone core, stays in this process and shows more."""
     workers = min(len(jobs), torch.get_num_threads())
     if workers <= 1:
@@ -87,19 +97,20 @@ def _keep(
     molecule: Molecule,
     settings: ConformerSettings,
     seed: int,
+    cover: bool,
     progress: Callable[[int, int, str], None] = lambda done, total, said: None,
 ) -> None:
-    save_state(path, _generated(molecule, settings, seed, progress))
+    save_state(path, _generated(molecule, settings, seed, cover, progress))
 
 
 def _generated(
-    molecule: Molecule, settings: ConformerSettings, seed: int, progress: Callable[[int, int, str], None]
+    molecule: Molecule, settings: ConformerSettings, seed: int, cover: bool, progress: Callable[[int, int, str], None]
 ) -> dict[str, Any]:
     from tiltflow.energies.molecular import UnsupportedMolecule
 
     started = time.perf_counter()
     try:
-        make = covering_ensemble if settings.cover else generate
+        make = covering_ensemble if cover else generate
         e = make(molecule, settings, seed, progress)
     except UnsupportedMolecule as error:
         return {"refused": error.reason}

@@ -12,6 +12,7 @@ from torch import Tensor
 from tiltflow.errors import TiltflowError
 
 Score = Callable[[Tensor, list[str]], Tensor]
+"""(images (n, 3, H, W) in [0, 1] or audio (n, channels, samples), texts) → (n,)."""
 
 
 @dataclass(frozen=True, eq=False)
