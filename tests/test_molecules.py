@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ pytest.importorskip("rdkit")
 from rdkit import Chem
 from rdkit.Chem import rdDepictor, rdDistGeom
 
+from tiltflow.energies.molecular import open_energy
 from tiltflow.errors import TiltflowError
 from tiltflow.molecules.audit import audit
 from tiltflow.molecules.clusters import clusters
 from tiltflow.molecules.ensemble import Ensemble
+from tiltflow.molecules.generate import rescored
 from tiltflow.molecules.molecule import molecule, with_positions
 from tiltflow.molecules.read import Reject, read_molecules
-from tiltflow.molecules.write import write_conformers, write_rejects
+from tiltflow.molecules.write import weight_texts, write_conformers, write_rejects
 
 STEREO = {  # name: SMILES, atoms whose exchange inverts a centre or turns a double bond
     "peptide": "C[C@H](N)C(=O)N[C@@H](CO)C(=O)O",
@@ -267,6 +270,19 @@ def test_sdf_comes_back_as_it_was(tmp_path):
         props = mine[0].GetPropsAsDict()
         assert props["energy_unit"] == "kcal/mol" and props["temperature"] == "300 K" and props["seed"] == 3
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_conformers_that_were_chosen_have_no_weights():
+    """Neither to read, nor to weight for another energy, nor populations; left-out ones are counted all the same."""
+    e = replace(ensemble(n=6), log_weights=None)
+    assert not e.reliable and e.ess == 0.0 and clusters(e, 0.01).populations is None
+    assert weight_texts(e) == ["none"] * 6
+    assert e.keep(torch.tensor([True] * 4 + [False] * 2)).discarded == 2
+    with pytest.raises(TiltflowError, match="have no weights"):
+        _ = e.weights
+    energy = open_energy("mmff94", e.molecule)
+    with pytest.raises(TiltflowError, match="cannot be weighted for mmff94"):
+        rescored(e, energy, energy)
 
 
 def test_unreliable_weights_are_not_written(tmp_path):

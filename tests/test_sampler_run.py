@@ -338,3 +338,18 @@ def test_minutes_become_rounds_by_processor_time(monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         with pytest.raises(Planned, match=f"^{360 * threads}$"):
             bench_sampling.bench_one(load_problem("unequal2d"), "unequal2d", "weighted_adjoint_sampling", 0, minutes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "field", "value"),
+    [("gmm40", "idem", "updates", 20), ("gmm40", "weighted_adjoint_sampling", "updates", 100), ("lj13", "pis", "batch", 64)],
+)
+def test_baselines_that_diverge_or_do_not_fit_are_treated_gently(monkeypatch, name, method, field, value):
+    """Only they, and in the pilot too."""
+
+    def train(problem, settings, seed):
+        raise TiltflowError(f"{settings.method} {getattr(settings, field)}")
+
+    monkeypatch.setattr(bench_sampling, "train_sampler", train)
+    with pytest.raises(TiltflowError, match=f"^{method} {value}$"):
+        bench_sampling.bench_one(load_problem(name), name, method, 0, minutes=1)
