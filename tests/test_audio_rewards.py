@@ -61,7 +61,7 @@ def test_activity_is_a_mean_over_chunks_that_starts_afresh():
 
 def test_misuse():
     assert Crepe()(torch.zeros(2, 1024)).shape == (2, 360)
-    with pytest.raises(TiltflowError, match="between 20 and 2,000 Hz"):
+    with pytest.raises(TiltflowError, match="pitch of 20 to 2,000 Hz"):
         crepe_pitch("none", 5.0, 16_000)
     with pytest.raises(TiltflowError, match="no weights file none"):
         crepe_pitch("none", 200.0, 16_000)

@@ -11,6 +11,7 @@ import torch
 
 from tiltflow.errors import TiltflowError
 from tiltflow.report import STATUSES, RunRecord, SummaryRow, VerdictLine, plots, write_report
+from tiltflow.report.sounds import spectrograms, wav
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -173,6 +174,22 @@ def test_points_and_colour_images(tmp_path, shape):
     samples = {"before": torch.zeros(shape), "after": torch.ones(shape), "reference": torch.ones(shape)}
     _, parsed = page(tmp_path, **samples, **NO_CURVES)
     assert sum(url.startswith("data:image/png") for url in parsed.loads) == 3
+
+
+def test_sounds_are_heard_where_they_belong(tmp_path):
+    """Players under before and after; the file is the sound at full loudness, its spectrogram a line at its pitch."""
+    wavfile = pytest.importorskip("scipy.io.wavfile")
+    tone = torch.sin(torch.arange(4_096) * torch.pi / 4).repeat(2, 2, 1) * 0.3  # a quarter of the Nyquist frequency
+    rate, sound = wavfile.read(io.BytesIO(wav(tone[0], 8_000)))
+    assert rate == 8_000 and sound.shape == (4_096, 2) and abs(sound).max() > 30_000
+    picture = spectrograms(tone)
+    rows = picture.shape[2]
+    assert picture.shape[:2] == (2, 1) and 0 <= float(picture.min()) < float(picture.max()) <= 1
+    assert int(picture[0, 0].mean(1).argmax()) == rows - 1 - (rows - 1) // 4
+    html, parsed = page(tmp_path, sounds=([wav(tone[0], 8_000)], [wav(tone[1], 8_000)] * 2), **NO_CURVES)
+    before, after = html.split("<h3>After</h3>")
+    assert [part.count("<audio controls") for part in (before, after)] == [1, 2]
+    assert "media-src data:" in html and not parsed.external and html.count("data:audio/wav;base64,") == 3
 
 
 def test_smallest_record(tmp_path):

@@ -18,11 +18,16 @@ from torch import Tensor
 from tiltflow.errors import TiltflowError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step: a reader sees the old file or the new, never half of one."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` in one step: a reader sees the old file or the new, never half of one."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(data)
     os.replace(part, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same of a text."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:

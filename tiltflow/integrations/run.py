@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -25,10 +24,10 @@ from tiltflow.integrations.finetune import (
 )
 from tiltflow.registry import import_function
 from tiltflow.report import RunRecord, SummaryRow, write_report
-from tiltflow.report.plots import require
+from tiltflow.report.sounds import DECIBELS, spectrograms, wav
 from tiltflow.rewards.combine import Score
 from tiltflow.run import RunFolder, document
-from tiltflow.store import write_text
+from tiltflow.store import write_bytes, write_text
 from tiltflow.verdict import SIGMAS, Status, VerdictLine, overall
 
 Progress = Callable[[str, int, int], None]
@@ -37,8 +36,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 KEPT, LOST = 0.8, 0.5
 """Shares of the base's diversity: at least the first is good, less than the second is bad."""
 GRID = 32
-DECIBELS = 80
-"""Of a spectrogram, below its loudest spot."""
+HEARD = 4
+"""Samples of audio that are written as files."""
 EVALUATION = 1_000
 """Added to the seed for the samples that are judged."""
 
@@ -253,21 +252,20 @@ def _report(
     history: list[dict[str, Any]],
 ) -> None:
     row, norms = result["rows"][0], [h["adjoint_norm"] for h in tuned.history[-10:]]
-    pictures = []
-    for name, found in (("before", before), ("after", after)):
-        with torch.no_grad():
-            made = tuned.chain.family.decode(tuned.pipe, found.x[:GRID]).cpu()
-        pictures.append(made if made.ndim == 4 else _audio(folder.path, name, made, tuned))
+    with torch.no_grad():
+        pictures = [tuned.chain.family.decode(tuned.pipe, found.x[:GRID]).cpu() for found in (before, after)]
+    sounds: list[list[bytes]] = [[], []]
+    if pictures[0].ndim == 3:
+        sounds = [_sounds(folder.path, *made, tuned.pipe) for made in zip(("before", "after"), pictures, strict=True)]
+        pictures = [spectrograms(made) for made in pictures]
     table = [SummaryRow(name, row[f"{name}_base"], None, row[f"{name}_reached"]) for name in after.scores]
     table += [
         SummaryRow("diversity", before.diversity, None, after.diversity),
         SummaryRow("KL to the base", 0.0, None, row["kl"]),
     ]
     notes = ["Samples before and after have the same noise and prompts, row by row."]
-    if pictures[0].shape[1] == 1:
-        notes.append(
-            "Audio is shown as spectrograms, low frequencies below, 80 decibels deep; the first of it is in *.wav."
-        )
+    if sounds[0]:
+        notes.append(f"Audio is shown as spectrograms, low frequencies below, {DECIBELS} decibels deep.")
     record = RunRecord(
         title=f"{Path(config.pipeline).name} tilted towards {config.reward}, λ = {config.strength:g}",
         command=result["command"],
@@ -281,23 +279,17 @@ def _report(
         adjoint_norm=torch.tensor(norms).mean(0).tolist() if norms else [],
         config={k: v for k, v in asdict(config).items() if k != "settings"} | asdict(config.settings),
         notes=notes,
+        sounds=(sounds[0], sounds[1]),
         value_range=(0.0, 1.0),
         version=__version__,
     )
     write_report(folder.path, record)
 
 
-def _audio(folder: Path, name: str, made: Tensor, tuned: TunedPipeline) -> Tensor:
-    """WAV files of the first four, and all as spectrograms (n, 1, frequencies, frames) in [0, 1]."""
-    wavfile = require("scipy.io.wavfile")
-    part = tuned.pipe.vocoder if hasattr(tuned.pipe, "vocoder") else tuned.pipe.vae
-    for i, sound in enumerate(made[:4]):
-        loud = (sound / sound.abs().max().clamp_min(1e-6)).clamp(-1, 1)
-        target = folder / f"{name}-{i}.wav"
-        partial = target.with_suffix(".wav.part")
-        wavfile.write(partial, int(part.config.sampling_rate), (loud.T * 32767).short().numpy())
-        os.replace(partial, target)
-    window = min(512, made.shape[2])
-    spectrum = torch.stft(made.mean(1), window, window=torch.hann_window(window), return_complex=True).abs()
-    decibels = 20 * (spectrum / spectrum.max().clamp_min(1e-9)).clamp_min(1e-9).log10()
-    return (decibels.flip(1) / DECIBELS + 1).clamp(0, 1)[:, None]
+def _sounds(folder: Path, name: str, made: Tensor, pipe: Any) -> list[bytes]:
+    """The first of what the pipeline made, as WAV files, here and in the folder."""
+    part = pipe.vocoder if hasattr(pipe, "vocoder") else pipe.vae
+    files = [wav(sound, int(part.config.sampling_rate)) for sound in made[:HEARD]]
+    for i, file in enumerate(files):
+        write_bytes(folder / f"{name}-{i}.wav", file)
+    return files

@@ -105,7 +105,7 @@ def number(value: Any) -> str:
     return "−" + text[1:] if text.startswith("-") else text
 
 
-def _galleries(record: RunRecord) -> list[dict[str, str]]:
+def _galleries(record: RunRecord) -> list[dict[str, Any]]:
     sets: list[tuple[str, Tensor | None, str]] = [
         ("Before", record.before, plots.BEFORE),
         ("After", record.after, plots.AFTER),
@@ -117,8 +117,11 @@ def _galleries(record: RunRecord) -> list[dict[str, str]]:
     else:
         limits = plots.limits2d(*(samples for _, samples, _ in given))
         pictures = [plots.scatter2d(samples, limits, color) for _, samples, color in given]
-    names = (name for name, _, _ in given)
-    return [{"name": name, "src": data_uri(data)} for name, data in zip(names, pictures, strict=True)]
+    heard = dict(zip(("Before", "After"), record.sounds, strict=True))
+    return [
+        {"name": name, "src": data_uri(data), "sounds": [data_uri(file, "audio/wav") for file in heard.get(name, ())]}
+        for (name, _, _), data in zip(given, pictures, strict=True)
+    ]
 
 
 def _figures(record: RunRecord) -> list[dict[str, str]]:
@@ -164,6 +167,6 @@ def _series(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[floa
     return [float(row.get("iteration", index)) for index, row in rows], [float(row[key]) for _, row in rows]
 
 
-def data_uri(data: bytes) -> str:
-    """A PNG inside the page."""
-    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+def data_uri(data: bytes, kind: str = "image/png") -> str:
+    """A file inside the page."""
+    return f"data:{kind};base64," + base64.b64encode(data).decode("ascii")

