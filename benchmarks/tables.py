@@ -27,6 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 Row = dict[str, Any]
 
+STUDIES = ("words", "emoji", "speech")
 PROBLEMS = ("mixture2d", "mixture2d-rare", "mixture32d", "quadratic2d", "inverse4d")
 
 
@@ -315,6 +316,26 @@ def pipeline_memory() -> str:
     return (markdown(["method", "steps", *columns], lines) if lines else "not run") + "\n\n" + provenance(documents)
 
 
+def small_models() -> str:
+    """The recipes with a base of their own: every score before and after, mean ± standard deviation over seeds."""
+    documents = [d for name in STUDIES for d in load(f"{name}.json")]
+    rows = [r for d in documents for r in d["rows"]]
+    lines = []
+    for name in STUDIES:
+        found = [r for r in rows if r["problem"] == name]
+        for texts, sampler in itertools.product(dict.fromkeys(r["texts"] for r in found), ("sde", "ode")):
+            mine = [r for r in found if (r["texts"], r["sampler"]) == (texts, sampler)]
+            for score in [k.removesuffix("_change") for k in mine[0] if k.endswith("_change")]:
+                cells = [number([r[f"{score}{kind}"] for r in mine]) for kind in ("_base", "", "_change", "_change_error")]
+                lines.append([name, texts, sampler, str(len(mine)), score, *cells])
+            kept = [r["diversity"] / r["diversity_base"] for r in mine]
+            lines.append([name, texts, sampler, str(len(mine)), "diversity, share kept", "1", number(kept), "–", "–"])
+        if not found:
+            lines.append([name, *["not run"] * 8])
+    header = ["recipe", "texts", "sampler", "seeds", "score", "base", "after", "change", "error of one seed's change"]
+    return markdown(header, lines) + "\n\n" + provenance(documents)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "tilt": tilt,
     "memoryless": memoryless,
@@ -331,6 +352,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step variance": step_variance,
     "particle network": particle_network,
     "pipeline memory": pipeline_memory,
+    "small models": small_models,
     "iteration": iteration,
 }
 

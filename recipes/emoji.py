@@ -32,6 +32,7 @@ from tiltflow.process import Process
 SIZE, DRAWN, LONGEST, FIRST = 24, 109, 5, 0x1F300
 """Pixels of an image; the only size the font has; words of a name at most; the first pictograph."""
 DROPPED = 0.1
+DATA = "the pictographs of Noto Color Emoji (Google, SIL Open Font License 1.1) and their Unicode names."
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -72,11 +73,11 @@ def load_emoji(font: Path) -> Emoji:
         if not name or len(name.split()) > LONGEST:
             continue
         picture = Image.new("RGBA", (136, 136))
-        ImageDraw.Draw(picture).text((0, 4), chr(code), font=letters, embedded_color=True)
-        if picture.getbbox() is not None:
+        ImageDraw.Draw(picture).text((0, 4), chr(code), "black", letters, embedded_color=True)
+        small = np.asarray(picture.resize((4 * SIZE, 4 * SIZE), Image.Resampling.BOX), dtype=np.float32) / 255
+        small[..., :3] *= small[..., 3:]  # so that a mean of pixels is one
+        if small[..., :3].any():  # not blank, not in black
             names.append(name)
-            small = np.asarray(picture.resize((4 * SIZE, 4 * SIZE), Image.Resampling.BOX), dtype=np.float32) / 255
-            small[..., :3] *= small[..., 3:]  # so that a mean of pixels is one
             pictures.append(small)
     if not names:
         raise TiltflowError(f"--font {font} has no coloured pictograph; take NotoColorEmoji.ttf.")
@@ -123,14 +124,14 @@ def base_flow(emoji: Emoji, args: argparse.Namespace) -> tuple[Process, Symbols]
 
     torch.manual_seed(0)
     net = PatchFlow((3, SIZE, SIZE), (4, 4), len(symbols), LONGEST)
-    base = train_base(net, (3, SIZE, SIZE), draw, args.base_steps, args.base)
+    base = train_base(net, draw, args.base_steps, args.base, DATA)
     return Process(base.interpolant, Guided(net, args.guidance), "velocity", base.event_shape), symbols
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its emoji are what their names say.",
-        Path("runs/emoji-base.safetensors"), base_steps=4_000, strength=3.0, out=Path("runs/emoji"),
+        Path("runs/emoji-base.safetensors"), base_steps=3_000, strength=3.0, out=Path("runs/emoji"),
     )  # fmt: skip
     parser.add_argument("--font", type=Path, default=Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"))
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free, of the base that is fine-tuned")

@@ -5,6 +5,7 @@ The flow's network is a transformer over the patches of an image (a spectrogram 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tiltflow import __version__
 from tiltflow.fit import FitSettings
 from tiltflow.flow_matching import Draw, FlowMatching, pretrain
 from tiltflow.interpolant import Linear
 from tiltflow.nn.features import time_features
 from tiltflow.process import Process
-from tiltflow.store import load_weights, save_weights
+from tiltflow.store import load_weights, save_weights, write_text
 
 FREQUENCIES = 8
 
@@ -54,7 +56,7 @@ class PatchFlow(nn.Module):
     def __init__(self, event: tuple[int, int, int], patch: tuple[int, int], symbols: int, longest: int,
                  width: int = 128, blocks: int = 5, heads: int = 4) -> None:  # fmt: skip
         super().__init__()
-        channels, self.rows, self.columns = event[0], event[1] // patch[0], event[2] // patch[1]
+        self.event, channels, self.rows, self.columns = event, event[0], event[1] // patch[0], event[2] // patch[1]
         self.patch = (channels, *patch)
         self.cut = nn.Conv2d(channels, width, patch, patch)
         self.place = nn.Parameter(0.02 * torch.randn(self.rows * self.columns + longest, width))
@@ -87,14 +89,17 @@ class Guided(nn.Module):
         return without + self.scale * (given - without)
 
 
-def train_base(net: nn.Module, event: tuple[int, ...], draw: Draw, steps: int, file: Path) -> Process:
-    """The flow of ``net``, from ``file`` if it is there; else trained on batches of 128, where it left off."""
-    process = Process(Linear(), net, "velocity", event)
+def train_base(net: PatchFlow, draw: Draw, steps: int, file: Path, data: str) -> Process:
+    """The flow of ``net``, from ``file`` if it is there; else trained on batches of 128, where it left off.
+
+    ``data`` says in the model card, ``file`` with the suffix .md, what it was trained on and under which licence.
+    """
+    process = Process(Linear(), net, "velocity", net.event)
     if file.is_file():
         load_weights(file, net)
         return process
     file.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = file.with_suffix(".checkpoint.safetensors")
+    checkpoint, started = file.with_suffix(".checkpoint.safetensors"), time.process_time()
     settings = FitSettings(steps, learning_rate=2e-3, warmup=200, ema=0.998, checkpoint_every=500)
     with tqdm(total=steps, desc="base", mininterval=5) as bar:
         pretrain(
@@ -103,6 +108,12 @@ def train_base(net: nn.Module, event: tuple[int, ...], draw: Draw, steps: int, f
             callback=lambda row: bar.update(row["iteration"] + 1 - bar.n) and None,
         )  # fmt: skip
     save_weights(file, net)
+    size, minutes = sum(p.numel() for p in net.parameters()), (time.process_time() - started) / 60
+    write_text(
+        file.with_suffix(".md"),
+        f"# {file.stem}\n\nA flow by tiltflow {__version__}: {size:,} weights, {steps:,} steps of 128; {minutes:.0f} "
+        f"processor minutes since its start or last resume.\n\nData: {data}\n",
+    )
     checkpoint.unlink(missing_ok=True)
     return process
 

@@ -153,8 +153,8 @@ def one_seed(study: Study, seed: int, args: argparse.Namespace, folder: RunFolde
             rows.append(head | row_of(*pair) | {"seconds": seconds, "verdict": overall(verdict_lines(*pair))})
     assert first is not None
     result = document(command, seed, "cpu", rows, rows[0]["verdict"])
-    folder.write_json("metrics.json", result | {"history": tuned.history})
     report(study, folder, tuned, first, result)
+    folder.write_json("metrics.json", result | {"history": tuned.history})  # last: it says that the seed is done
     return result
 
 
@@ -164,13 +164,14 @@ def report(study: Study, folder: RunFolder, tuned: Tuned, pair: tuple[Judged, Ju
     with torch.no_grad():
         decoded = [study.decode(found.x[:SHOWN]) for found in pair]
     sounds = [[wav(sound, study.rate) for sound in made[:HEARD]] if study.rate else [] for made in decoded]
+    history = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in tuned.history]
     table = [SummaryRow(k, float(v.mean()), None, float(after.scores[k].mean())) for k, v in before.scores.items()]
     write_report(
         folder.path,
         RunRecord(
             title=f"{study.name}, seed {result['seed']}", command=result["command"], status=result["verdict"],
             verdict=verdict_lines(*pair), before=study.picture(decoded[0]), after=study.picture(decoded[1]),
-            summary=[*table, SummaryRow("diversity", before.diversity, None, after.diversity)], history=tuned.history,
+            summary=[*table, SummaryRow("diversity", before.diversity, None, after.diversity)], history=history,
             config=folder.config, value_range=(0.0, 1.0), version=__version__, sounds=(sounds[0], sounds[1]),
         ),
     )  # fmt: skip

@@ -28,6 +28,7 @@ from tiltflow.errors import TiltflowError
 from tiltflow.rewards.ocr import easyocr_recogniser
 
 HEIGHT, WIDTH, LONGEST = 24, 72, 5
+DATA = "words of recipes/words.txt, rendered in the DejaVu fonts of matplotlib (Bitstream Vera licence)."
 WORDS = Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split()
 SPELL = Symbols(WORDS, LONGEST)
 FONTS = ("DejaVu Sans", "DejaVu Serif", "DejaVu Sans Mono")
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     reward, judge = easyocr_recogniser(args.reader), Judge()  # what is missing is said first
     study = Study(
-        "words", train_base(word_flow(), (1, HEIGHT, WIDTH), draw, args.base_steps, args.base),
+        "words", train_base(word_flow(), draw, args.base_steps, args.base, DATA),
         dict(zip(("trained words", "other words"), halves(WORDS), strict=True)), SPELL, shown, reward,
         {"held_out": judge.knows, "exact": judge.spells},
     )  # fmt: skip
