@@ -80,6 +80,31 @@ def test_a_run_leaves_everything(here):
     assert tiltflow("export", run, "--out", here / "merged").returncode == 2
 
 
+def metrics(folder, strength, kl, judge="sharp"):
+    scores = {"reward_base": 0.0, "reward_reached": kl / 2, f"{judge}_base": 1.0, f"{judge}_reached": 1 + kl - kl**2}
+    row = {"kind": "summary", "strength": strength, "kl": kl, **scores}
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps({"rows": [row], "verdict": "pass"}))
+    return folder
+
+
+def test_runs_of_several_strengths_are_compared(tmp_path):
+    """Rows in the order of λ, the base first; the picture; runs of other scores and unfinished ones are named."""
+    runs = [metrics(tmp_path / str(i), strength, kl) for i, (strength, kl) in enumerate(((9, 1.5), (3, 0.5)))]
+    done = tiltflow("compare", *runs, "--json", "--out", tmp_path / "p.png")
+    assert done.returncode == 0, done.stderr
+    assert [(r["strength"], r["kl"], r["sharp_reached"]) for r in json.loads(done.stdout)["rows"]] == [
+        (3, 0.5, 1.25), (9, 1.5, 0.25)
+    ]  # fmt: skip
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    text = tiltflow("compare", *runs).stdout.splitlines()
+    assert text[0].split() == ["λ", "KL", "reward", "sharp"] and text[1].split() == ["0", "0", "0", "1"]
+    other = metrics(tmp_path / "other", 5, 1.0, "legible")
+    for wrong, said in ((other, "other has other scores"), (tmp_path, "holds no finished run")):
+        failed = tiltflow("compare", *runs, wrong)
+        assert failed.returncode == 2 and said in failed.stderr
+
+
 def test_a_hacked_reward_is_stopped(here):
     """The judge is the reward turned round: training ends at the first look, and the verdict is fail (exit 3)."""
     done = tiltflow(*arguments(here, "--json", "--judge", here / "mine.py:darkness", "--monitor", 4))

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import save_file
 
 from tiltflow.errors import TiltflowError
+from tiltflow.rewards.classifier import image_classifier
 from tiltflow.rewards.clip import aesthetic, clip_score, hps_v2, image_reward, load_clip, pick_score
 from tiltflow.rewards.combine import Smoothed, WeightedSum
 
@@ -126,3 +127,44 @@ def test_smoothing_gives_a_step_a_gradient():
     assert float(torch.autograd.grad(value.sum(), x)[0]) == pytest.approx(2.0, abs=0.03)
     with pytest.raises(TiltflowError, match="std > 0"):
         Smoothed(lambda x, texts: x, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- classifiers
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    torch.manual_seed(1)
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIZE, patch_size=4,
+        id2label={0: "cat", 1: "dog", 2: "bus"}, label2id={"cat": 0, "dog": 1, "bus": 2},
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("vit")
+    transformers.ViTForImageClassification(config).float().save_pretrained(path)
+    (path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}')
+    return path
+
+
+def test_a_class_has_the_probability_that_transformers_says(classifier):
+    """Of the class that is named, or of one for all; probabilities sum to one; the gradient against differences."""
+    x, named = images(), image_classifier(classifier)
+    pixels = (x - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[:, None, None]
+    log_p = named.model(pixel_values=pixels).logits.log_softmax(1)
+    assert torch.allclose(named(x, ["bus", "cat", "dog"]), log_p[[0, 1, 2], [2, 0, 1]], atol=1e-5)
+    each = [image_classifier(classifier, label)(x, ["", "", ""]) for label in ("cat", "dog", "bus")]
+    assert torch.allclose(torch.stack(each).exp().sum(0), torch.ones(3), atol=1e-5)
+    x = x.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(named(x, ["bus"] * 3).sum(), x)
+    step = 1e-2 * gradient / gradient.norm()
+    with torch.no_grad():
+        up, down = (float(named(x + s * step, ["bus"] * 3).sum()) for s in (1, -1))
+    assert (up - down) / 2e-2 == pytest.approx(float(gradient.norm()), rel=0.05)
+
+
+def test_classes_that_are_not_there(classifier, tmp_path):
+    with pytest.raises(TiltflowError, match="no class 'cow'; it has bus"):
+        image_classifier(classifier, "cow")
+    with pytest.raises(TiltflowError, match="unknown: \\['cow'\\]"):
+        image_classifier(classifier)(images(), ["cow", "cat", "dog"])
+    with pytest.raises(TiltflowError, match="holds no image classifier"):
+        image_classifier(tmp_path)

@@ -14,6 +14,7 @@ import click
 from tiltflow import __version__
 from tiltflow.cli.bench import bench
 from tiltflow.cli.common import EXIT_MISUSE
+from tiltflow.cli.compare import compare_command
 from tiltflow.cli.conformers import conformers_command, train_conformers_command
 from tiltflow.cli.finetune import check_reward_command, demo, finetune_command, pretrain_command
 from tiltflow.cli.pipeline import export_command, finetune_pipeline_command
@@ -32,6 +33,7 @@ for command in (
     check_reward_command,
     finetune_pipeline_command,
     export_command,
+    compare_command,
     train_sampler_command,
     check_energy_command,
     sample_command,

@@ -43,7 +43,12 @@ def figure(width: float = 4.6, height: float = 2.8) -> tuple[Figure, Axes]:
     fig = require("matplotlib.figure").Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     require("matplotlib.backends.backend_agg").FigureCanvasAgg(fig)
     fig.patch.set_alpha(0.0)
-    axes = fig.add_subplot()
+    return fig, panel(fig)
+
+
+def panel(fig: Figure, count: int = 1, place: int = 1, xlabel: str = "", ylabel: str = "") -> Axes:
+    """The sober axes at ``place`` of ``count`` side by side."""
+    axes = fig.add_subplot(1, count, place)
     axes.patch.set_alpha(0.0)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
@@ -51,7 +56,9 @@ def figure(width: float = 4.6, height: float = 2.8) -> tuple[Figure, Axes]:
     axes.tick_params(colors=INK, which="both", labelsize=9)
     axes.grid(True, color=INK, alpha=0.18, linewidth=0.7)
     axes.set_axisbelow(True)
-    return fig, axes
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    return axes
 
 
 def png(fig: Figure) -> bytes:
@@ -258,9 +265,8 @@ def pareto(rows: Sequence[Mapping[str, Any]], gain: str, costs: Sequence[str]) -
     fig.delaxes(first)
     names = list(dict.fromkeys(row["method"] for row in rows))
     colours = require("matplotlib").colormaps["tab20"]
-    for i, cost in enumerate(costs):
-        axes = fig.add_subplot(1, len(costs), i + 1)
-        axes.patch.set_alpha(0.0)
+    for i, cost in enumerate(costs, 1):
+        axes = panel(fig, len(costs), i, cost, gain)
         for j, name in enumerate(names):
             mine = [row for row in rows if row["method"] == name and row.get(cost) is not None]
             if not mine:
@@ -277,16 +283,25 @@ def pareto(rows: Sequence[Mapping[str, Any]], gain: str, costs: Sequence[str]) -
         else:
             axes.axhline(rows[0][f"{gain}_reference"], color=REFERENCE, lw=1, ls="--")
             axes.axhline(rows[0][f"{gain}_base"], color=INK, lw=1, ls="--")
-        axes.set_xlabel(cost, color=INK)
-        axes.set_ylabel(gain, color=INK)
-        axes.tick_params(colors=INK, labelsize=9)
         if cost == "kl":
             axes.set_xscale("symlog", linthresh=0.1)
             axes.set_xlim(left=0)
-        for spine in axes.spines.values():
-            spine.set_color(INK)
-        axes.grid(True, color=INK, alpha=0.18, linewidth=0.7)
     axes.legend(fontsize=6, frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return png(fig)
+
+
+def against_kl(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
+    """One panel per score: what runs of several strengths reached at which KL, from the base on, each with its λ."""
+    fig, first = figure(4.4 * len(names), 3.8)
+    fig.delaxes(first)
+    for i, name in enumerate(names, 1):
+        axes = panel(fig, len(names), i, "KL to the base (nats)", name)
+        axes.plot([r["kl"] for r in rows], [r[f"{name}_reached"] for r in rows], "o-", color=AFTER, lw=1)
+        for row in rows:
+            at = (row["kl"], row[f"{name}_reached"])
+            axes.annotate(f"λ = {row['strength']:g}", at, (4, 4), textcoords="offset points", color=INK, fontsize=8)
+        if rows[0].get(f"{name}_base") is not None:
+            axes.plot(0, rows[0][f"{name}_base"], "s", color=BEFORE, ms=8)
     return png(fig)
 
 

@@ -12,7 +12,7 @@ gradient reaches them. All weights are read from safetensors: nothing is unpickl
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ class CLIPReward:
     model: Any
     tokenizer: Any
     head: Callable[[Tensor, Tensor, Tensor], Tensor]
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
+    mean: Sequence[float] = MEAN
+    std: Sequence[float] = STD
 
     def __call__(self, images: Tensor, texts: list[str]) -> Tensor:
         """Scores, (n,). Raises TiltflowError for anything but n images in three colours and n texts."""
@@ -59,14 +59,24 @@ class CLIPReward:
 
     def pixels(self, images: Tensor) -> Tensor:
         """What the vision model sees, (n, 3, s, s)."""
-        size = self.model.config.vision_config.image_size
-        sides = images.shape[-2:]
-        target = [size * side // min(sides) for side in sides]
-        x = F.interpolate(images.float(), target, mode="bicubic", antialias=True, align_corners=False)
-        top, left = ((side - size) // 2 for side in target)
-        x = x[..., top : top + size, left : left + size].clamp(0, 1)
-        mean, std = (x.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
-        return (x - mean) / std
+        return prepared(images, self.model.config.vision_config.image_size, self.mean, self.std)
+
+
+def prepared(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """What a vision model sees, (n, 3, size, size), of images in [0, 1]."""
+    sides = images.shape[-2:]
+    target = [size * side // min(sides) for side in sides]
+    x = F.interpolate(images.float(), target, mode="bicubic", antialias=True, align_corners=False)
+    top, left = ((side - size) // 2 for side in target)
+    x = x[..., top : top + size, left : left + size].clamp(0, 1)
+    return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+
+
+def pixel_statistics(folder: str | Path) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation that the model's processor subtracts and divides by."""
+    config = Path(folder) / "preprocessor_config.json"
+    said = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return said.get("image_mean", list(MEAN)), said.get("image_std", list(STD))
 
 
 def load_clip(folder: str | Path, head: Callable[[Tensor, Tensor, Tensor], Tensor], device: str = "cpu") -> CLIPReward:
@@ -86,12 +96,7 @@ def load_clip(folder: str | Path, head: Callable[[Tensor, Tensor, Tensor], Tenso
         raise TiltflowError(
             f"{folder} holds no CLIP model of transformers with safetensors weights: {str(error).splitlines()[0]}"
         ) from error
-    mean, std = MEAN, STD
-    config = Path(folder) / "preprocessor_config.json"
-    if config.is_file():
-        said = json.loads(config.read_text(encoding="utf-8"))
-        mean, std = tuple(said.get("image_mean", MEAN)), tuple(said.get("image_std", STD))
-    return CLIPReward(model.to(device).eval().requires_grad_(False), tokenizer, head, mean, std)
+    return CLIPReward(model.to(device).eval().requires_grad_(False), tokenizer, head, *pixel_statistics(folder))
 
 
 def clip_score(folder: str | Path = "openai/clip-vit-large-patch14", device: str = "cpu") -> CLIPReward:
