@@ -123,15 +123,15 @@ def base_flow(emoji: Emoji, args: argparse.Namespace) -> tuple[Process, Symbols]
         return x, {"text": rows[which] * kept}
 
     torch.manual_seed(0)
-    net = PatchFlow((3, SIZE, SIZE), (4, 4), len(symbols), LONGEST)
+    net = PatchFlow((3, SIZE, SIZE), (8, 8), len(symbols), LONGEST, width=256, blocks=3)
     base = train_base(net, draw, args.base_steps, args.base, DATA)
-    return Process(base.interpolant, Guided(net, args.guidance), "velocity", base.event_shape), symbols
+    return Process(base.interpolant, Guided(net, args.guidance), "x1", base.event_shape), symbols
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its emoji are what their names say.",
-        Path("runs/emoji-base.safetensors"), base_steps=3_000, iterations=40, steps=20, batch=48, strength=3.0,
+        Path("runs/emoji-base.safetensors"), base_steps=2_400, iterations=40, steps=20, batch=48, strength=3.0,
         out=Path("runs/emoji"),
     )  # fmt: skip
     parser.add_argument("--font", type=Path, default=Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"))

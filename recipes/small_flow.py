@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 
 class PatchFlow(nn.Module):
-    """Velocity of images x (B, channels, height, width) at t (B,), given ``text`` (B, longest), 0 for no symbol."""
+    """X̂_1 of images x (B, channels, height, width) at t (B,), given ``text`` (B, longest), 0 for no symbol."""
 
     def __init__(self, event: tuple[int, int, int], patch: tuple[int, int], symbols: int, longest: int,
                  width: int = 128, blocks: int = 5, heads: int = 4) -> None:  # fmt: skip
@@ -66,7 +66,7 @@ class PatchFlow(nn.Module):
         self.norm, self.paste = nn.LayerNorm(width), nn.Linear(width, channels * patch[0] * patch[1])
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The velocity, in the shape of x."""
+        """The denoised x, in its shape."""
         h = torch.cat([self.cut(x).flatten(2).transpose(1, 2), self.symbol(text)], 1) + self.place
         e = nn.functional.silu(self.time(time_features(t, FREQUENCIES)))
         for block in self.blocks:
@@ -76,14 +76,14 @@ class PatchFlow(nn.Module):
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance v_∅ + w (v_text − v_∅): the law of the guided flow is the base."""
+    """Classifier-free guidance X̂_∅ + w (X̂_text − X̂_∅): the law of the guided flow is the base."""
 
     def __init__(self, net: nn.Module, scale: float) -> None:
         super().__init__()
         self.net, self.scale = net, scale
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Both velocities in one call."""
+        """Both in one call."""
         both = self.net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, torch.zeros_like(text)]))
         given, without = both.chunk(2)
         return without + self.scale * (given - without)
@@ -94,16 +94,16 @@ def train_base(net: PatchFlow, draw: Draw, steps: int, file: Path, data: str) ->
 
     ``data`` says in the model card, ``file`` with the suffix .md, what it was trained on and under which licence.
     """
-    process = Process(Linear(), net, "velocity", net.event)
+    process = Process(Linear(), net, "x1", net.event)
     if file.is_file():
         load_weights(file, net)
         return process
     file.parent.mkdir(parents=True, exist_ok=True)
     checkpoint, started = file.with_suffix(".checkpoint.safetensors"), time.process_time()
-    settings = FitSettings(steps, learning_rate=2e-3, warmup=200, ema=0.998, checkpoint_every=500)
+    settings = FitSettings(steps, 1e-3, betas=(0.9, 0.99), warmup=100, ema=0.99, checkpoint_every=500)
     with tqdm(total=steps, desc="base", mininterval=5) as bar:
         pretrain(
-            FlowMatching(process, draw, 128), settings, torch.Generator().manual_seed(0),
+            FlowMatching(process, draw, 128, floor=0.15), settings, torch.Generator().manual_seed(0),
             checkpoint=checkpoint, resume=checkpoint.is_file(),
             callback=lambda row: bar.update(row["iteration"] + 1 - bar.n) and None,
         )  # fmt: skip

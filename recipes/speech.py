@@ -40,7 +40,7 @@ CENTRE, SPREAD = -3.0, 2.9
 """Of the log mel spectrograms, roughly."""
 SEMITONES = range(-4, 5)
 TARGET = 160.0
-LONGEST = 12
+LONGEST = 9
 DATA = (
     "83 words of asterisk-core-sounds-en-wav (Allison Smith, CC BY-SA 3.0), at nine speeds. Neither the recordings nor "
     "these weights come with tiltflow."
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         return recogniser.knows(mel(audio[:, 0]), texts)
 
     torch.manual_seed(0)
-    net = PatchFlow((1, BANDS, FRAMES), (BANDS // 2, 2), len(symbols), LONGEST)
+    net = PatchFlow((1, BANDS, FRAMES), (BANDS, 5), len(symbols), LONGEST, width=256, blocks=3)
     base = train_base(net, draw, args.base_steps, args.base, DATA)
     texts = dict(zip(("trained words", "other words"), halves(speech.words), strict=True))
     judges = {"held_out": judge, "word": heard}

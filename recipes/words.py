@@ -1,7 +1,7 @@
 r"""Words that can be read: a small text-to-image flow, fine-tuned with one recogniser and judged by another.
 
 The base is trained here, from scratch: words of four or five letters rendered in the fonts that come with matplotlib, in
-every weight and slant, shifted, scaled and faded, as images of 24 × 72 pixels.
+every weight and slant, shifted, scaled and faded, as images of 24 × 70 pixels.
 The reward is EasyOCR's log p(word | image) per letter; the judge is legere's recogniser, another network trained on other
 pages, which training never sees. It confuses single letters even of clean pages, so it is asked which of the 234 words it
 holds likeliest (``held_out``, .95 on rendered words; a word spelt exactly as it reads it counts in ``exact``).
@@ -27,51 +27,38 @@ from torch import Tensor, nn
 from tiltflow.errors import TiltflowError
 from tiltflow.rewards.ocr import easyocr_recogniser
 
-HEIGHT, WIDTH, LONGEST = 24, 72, 5
+HEIGHT, WIDTH, LONGEST = 24, 70, 5
 DATA = "words of recipes/words.txt, rendered in the DejaVu fonts of matplotlib (Bitstream Vera licence)."
 WORDS = Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split()
 SPELL = Symbols(WORDS, LONGEST)
-FONTS = ("DejaVu Sans", "DejaVu Serif", "DejaVu Sans Mono")
 
 
 # ----------------------------------------------------------------------------------------------------------- the data
 
 
 @cache
-def fonts() -> list[str]:
-    """Files of matplotlib's own fonts, in every weight and slant."""
-    found = {
-        font_manager.findfont(font_manager.FontProperties(family=family, weight=weight, style=style))
-        for family in FONTS
+def fonts() -> list[ImageFont.FreeTypeFont]:
+    """DejaVu Sans Mono of matplotlib, upright and oblique, light and bold: 14 pixels a letter."""
+    styles = [
+        font_manager.FontProperties(family="DejaVu Sans Mono", weight=weight, style=style)
         for weight in ("normal", "bold")
         for style in ("normal", "oblique")
-    }
-    return sorted(found)
-
-
-@cache
-def glyphs(size: int, file: str) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(file, size)
+    ]
+    return [ImageFont.truetype(font_manager.findfont(style), 23) for style in styles]
 
 
 def render(word: str, draw: np.random.Generator) -> np.ndarray:
-    """(24, 72) in [−1, 1], −1 is ink: font, size, place and ink at random, the whole word inside, near the left."""
-    file, ink = str(draw.choice(fonts())), int(draw.integers(0, 60))
-    for size in range(int(draw.integers(18, 22)), 7, -1):
-        left, top, right, bottom = glyphs(size, file).getbbox(word)
-        if right - left <= WIDTH - 2 and bottom - top <= HEIGHT - 2:
-            break
-    x = int(draw.integers(1, max(2, min(6, WIDTH - (right - left))))) - left
-    y = int(draw.integers(1, HEIGHT - (bottom - top))) - top
+    """(24, 70) in [−1, 1], −1 is ink: font, place and ink at random, the whole word inside, near the left."""
+    font, ink, x, y = fonts()[draw.integers(4)], int(draw.integers(0, 100)), *draw.integers(-1, 2, 2)
     picture = Image.new("L", (WIDTH, HEIGHT), 255)
-    ImageDraw.Draw(picture).text((x, y), word, fill=ink, font=glyphs(size, file))
+    ImageDraw.Draw(picture).text((1 + int(x), 19 + int(y)), word, ink, font, anchor="ls")
     return np.asarray(picture, dtype=np.float32) / 127.5 - 1
 
 
 def word_flow() -> PatchFlow:
     """The network, with its first weights."""
     torch.manual_seed(0)
-    return PatchFlow((1, HEIGHT, WIDTH), (8, 8), len(SPELL), LONGEST)
+    return PatchFlow((1, HEIGHT, WIDTH), (HEIGHT, 14), len(SPELL), LONGEST, width=256, blocks=4)
 
 
 def draw(n: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -105,7 +92,7 @@ class Judge:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Of images (n, 1, 24, 72) in [0, 1], brought to its height of 32."""
+        """Of images (n, 1, 24, 70) in [0, 1], brought to its height of 32."""
         x = nn.functional.interpolate(images, (32, 4 * round(WIDTH * 32 / HEIGHT / 4)), mode="bilinear", align_corners=False)
         return self.model(2 * x.clamp(0, 1) - 1)
 
@@ -130,7 +117,7 @@ class Judge:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its words can be read.",
-        Path("runs/words-base.safetensors"), base_steps=6_000, strength=5.0, out=Path("runs/words"),
+        Path("runs/words-base.safetensors"), base_steps=2_000, strength=5.0, out=Path("runs/words"),
     )  # fmt: skip
     parser.add_argument("--reader", type=Path, default=Path("english.safetensors"), help="EasyOCR's weights")
     args = parser.parse_args(argv)

@@ -38,7 +38,7 @@ def single_precision():
 
 
 def test_patches_come_back_where_they_were():
-    """Without blocks, cut and paste as the identity: the velocity is x, for patches and channels of any shape."""
+    """Without blocks, cut and paste as the identity: X̂_1 is x, for patches and channels of any shape."""
     small = recipe("small_flow")
     event, patch = (3, 4, 6), (2, 3)
     width = 3 * 2 * 3
@@ -224,9 +224,9 @@ def test_nothing_changes_where_nothing_was_trained(tmp_path):
 def test_words_are_inside_and_the_halves_are_apart():
     words, study = recipe("words"), recipe("study")
     x, condition = words.draw(40, torch.Generator().manual_seed(0))
-    assert x.shape == (40, 1, 24, 72) and -1 <= float(x.min()) < -0.5 and float(x.max()) == 1
-    edge = torch.cat([x[..., 0].flatten(), x[..., -1].flatten(), x[:, :, 0].flatten(), x[:, :, -1].flatten()])
-    assert (edge > 0.9).float().mean() > 0.99
+    assert x.shape == (40, 1, 24, 70) and -1 <= float(x.min()) < -0.5 and float(x.max()) == 1
+    for edge in (x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1]):
+        assert (edge > 0).float().mean() > 0.95, "a stroke at most, not a cut word"
     spelt = {tuple(row) for row in words.SPELL(words.WORDS).tolist()}
     assert all(tuple(row) in spelt for row in condition["text"].tolist()) and len(spelt) == len(words.WORDS)
     first, second = study.halves(words.WORDS)
@@ -253,7 +253,7 @@ def test_emoji_are_shifted_and_scaled_on_paper():
 def test_a_font_without_colours_is_refused(tmp_path):
     emoji, words = recipe("emoji"), recipe("words")
     with pytest.raises(TiltflowError, match="no coloured pictograph"):
-        emoji.load_emoji(Path(words.fonts()[0]))
+        emoji.load_emoji(Path(words.fonts()[0].path))
     with pytest.raises(TiltflowError, match="fonts-noto-color-emoji"):
         emoji.load_emoji(tmp_path / "none.ttf")
 
