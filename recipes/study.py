@@ -86,7 +86,7 @@ def fine_tuned(study: Study, seed: int, args: argparse.Namespace, folder: RunFol
         return study.reward(study.decode(x), [named[tuple(row)] for row in text.tolist()])
 
     settings = FinetuneSettings(
-        iterations=args.iterations, batch=args.batch, steps=args.steps, rank=8, learning_rate=args.learning_rate,
+        iterations=args.iterations, batch=args.batch, updates=2, steps=args.steps, rank=8, learning_rate=args.learning_rate,
         noiseless_last=True, last_steps=(args.steps + 3) // 4, random_steps=args.steps // 4, variance_samples=128,
         max_reward_grad=args.max_reward_grad,
     )  # fmt: skip
@@ -120,7 +120,7 @@ def before_and_after(study: Study, tuned: Tuned, seed: int, texts: list[str], ar
     found = []
     for process, control in ((study.base, None), (tuned.process, FineTuned(tuned.process))):
         if sampler == "ode":
-            x, kl = ode(process, x0, args.steps, "heun", **condition), torch.zeros(args.samples)
+            x, kl = ode(process, x0, (args.steps + 1) // 2, "heun", **condition), torch.zeros(args.samples)
         else:
             drawn = sample(tuned.chain, control, x0, torch.Generator().manual_seed(2 * EVALUATION + seed), **condition)
             x, kl = drawn.x, drawn.kl
@@ -183,13 +183,13 @@ def arguments(description: str, base: Path, **defaults: Any) -> argparse.Argumen
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--base", type=Path, default=base, help="trained if it is not there")
     parser.add_argument("--base-steps", type=int, help="training steps of the base")
-    parser.add_argument("--iterations", type=int, default=60, help="rounds of fine-tuning")
-    parser.add_argument("--steps", type=int, default=25, help="simulation steps K")
-    parser.add_argument("--batch", type=int, default=64, help="paths per round")
+    parser.add_argument("--iterations", type=int, default=40, help="rounds of fine-tuning")
+    parser.add_argument("--steps", type=int, default=20, help="simulation steps K")
+    parser.add_argument("--batch", type=int, default=48, help="paths per round")
     parser.add_argument("--strength", type=float, help="lambda of the tilt exp(lambda reward)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--max-reward-grad", type=float, default=50.0, help="bound on a sample's gradient, times lambda")
-    parser.add_argument("--samples", type=int, default=480, help="of each kind that are judged")
+    parser.add_argument("--samples", type=int, default=320, help="of each kind that are judged")
     parser.add_argument("--out", type=Path, help="run folders seed0, seed1, ... are made here")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
