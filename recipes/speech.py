@@ -193,8 +193,8 @@ def parts(speech: Speech, args: argparse.Namespace) -> tuple[Symbols, Vocoder, R
 
     folder, vocoder = args.base.parent, Vocoder()
     train(vocoder, distance, args.vocoder_steps, 0, folder / "speech-vocoder.safetensors")
-    recogniser = Recogniser(speech.words, 1, (32, 64, 64), 3, seed=1)
-    train_recogniser(recogniser, pairs, 500, 1, folder / "speech-words.safetensors")
+    recogniser = Recogniser(speech.words, 1, (16, 32, 64), 3, seed=1)
+    train_recogniser(recogniser, pairs, 400, 1, folder / "speech-words.safetensors")
     return Symbols(speech.words, LONGEST), vocoder, recogniser
 
 

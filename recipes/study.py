@@ -7,6 +7,7 @@ are judged.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
@@ -144,16 +145,15 @@ def one_seed(study: Study, seed: int, args: argparse.Namespace, folder: RunFolde
     tuned = fine_tuned(study, seed, args, folder)
     seconds = time.perf_counter() - began
     save_weights(folder.path / "model.safetensors", FineTuned(tuned.process).module)
-    rows, first = [], None
-    for kind, texts in study.texts.items():
-        for sampler in ("sde", "ode"):
-            pair = before_and_after(study, tuned, seed, texts, args, sampler)
-            first = first or pair
-            head = {"problem": study.name, "seed": seed, "texts": kind, "sampler": sampler, "samples": args.samples}
-            rows.append(head | row_of(*pair) | {"seconds": seconds, "verdict": overall(verdict_lines(*pair))})
-    assert first is not None
+    kinds = list(itertools.product(study.texts, ("sde", "ode")))
+    pairs = [before_and_after(study, tuned, seed, study.texts[kind], args, sampler) for kind, sampler in kinds]
+    rows = [
+        {"problem": study.name, "seed": seed, "texts": kind, "sampler": sampler, "samples": args.samples}
+        | row_of(*pair) | {"seconds": seconds, "verdict": overall(verdict_lines(*pair))}
+        for (kind, sampler), pair in zip(kinds, pairs, strict=True)
+    ]  # fmt: skip
     result = document(command, seed, "cpu", rows, rows[0]["verdict"])
-    report(study, folder, tuned, first, result)
+    report(study, folder, tuned, pairs[0], result)
     folder.write_json("metrics.json", result | {"history": tuned.history})  # last: it says that the seed is done
     return result
 

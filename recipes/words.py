@@ -1,7 +1,7 @@
 r"""Words that can be read: a small text-to-image flow, fine-tuned with one recogniser and judged by another.
 
-The base is trained here, from scratch: words of four or five letters rendered in the fonts that come with matplotlib, in
-every weight and slant, shifted, scaled and faded, as images of 24 × 70 pixels.
+The base is trained here, from scratch: words of four or five letters in matplotlib's DejaVu Sans Mono, upright or
+oblique, light or bold, shifted and faded, as images of 24 × 70 pixels. It is stopped while it still misspells.
 The reward is EasyOCR's log p(word | image) per letter; the judge is legere's recogniser, another network trained on other
 pages, which training never sees. It confuses single letters even of clean pages, so it is asked which of the 234 words it
 holds likeliest (``held_out``, .95 on rendered words; a word spelt exactly as it reads it counts in ``exact``).
@@ -28,7 +28,7 @@ from tiltflow.errors import TiltflowError
 from tiltflow.rewards.ocr import easyocr_recogniser
 
 HEIGHT, WIDTH, LONGEST = 24, 70, 5
-DATA = "words of recipes/words.txt, rendered in the DejaVu fonts of matplotlib (Bitstream Vera licence)."
+DATA = "words of recipes/words.txt, rendered in DejaVu Sans Mono (Bitstream Vera licence)."
 WORDS = Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split()
 SPELL = Symbols(WORDS, LONGEST)
 
@@ -117,7 +117,7 @@ class Judge:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its words can be read.",
-        Path("runs/words-base.safetensors"), base_steps=2_000, strength=5.0, out=Path("runs/words"),
+        Path("runs/words-base.safetensors"), base_steps=1_500, strength=5.0, out=Path("runs/words"),
     )  # fmt: skip
     parser.add_argument("--reader", type=Path, default=Path("english.safetensors"), help="EasyOCR's weights")
     args = parser.parse_args(argv)
