@@ -2,7 +2,7 @@ r"""Emoji by name: a small guided text-to-image flow, fine-tuned with one classi
 
 The base is trained here, from scratch: the 147 plants, foods and animals of Debian's fonts-noto-color-emoji (Google, SIL
 Open Font License 1.1) as images of 24 × 24 pixels, shifted, scaled, on any pale background. Its condition is the character's
-Unicode name, word by word; one name in ten is dropped, and the base of fine-tuning is the flow with classifier-free guidance.
+Unicode name, word by word; one name in ten is dropped; what is fine-tuned is the flow with classifier-free guidance.
 The reward is a convolutional classifier's log p(emoji | image). The judge (``held_out``: 1 where it names the emoji, among
 all) is another network, of another shape, trained with other random numbers; fine-tuning never sees it, nor half the names.
 
