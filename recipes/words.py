@@ -117,7 +117,8 @@ class Judge:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its words can be read.",
-        Path("runs/words-base.safetensors"), base_steps=1_500, strength=2.0, out=Path("runs/words"),
+        Path("runs/words-base.safetensors"), base_steps=1_500, method="path_weighted", iterations=60, strength=2.0,
+        out=Path("runs/words"),
     )  # fmt: skip
     parser.add_argument("--reader", type=Path, default=Path("english.safetensors"), help="EasyOCR's weights")
     args = parser.parse_args(argv)
