@@ -110,8 +110,8 @@ def fine_tuned(study: Study, seed: int, args: argparse.Namespace, folder: RunFol
         process = tuned_process(study.base, trainable_copy(study.base, settings.rank, generator))
         chain, control = training_chain(study.base, settings, generator, conditions), FineTuned(process)
         method = path_weighted(chain, RewardCost(score, args.strength), batch=args.batch, conditions=conditions)
-        fit_settings = FitSettings(args.iterations, args.learning_rate, warmup=5, updates=8, minibatch=2 * args.batch, ema=0.97)
-        history = fit(method, State(control, generator), fit_settings, Buffer(8 * args.batch), **kept)
+        budget = FitSettings(args.iterations, args.learning_rate, warmup=5, updates=8, minibatch=2 * args.batch, ema=0.97)
+        history = fit(method, State(control, generator), budget, Buffer(8 * args.batch), **kept)
         merge_low_rank(control.module)
         return Tuned(process, chain, history)
 
