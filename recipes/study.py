@@ -24,18 +24,12 @@ from tqdm import tqdm
 
 from tiltflow import __version__
 from tiltflow.bench import write_result
-from tiltflow.buffer import Buffer
 from tiltflow.control import FineTuned
-from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
-from tiltflow.finetune import FinetuneSettings, Tuned, finetune, trainable_copy, training_chain, tuned_process
-from tiltflow.fit import FitSettings, fit
+from tiltflow.finetune import FinetuneSettings, Tuned, finetune
 from tiltflow.integrations.finetune import Judged
 from tiltflow.integrations.run import REWARD, verdict_lines
-from tiltflow.methods import State
-from tiltflow.methods.weighted_flow_matching import path_weighted
 from tiltflow.metrics.distance import pairwise_mean
-from tiltflow.nn.lora import merge_low_rank
 from tiltflow.process import Process
 from tiltflow.report import RunRecord, SummaryRow, write_report
 from tiltflow.report.sounds import wav
@@ -81,7 +75,7 @@ class Study:
 
 
 def fine_tuned(study: Study, seed: int, args: argparse.Namespace, folder: RunFolder) -> Tuned:
-    """One seed of ``--method``, with low-rank updates, on the first list of texts."""
+    """One seed of Adjoint Matching, with low-rank updates, on the first list of texts."""
     texts = next(iter(study.texts.values()))
     symbols = study.spell(texts)
     named = {tuple(row): text for row, text in zip(symbols.tolist(), texts, strict=True)}
@@ -103,17 +97,10 @@ def fine_tuned(study: Study, seed: int, args: argparse.Namespace, folder: RunFol
             bar.update(row["iteration"] + 1 - bar.n)
             bar.set_postfix(reward=f"{row['reward']:.3f}", kl=f"{row['kl']:.2f}")
 
-        generator = torch.Generator().manual_seed(seed)
-        kept: dict[str, Any] = {"checkpoint": folder.checkpoint, "resume": folder.checkpoint.is_file(), "callback": progress}
-        if args.method == "adjoint_matching":
-            return finetune(study.base, score, args.strength, settings, generator=generator, conditions=conditions, **kept)
-        process = tuned_process(study.base, trainable_copy(study.base, settings.rank, generator))
-        chain, control = training_chain(study.base, settings, generator, conditions), FineTuned(process)
-        method = path_weighted(chain, RewardCost(score, args.strength), batch=args.batch, conditions=conditions)
-        budget = FitSettings(args.iterations, args.learning_rate, warmup=5, updates=8, minibatch=2 * args.batch, ema=0.97)
-        history = fit(method, State(control, generator), budget, Buffer(8 * args.batch), **kept)
-        merge_low_rank(control.module)
-        return Tuned(process, chain, history)
+        return finetune(
+            study.base, score, args.strength, settings, generator=torch.Generator().manual_seed(seed),
+            conditions=conditions, checkpoint=folder.checkpoint, resume=folder.checkpoint.is_file(), callback=progress,
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -196,7 +183,6 @@ def arguments(description: str, base: Path, **defaults: Any) -> argparse.Argumen
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--base", type=Path, default=base, help="trained if it is not there")
     parser.add_argument("--base-steps", type=int, help="training steps of the base")
-    parser.add_argument("--method", choices=["adjoint_matching", "path_weighted"], default="adjoint_matching")
     parser.add_argument("--iterations", type=int, default=40, help="rounds of fine-tuning")
     parser.add_argument("--steps", type=int, default=20, help="simulation steps K")
     parser.add_argument("--batch", type=int, default=48, help="paths per round")

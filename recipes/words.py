@@ -1,7 +1,7 @@
 r"""Words that can be read: a small text-to-image flow, fine-tuned with one recogniser and judged by another.
 
 The base is trained here, from scratch: words of four or five letters in matplotlib's DejaVu Sans Mono, upright or
-oblique, light or bold, shifted and faded, as images of 24 × 70 pixels. It is stopped while it still misspells.
+oblique, light or bold, shifted, and faded until nobody reads them, as images of 24 × 70 pixels.
 The reward is EasyOCR's log p(word | image) per letter; the judge is legere's recogniser, another network trained on other
 pages, which training never sees. It confuses single letters even of clean pages, so it is asked which of the 234 words it
 holds likeliest (``held_out``, .95 on rendered words; a word spelt exactly as it reads it counts in ``exact``).
@@ -28,6 +28,8 @@ from tiltflow.errors import TiltflowError
 from tiltflow.rewards.ocr import easyocr_recogniser
 
 HEIGHT, WIDTH, LONGEST = 24, 70, 5
+FAINTEST = 0.06
+"""Contrast; its logarithm is uniform."""
 DATA = "words of recipes/words.txt, rendered in DejaVu Sans Mono (Bitstream Vera licence)."
 WORDS = Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split()
 SPELL = Symbols(WORDS, LONGEST)
@@ -48,8 +50,9 @@ def fonts() -> list[ImageFont.FreeTypeFont]:
 
 
 def render(word: str, draw: np.random.Generator) -> np.ndarray:
-    """(24, 70) in [−1, 1], −1 is ink: font, place and ink at random, the whole word inside, near the left."""
-    font, ink, x, y = fonts()[draw.integers(4)], int(draw.integers(0, 100)), *draw.integers(-1, 2, 2)
+    """(24, 70) in [−1, 1], −1 is ink: font, place and fading at random, the whole word inside, near the left."""
+    font, ink = fonts()[draw.integers(4)], round(255 * (1 - FAINTEST ** draw.random()))
+    x, y = draw.integers(-1, 2, 2)
     picture = Image.new("L", (WIDTH, HEIGHT), 255)
     ImageDraw.Draw(picture).text((1 + int(x), 19 + int(y)), word, ink, font, anchor="ls")
     return np.asarray(picture, dtype=np.float32) / 127.5 - 1
@@ -117,7 +120,7 @@ class Judge:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its words can be read.",
-        Path("runs/words-base.safetensors"), base_steps=1_500, method="path_weighted", iterations=60, strength=2.0,
+        Path("runs/words-base.safetensors"), base_steps=2_000, strength=2.0, learning_rate=3e-3,
         out=Path("runs/words"),
     )  # fmt: skip
     parser.add_argument("--reader", type=Path, default=Path("english.safetensors"), help="EasyOCR's weights")
