@@ -3,8 +3,9 @@ r"""Emoji by name: a small guided text-to-image flow, fine-tuned with one classi
 The base is trained here, from scratch: the 147 plants, foods and animals of Debian's fonts-noto-color-emoji (Google, SIL
 Open Font License 1.1) as images of 24 × 24 pixels, shifted, scaled, on any pale background. Its condition is the character's
 Unicode name, word by word; one name in ten is dropped; what is fine-tuned is the flow with classifier-free guidance.
-The reward is a convolutional classifier's log p(emoji | image). The judge (``held_out``: 1 where it names the emoji, among
-all) is another network, of another shape, trained with other random numbers; fine-tuning never sees it, nor half the names.
+The reward is how well a convolutional classifier recognises the emoji in noise: its log p(emoji | image + 0.3 noise), the
+mean of four noises. The judge (``held_out``: the share of four other noises in which it names the emoji, among all) is
+another network, of another shape, trained with other random numbers; fine-tuning never sees it, nor half the names.
 
     apt-get download fonts-noto-color-emoji && dpkg -x fonts-noto-color-emoji_*.deb emoji     # no root needed
     python recipes/emoji.py --font emoji/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf \
@@ -28,12 +29,13 @@ from torch import Tensor, nn
 
 from tiltflow.errors import TiltflowError
 from tiltflow.process import Process
+from tiltflow.rewards.combine import Smoothed
 
 SIZE, DRAWN, LONGEST = 24, 109, 5
 """Pixels of an image; the only size the font has; words of a name at most."""
 CODES = [*range(0x1F32D, 0x1F380), *range(0x1F400, 0x1F440)]
 """Plants, food and animals."""
-DROPPED = 0.1
+DROPPED, NOISE = 0.1, 0.3
 DATA = "plants, food and animals of Noto Color Emoji (Google, SIL Open Font License 1.1) and their Unicode names."
 
 
@@ -143,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     base, symbols = base_flow(emoji, args)
     reward, judge = classifiers(emoji, args.base.parent / "emoji-classifiers")
     texts = dict(zip(("trained names", "other names"), halves(emoji.names), strict=True))
-    run(Study("emoji", base, texts, symbols, shown, reward, {"held_out": judge.knows}), args, argv)
+    judges = {"held_out": Smoothed(judge.knows, NOISE, seed=1)}
+    run(Study("emoji", base, texts, symbols, shown, Smoothed(reward, NOISE), judges), args, argv)
 
 
 if __name__ == "__main__":
