@@ -135,8 +135,8 @@ def base_flow(emoji: Emoji, args: argparse.Namespace) -> tuple[Process, Symbols]
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its emoji are what their names say.",
-        Path("runs/emoji-base.safetensors"), base_steps=1_600, batch=32, iterations=30, strength=5.0, learning_rate=3e-3,
-        out=Path("runs/emoji"),
+        Path("runs/emoji-base.safetensors"), base_steps=1_600, batch=32, iterations=25, samples=160, strength=40.0,
+        learning_rate=4e-3, out=Path("runs/emoji"),
     )  # fmt: skip
     parser.add_argument("--font", type=Path, default=Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"))
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free, of the base that is fine-tuned")
