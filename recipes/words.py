@@ -13,7 +13,7 @@ Fine-tuning draws words of one half of the vocabulary; both halves are judged.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from study import Study, arguments, halves, run, start
 from torch import Tensor, nn
 
 from tiltflow.errors import TiltflowError
+from tiltflow.process import Process
 from tiltflow.rewards.ocr import easyocr_recogniser
 
 HEIGHT, WIDTH, LONGEST = 24, 70, 5
@@ -49,9 +50,10 @@ def fonts() -> list[ImageFont.FreeTypeFont]:
     return [ImageFont.truetype(font_manager.findfont(style), 23) for style in styles]
 
 
-def render(word: str, draw: np.random.Generator) -> np.ndarray:
-    """(24, 70) in [−1, 1], −1 is ink: font, place and fading at random, the whole word inside, near the left."""
-    font, ink = fonts()[draw.integers(4)], round(255 * (1 - FAINTEST ** draw.random()))
+def render(word: str, draw: np.random.Generator, faded: bool) -> np.ndarray:
+    """(24, 70) in [−1, 1], −1 is ink: font, place and ink at random, the whole word inside, near the left."""
+    font = fonts()[draw.integers(4)]
+    ink = round(255 * (1 - FAINTEST ** draw.random())) if faded else int(draw.integers(0, 100))
     x, y = draw.integers(-1, 2, 2)
     picture = Image.new("L", (WIDTH, HEIGHT), 255)
     ImageDraw.Draw(picture).text((1 + int(x), 19 + int(y)), word, ink, font, anchor="ls")
@@ -64,11 +66,18 @@ def word_flow() -> PatchFlow:
     return PatchFlow((1, HEIGHT, WIDTH), (HEIGHT, 14), len(SPELL), LONGEST, width=256, blocks=4)
 
 
-def draw(n: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+def draw(faded: bool, n: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     """Images of random words."""
     chance = np.random.default_rng(int(torch.randint(1 << 31, (1,), generator=generator)))
     words = [WORDS[i] for i in chance.integers(0, len(WORDS), n)]
-    return torch.from_numpy(np.stack([render(w, chance) for w in words]))[:, None], {"text": SPELL(words)}
+    return torch.from_numpy(np.stack([render(w, chance, faded) for w in words]))[:, None], {"text": SPELL(words)}
+
+
+def word_base(file: Path, steps: int) -> Process:
+    """The base: it learns to spell in dark ink first, then how ink fades."""
+    net = word_flow()
+    train_base(net, partial(draw, False), steps, file.with_name(file.stem + "-dark.safetensors"), DATA)
+    return train_base(net, partial(draw, True), steps * 3 // 10, file, DATA)
 
 
 # ----------------------------------------------------------------------------------------------------- reward and judge
@@ -120,14 +129,14 @@ class Judge:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its words can be read.",
-        Path("runs/words-base.safetensors"), base_steps=2_000, strength=2.0, learning_rate=3e-3,
-        out=Path("runs/words"),
+        Path("runs/words-base.safetensors"), base_steps=2_000, iterations=25, samples=160, strength=2.0,
+        learning_rate=3e-3, out=Path("runs/words"),
     )  # fmt: skip
     parser.add_argument("--reader", type=Path, default=Path("english.safetensors"), help="EasyOCR's weights")
     args = parser.parse_args(argv)
     reward, judge = easyocr_recogniser(args.reader), Judge()  # what is missing is said first
     study = Study(
-        "words", train_base(word_flow(), draw, args.base_steps, args.base, DATA),
+        "words", word_base(args.base, args.base_steps),
         dict(zip(("trained words", "other words"), halves(WORDS), strict=True)), SPELL, shown, reward,
         {"held_out": judge.knows, "exact": judge.spells},
     )  # fmt: skip

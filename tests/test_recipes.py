@@ -223,7 +223,7 @@ def test_nothing_changes_where_nothing_was_trained(tmp_path):
 
 def test_words_are_inside_and_the_halves_are_apart():
     words, study = recipe("words"), recipe("study")
-    x, condition = words.draw(40, torch.Generator().manual_seed(0))
+    x, condition = words.draw(False, 40, torch.Generator().manual_seed(0))
     assert x.shape == (40, 1, 24, 70) and -1 <= float(x.min()) < -0.5 and float(x.max()) == 1
     for edge in (x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1]):
         assert (edge > 0).float().mean() > 0.95, "a stroke at most, not a cut word"
