@@ -129,7 +129,7 @@ class Judge:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its words can be read.",
-        Path("runs/words-base.safetensors"), base_steps=2_000, iterations=25, samples=160, strength=2.0,
+        Path("runs/words-base.safetensors"), base_steps=2_000, iterations=25, samples=160, strength=20.0,
         learning_rate=3e-3, out=Path("runs/words"),
     )  # fmt: skip
     parser.add_argument("--reader", type=Path, default=Path("english.safetensors"), help="EasyOCR's weights")
