@@ -129,8 +129,8 @@ class Judge:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its words can be read.",
-        Path("runs/words-base.safetensors"), base_steps=2_000, iterations=25, samples=160, strength=20.0,
-        learning_rate=3e-3, out=Path("runs/words"),
+        Path("runs/words-base.safetensors"), base_steps=2_000, iterations=45, samples=160, strength=40.0,
+        learning_rate=4e-3, max_reward_grad=100.0, out=Path("runs/words"),
     )  # fmt: skip
     parser.add_argument("--reader", type=Path, default=Path("english.safetensors"), help="EasyOCR's weights")
     args = parser.parse_args(argv)
