@@ -200,11 +200,11 @@ def arguments(description: str, base: Path, **defaults: Any) -> argparse.Argumen
 
 def run(study: Study, args: argparse.Namespace, argv: list[str] | None = None) -> None:
     """Every seed in its own run folder; rows as JSON lines on stdout."""
-    started = time.perf_counter()
     command = shlex.join(["python", f"recipes/{Path(sys.argv[0]).name}", *(sys.argv[1:] if argv is None else argv)])
     where = {"seeds", "out", "resume", "overwrite", "results"}
     shared = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in where}
     rows: list[dict[str, Any]] = []
+    seconds = 0.0  # of fine-tuning, in this process or in the one that is resumed
     for seed in args.seeds:
         out = args.out / f"seed{seed}"
         begun = args.resume and (out / "config.json").is_file()
@@ -212,10 +212,11 @@ def run(study: Study, args: argparse.Namespace, argv: list[str] | None = None) -
             done = out / "metrics.json"
             result = json.loads(done.read_text()) if done.is_file() else one_seed(study, seed, args, folder, command)
         rows += result["rows"]
+        seconds += result["rows"][0]["seconds"]
         for row in result["rows"]:
             print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
     if args.results is not None:
-        write_result(args.results, document(command, args.seeds, "cpu", rows, None), time.perf_counter() - started)
+        write_result(args.results, document(command, args.seeds, "cpu", rows, None), seconds)
 
 
 def start(main: Callable[[], None]) -> None:
