@@ -27,7 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 Row = dict[str, Any]
 
-STUDIES = ("words", "emoji", "speech")
+STUDIES, SEEDS = ("words", "emoji", "speech"), 3
 PROBLEMS = ("mixture2d", "mixture2d-rare", "mixture32d", "quadratic2d", "inverse4d")
 
 
@@ -325,11 +325,12 @@ def small_models() -> str:
         found = [r for r in rows if r["problem"] == name]
         for texts, sampler in itertools.product(dict.fromkeys(r["texts"] for r in found), ("sde", "ode")):
             mine = [r for r in found if (r["texts"], r["sampler"]) == (texts, sampler)]
+            seeds = f"{len(mine)}" + (f", {SEEDS - len(mine)} not run" if len(mine) < SEEDS else "")
             for score in [k.removesuffix("_change") for k in mine[0] if k.endswith("_change")]:
                 cells = [number([r[f"{score}{kind}"] for r in mine]) for kind in ("_base", "", "_change", "_change_error")]
-                lines.append([name, texts, sampler, str(len(mine)), score, *cells])
+                lines.append([name, texts, sampler, seeds, score, *cells])
             kept = [r["diversity"] / r["diversity_base"] for r in mine]
-            lines.append([name, texts, sampler, str(len(mine)), "diversity, share kept", "1", number(kept), "–", "–"])
+            lines.append([name, texts, sampler, seeds, "diversity, share kept", "1", number(kept), "–", "–"])
         if not found:
             lines.append([name, *["not run"] * 8])
     header = ["recipe", "texts", "sampler", "seeds", "score", "base", "after", "change", "error of one seed's change"]
