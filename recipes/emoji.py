@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
-from small_flow import Guided, PatchFlow, Recogniser, Symbols, train_base, train_recogniser
+from small_flow import Guided, PatchFlow, Recogniser, Symbols, shown, train_base, train_recogniser
 from study import Study, arguments, halves, run, start
 from torch import Tensor, nn
 
@@ -92,17 +92,12 @@ def load_emoji(font: Path) -> Emoji:
 # ------------------------------------------------------------------------------------------------------ reward and judge
 
 
-def shown(x: Tensor) -> Tensor:
-    """Samples as images in [0, 1]."""
-    return (x / 2 + 0.5).clamp(0, 1)
-
-
 def classifiers(emoji: Emoji, folder: Path) -> tuple[Recogniser, Recogniser]:
     """The reward's and the judge's, from ``folder`` if they are there."""
 
     def noisy(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x, which = emoji.draw(n, generator)
-        level = 0.3 * torch.rand(n, 1, 1, 1, generator=generator)
+        level = NOISE * torch.rand(n, 1, 1, 1, generator=generator)
         return shown(x + level * torch.randn(x.shape, generator=generator)), which
 
     shapes = {"reward": ((32, 64, 128), 3), "judge": ((32, 64), 5)}

@@ -75,6 +75,11 @@ class PatchFlow(nn.Module):
         return out.unflatten(3, self.patch).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
 
+def shown(x: Tensor) -> Tensor:
+    """Samples in [−1, 1] as images in [0, 1]."""
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
 class Guided(nn.Module):
     """Classifier-free guidance X̂_∅ + w (X̂_text − X̂_∅): the law of the guided flow is the base."""
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
-from small_flow import PatchFlow, Symbols, train_base
+from small_flow import PatchFlow, Symbols, shown, train_base
 from study import Study, arguments, halves, run, start
 from torch import Tensor, nn
 
@@ -81,11 +81,6 @@ def word_base(file: Path, steps: int) -> Process:
 
 
 # ----------------------------------------------------------------------------------------------------- reward and judge
-
-
-def shown(x: Tensor) -> Tensor:
-    """Samples as images in [0, 1]."""
-    return (x / 2 + 0.5).clamp(0, 1)
 
 
 class Judge:
