@@ -179,11 +179,11 @@ def assess_all(
 
     ``compared`` is lowered to what the samples and the reference suffice for. Raises what the problem's reference raises.
     """
-    reference = reference_samples(problem, 2 * compared, generator)
-    n = compared
+    n = min(compared, len(drawn.x))
+    reference = reference_samples(problem, 2 * n, generator)
     if reference is not None:
         reference = reference.to(drawn.x)
-        n = min(compared, len(drawn.x), len(reference) // 2)
+        n = min(n, len(reference) // 2)
     row = {"compared": n if reference is not None else 0} | assess(problem, drawn, reference, generator, n)
     if reference is not None and trained is not None:
         row |= from_both_sides(trained, reference, generator)
