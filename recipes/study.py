@@ -27,8 +27,6 @@ from tiltflow.bench import write_result
 from tiltflow.control import FineTuned
 from tiltflow.errors import TiltflowError
 from tiltflow.finetune import FinetuneSettings, Tuned, finetune
-from tiltflow.integrations.finetune import Judged
-from tiltflow.integrations.run import REWARD, verdict_lines
 from tiltflow.metrics.distance import pairwise_mean
 from tiltflow.process import Process
 from tiltflow.report import RunRecord, SummaryRow, write_report
@@ -37,7 +35,7 @@ from tiltflow.rewards.combine import Score
 from tiltflow.run import RunFolder, document
 from tiltflow.simulate import ode, sample
 from tiltflow.store import save_weights
-from tiltflow.verdict import overall
+from tiltflow.verdict import REWARD, Judged, against_base, overall
 
 SHOWN, HEARD = 24, 6
 """Samples in a picture, and how many of them as sound."""
@@ -149,7 +147,7 @@ def one_seed(study: Study, seed: int, args: argparse.Namespace, folder: RunFolde
     pairs = [before_and_after(study, tuned, seed, study.texts[kind], args, sampler) for kind, sampler in kinds]
     rows = [
         {"problem": study.name, "seed": seed, "texts": kind, "sampler": sampler, "samples": args.samples}
-        | row_of(*pair) | {"seconds": seconds, "verdict": overall(verdict_lines(*pair))}
+        | row_of(*pair) | {"seconds": seconds, "verdict": overall(against_base(*pair))}
         for (kind, sampler), pair in zip(kinds, pairs, strict=True)
     ]  # fmt: skip
     result = document(command, seed, "cpu", rows, rows[0]["verdict"])
@@ -170,7 +168,7 @@ def report(study: Study, folder: RunFolder, tuned: Tuned, pair: tuple[Judged, Ju
         folder.path,
         RunRecord(
             title=f"{study.name}, seed {result['seed']}", command=result["command"], status=result["verdict"],
-            verdict=verdict_lines(*pair), before=study.picture(decoded[0]), after=study.picture(decoded[1]),
+            verdict=against_base(*pair), before=study.picture(decoded[0]), after=study.picture(decoded[1]),
             summary=[*table, SummaryRow("diversity", before.diversity, None, after.diversity)], history=history,
             config=folder.config, value_range=(0.0, 1.0), version=__version__, sounds=(sounds[0], sounds[1]),
         ),

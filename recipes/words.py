@@ -29,7 +29,7 @@ from tiltflow.process import Process
 from tiltflow.rewards.ocr import easyocr_recogniser
 
 HEIGHT, WIDTH, LONGEST = 24, 70, 5
-FAINTEST = 0.06
+FAINTEST = 0.04
 """Contrast; its logarithm is uniform."""
 DATA = "words of recipes/words.txt, rendered in DejaVu Sans Mono (Bitstream Vera licence)."
 WORDS = Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split()
@@ -124,7 +124,7 @@ class Judge:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its words can be read.",
-        Path("runs/words-base.safetensors"), base_steps=2_000, iterations=45, samples=160, strength=40.0,
+        Path("runs/words-base.safetensors"), base_steps=4_500, iterations=70, samples=160, strength=40.0,
         learning_rate=4e-3, max_reward_grad=100.0, out=Path("runs/words"),
     )  # fmt: skip
     parser.add_argument("--reader", type=Path, default=Path("english.safetensors"), help="EasyOCR's weights")

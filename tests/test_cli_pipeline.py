@@ -12,8 +12,8 @@ import diffusers as D
 import tiny_pipelines as tiny
 from test_cli_sampling import tiltflow
 
-from tiltflow.integrations.finetune import Judged
-from tiltflow.integrations.run import _sounds, verdict_lines
+from tiltflow.integrations.run import _sounds
+from tiltflow.verdict import Judged, against_base
 
 REWARDS = """
 def brightness(x, texts):
@@ -171,7 +171,7 @@ def test_the_verdict_names_what_is_wrong(reward, judge, diversity, statuses):
     before = Judged(x, {"reward": noise, "judge": noise}, zero, 1.0)
     shake = 0.1 * noise.flip(0)
     after = Judged(x, {"reward": noise + shake + reward, "judge": noise + shake + judge}, zero, diversity)
-    assert [line.status for line in verdict_lines(before, after)] == statuses
+    assert [line.status for line in against_base(before, after)] == statuses
 
 
 @pytest.mark.parametrize(("name", "rate"), [("stable_audio", 8), ("audioldm2", 16)])

@@ -33,6 +33,7 @@ from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.metrics.distance import pairwise_mean
 from tiltflow.rewards.combine import Score
 from tiltflow.simulate import sample, simulate
+from tiltflow.verdict import Judged
 
 OTHERS = 1_000_003
 """Added to the seed per process."""
@@ -248,15 +249,6 @@ def _all_for_one_row(chain: PipelineChain, control: Adapted, cost: RewardCost, c
         torch.autograd.grad(mean.sum(), leaf)
         control.mean(chain, 0, x, base_mean=mean.detach(), **condition).sum().backward()
     control.module.zero_grad(set_to_none=True)
-
-
-class Judged(NamedTuple):
-    """Latents, scores by name (n,), the paths' KL to the base (n,), and the mean pairwise distance of what was made."""
-
-    x: Tensor
-    scores: dict[str, Tensor]
-    kl: Tensor
-    diversity: float
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from tiltflow import __version__
 from tiltflow.distributed import world
 from tiltflow.errors import TiltflowError
 from tiltflow.integrations.finetune import (
-    Judged,
     PipelineSettings,
     TunedPipeline,
     finetune_pipeline,
@@ -28,13 +27,11 @@ from tiltflow.report.sounds import DECIBELS, spectrograms, wav
 from tiltflow.rewards.combine import Score
 from tiltflow.run import RunFolder, document
 from tiltflow.store import write_bytes, write_text
-from tiltflow.verdict import SIGMAS, Status, VerdictLine, overall
+from tiltflow.verdict import REWARD, SIGMAS, Judged, VerdictLine, against_base, overall
 
 Progress = Callable[[str, int, int], None]
-ADAPTER, CARD, REWARD = "adapter", "README.md", "reward"
+ADAPTER, CARD = "adapter", "README.md"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KEPT, LOST = 0.8, 0.5
-"""Shares of the base's diversity: at least the first is good, less than the second is bad."""
 GRID = 32
 HEARD = 4
 """Samples of audio that are written as files."""
@@ -116,7 +113,7 @@ def run_pipeline(
     tuned.save(folder.path / ADAPTER)
     before, after = (_judge(tuned, scores, config.samples, config.seed, base) for base in (True, False))
     progress("samples", 1, 1)
-    lines = verdict_lines(before, after)
+    lines = against_base(before, after)
     if watch.stopped:
         lines.append(watch.line())
     row: dict[str, Any] = {"kind": "summary", "pipeline": config.pipeline, "strength": config.strength}
@@ -204,23 +201,6 @@ def _train(
 def _judge(tuned: TunedPipeline, scores: Mapping[str, Score], n: int, seed: int, base: bool = False) -> Judged:
     generator = torch.Generator(str(tuned.pipe.device)).manual_seed(EVALUATION + seed)
     return judge_pipeline(tuned, scores, n, generator, base)
-
-
-def verdict_lines(before: Judged, after: Judged) -> list[VerdictLine]:
-    """Did the reward rise, did the held-out judges not fall, is the diversity still there? Differences are paired."""
-    lines = []
-    for name in after.scores:
-        change = after.scores[name] - before.scores[name]
-        mean, error = float(change.mean()), float(change.std()) / len(change) ** 0.5
-        low, high = mean - SIGMAS * error, mean + SIGMAS * error
-        held_out = name != REWARD
-        status: Status = "pass" if low > 0 else "fail" if high < 0 else "warn" if held_out else "cannot tell"
-        said = "held out: must not fall while the reward rises" if held_out else "mean change, in the same noise"
-        lines.append(VerdictLine(f"held-out {name}" if held_out else name, mean, low, high, "> 0", status, said))
-    ratio = after.diversity / before.diversity if before.diversity > 0 else float("nan")
-    kept: Status = "pass" if ratio >= KEPT else "warn" if ratio >= LOST else "fail"
-    said = "mean distance between samples of one prompt, over the base's"
-    return [*lines, VerdictLine("diversity kept", ratio, None, None, f"≥ {KEPT:g} good, < {LOST:g} bad", kept, said)]
 
 
 def card(config: PipelineConfig, result: Mapping[str, Any]) -> str:
