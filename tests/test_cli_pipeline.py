@@ -80,6 +80,21 @@ def test_a_run_leaves_everything(here):
     assert tiltflow("export", run, "--out", here / "merged").returncode == 2
 
 
+def test_all_weights_leave_a_pipeline(here):
+    """It is one that stock diffusers loads, with its card; its unet alone has moved, and there is nothing to merge."""
+    done = tiltflow(*arguments(here, "--all-weights", "--json", **{"learning-rate": 0.002}))
+    assert done.returncode in (0, 3), done.stderr
+    assert json.loads(done.stdout)["rows"][0]["reward_reached"] > json.loads(done.stdout)["rows"][0]["reward_base"]
+    base, whole = (D.StableDiffusionPipeline.from_pretrained(f) for f in (here / "pipe", here / "run" / "pipeline"))
+    for name in ("unet", "vae", "text_encoder"):
+        pairs = zip(getattr(base, name).parameters(), getattr(whole, name).parameters(), strict=True)
+        assert any(not torch.equal(a, b) for a, b in pairs) == (name == "unet")
+    card = (here / "run" / "pipeline" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("# All weights of") and not (here / "run" / "adapter").exists()
+    again = tiltflow("export", here / "run", "--out", here / "merged")
+    assert again.returncode == 2 and "is the pipeline already" in again.stderr
+
+
 def metrics(folder, strength, kl, judge="sharp"):
     scores = {"reward_base": 0.0, "reward_reached": kl / 2, f"{judge}_base": 1.0, f"{judge}_reached": 1 + kl - kl**2}
     row = {"kind": "summary", "strength": strength, "kl": kl, **scores}

@@ -345,7 +345,7 @@ def test_all_weights_may_be_trained(name, tmp_path):
     tuned, given, x0, before = trained(name, rank=None, learning_rate=1e-3)
     after = latents(tuned.pipe, given, x0)
     assert (after - before).abs().max() > 1e-4
-    tuned.pipe.save_pretrained(tmp_path)
+    assert tuned.save(tmp_path) == tmp_path
     fresh = type(tuned.pipe).from_pretrained(tmp_path)
     fresh.set_progress_bar_config(disable=True)
     assert torch.allclose(latents(fresh, given, x0), after, atol=1e-6)

@@ -33,6 +33,7 @@ PLACES = ("rollout", "control", "adjoint")
 @click.option("--micro-batch", help="Rows that a network sees at a time, or fit (measured); the result is the same.")
 @click.option("--steps", default=40, show_default=True, help="Steps of the scheduler.")
 @click.option("--rank", default=16, show_default=True, help="Of the adapter.")
+@click.option("--all-weights", is_flag=True, help="Train all weights instead of an adapter, in a float32 copy.")
 @click.option("--learning-rate", default=1e-4, show_default=True)
 @click.option("--updates", default=1, show_default=True, help="Gradient steps per round.")
 @click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance scale.")
@@ -47,10 +48,13 @@ PLACES = ("rollout", "control", "adjoint")
 def finetune_pipeline_command(
     pipeline: str, reward: str, judges: tuple[str, ...], prompts: Path, negative: str | None, strength: float, out: Path,
     resume: bool, overwrite: bool, iterations: int, batch: int, per_prompt: int, micro_batch: str | None, steps: int,
-    rank: int, learning_rate: float, updates: int, guidance: float, guidance_in: str, dropout: float,
+    rank: int, all_weights: bool, learning_rate: float, updates: int, guidance: float, guidance_in: str, dropout: float,
     max_reward_grad: float | None, samples: int, monitor: int, dtype: str, seed: int, device: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Fine-tune a diffusers PIPELINE (a folder) towards a reward; OUT/adapter holds a LoRA for stock diffusers."""
+    """Fine-tune a diffusers PIPELINE (a folder) towards a reward; OUT/adapter holds a LoRA for stock diffusers.
+
+    With --all-weights, OUT/pipeline holds the whole pipeline.
+    """
     from tiltflow.integrations.prompts import read_prompts
     from tiltflow.integrations.run import PipelineConfig, help_pipeline, run_pipeline
 
@@ -65,9 +69,9 @@ def finetune_pipeline_command(
         raise TiltflowError(f"--guidance-in {guidance_in}: {unknown[0]!r} is none of {', '.join(PLACES)}.")
     join()
     settings = PipelineSettings(
-        iterations=iterations, batch=batch, per_prompt=per_prompt, steps=steps, rank=rank, learning_rate=learning_rate,
-        updates=updates, guidance=Guidance(guidance, *(place in places for place in PLACES)), dropout=dropout,
-        max_reward_grad=max_reward_grad, micro_batch=_micro_batch(micro_batch),
+        iterations=iterations, batch=batch, per_prompt=per_prompt, steps=steps, learning_rate=learning_rate,
+        rank=None if all_weights else rank, updates=updates, dropout=dropout, max_reward_grad=max_reward_grad,
+        guidance=Guidance(guidance, *(place in places for place in PLACES)), micro_batch=_micro_batch(micro_batch),
     )  # fmt: skip
     if samples < 2 or monitor < 0 or (monitor and not judges):
         raise TiltflowError("--samples must be at least 2, and --monitor at least 0, with a --judge to look at.")
@@ -109,9 +113,11 @@ def _micro_batch(text: str | None) -> int | Literal["fit"] | None:
 @common
 def export_command(run: Path, out: Path, seed: int, device: str, as_json: bool) -> None:
     """Merge the adapter of a finished finetune-pipeline RUN into its pipeline: a folder that stock diffusers loads."""
-    from tiltflow.integrations.run import ADAPTER, load_pipeline
+    from tiltflow.integrations.run import ADAPTER, PIPELINE, load_pipeline
 
     config = run / "config.json"
+    if (run / PIPELINE).is_dir():
+        raise TiltflowError(f"all weights were trained: {run / PIPELINE} is the pipeline already.")
     if not config.is_file() or not (run / ADAPTER).is_dir():
         raise TiltflowError(f"{run} holds no finished run of finetune-pipeline.")
     if out.exists():

@@ -71,6 +71,11 @@ def train_all(pipe: Any) -> nn.Module:
     return network
 
 
+def trains_all(network: nn.Module) -> bool:
+    """Whether it is the copy that :func:`train_all` made."""
+    return hasattr(network, BASE)
+
+
 def _freeze(pipe: Any) -> None:
     for component in pipe.components.values():
         if isinstance(component, nn.Module):

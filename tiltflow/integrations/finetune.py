@@ -23,7 +23,7 @@ from tiltflow.cost import RewardCost
 from tiltflow.distributed import world
 from tiltflow.errors import TiltflowError
 from tiltflow.fit import FitSettings, History, fit
-from tiltflow.integrations.adapters import TARGETS, add_adapter, remove_adapter, save_adapter, train_all
+from tiltflow.integrations.adapters import TARGETS, add_adapter, remove_adapter, save_adapter, train_all, trains_all
 from tiltflow.integrations.diffusers import Adapted, DecodedReward, Guidance, PipelineChain, in_parts, pipeline_chain
 from tiltflow.integrations.families import Rows, encode_prompts
 from tiltflow.integrations.memory import fitting_rows
@@ -100,8 +100,11 @@ class TunedPipeline(NamedTuple):
     def save(self, folder: str | Path) -> Path:
         """The adapter, for stock diffusers: :func:`~tiltflow.integrations.adapters.save_adapter`.
 
-        Where all weights were trained there is none: ``pipe.save_pretrained(folder)`` saves the pipeline with them.
+        Where all weights were trained, the pipeline with them. What is written is returned.
         """
+        if trains_all(self.chain.network):
+            self.pipe.save_pretrained(folder, safe_serialization=True)
+            return Path(folder)
         return save_adapter(self.pipe, Path(folder))
 
 

@@ -1,4 +1,4 @@
-"""A run that fine-tunes a pipeline: config, checkpoint, adapter with its card, samples, metrics, verdict and report."""
+"""A run that fine-tunes: config, checkpoint, adapter or pipeline with its card, samples, metrics, verdict, report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from tiltflow.store import write_bytes, write_text
 from tiltflow.verdict import REWARD, SIGMAS, Judged, VerdictLine, against_base, overall
 
 Progress = Callable[[str, int, int], None]
-ADAPTER, CARD = "adapter", "README.md"
+ADAPTER, PIPELINE, CARD = "adapter", "pipeline", "README.md"
+"""Folders of what was trained, low-rank or all weights, and the card in them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GRID = 32
 HEARD = 4
@@ -110,7 +111,8 @@ def run_pipeline(
     generator = torch.Generator(config.device).manual_seed(config.seed)
     tuned, watch = _train(config, folder.checkpoint, folder.resume, pipe, scores, generator, progress)
     trained = time.perf_counter() - started
-    tuned.save(folder.path / ADAPTER)
+    made = folder.path / (PIPELINE if config.settings.rank is None else ADAPTER)
+    tuned.save(made)
     before, after = (_judge(tuned, scores, config.samples, config.seed, base) for base in (True, False))
     progress("samples", 1, 1)
     lines = against_base(before, after)
@@ -132,7 +134,7 @@ def run_pipeline(
     rows = [row, *said, *({"kind": "iteration", **h} for h in history)]
     result = document(command, config.seed, config.device, rows, overall(lines))
     save_file({"before": before.x.cpu(), "after": after.x.cpu()}, folder.path / "samples.safetensors")
-    write_text(folder.path / ADAPTER / CARD, card(config, result))
+    write_text(made / CARD, card(config, result))
     folder.write_json("metrics.json", result)
     _report(config, folder, tuned, result, lines, before, after, history)
     return result
@@ -204,16 +206,17 @@ def _judge(tuned: TunedPipeline, scores: Mapping[str, Score], n: int, seed: int,
 
 
 def card(config: PipelineConfig, result: Mapping[str, Any]) -> str:
-    """The adapter's model card, Markdown."""
+    """The model card of the adapter, or of the pipeline with all its weights trained; Markdown."""
     summary = result["rows"][0]
     from diffusers import __version__ as diffusers
     from peft import __version__ as peft
 
     numbers = "\n".join(f"| {k} | {v} |" for k, v in summary.items() if k != "kind")
     settings = "\n".join(f"| {k} | {v} |" for k, v in asdict(config.settings).items())
+    kind = "All weights of" if config.settings.rank is None else "Adapter for"
     made_by = f"tiltflow {result['version']} (torch {torch.__version__}, diffusers {diffusers}, peft {peft})"
     return (
-        f"# Adapter for {config.pipeline}\n\nTilted towards `{config.reward}` with λ = {config.strength:g}, seed "
+        f"# {kind} {config.pipeline}\n\nTilted towards `{config.reward}` with λ = {config.strength:g}, seed "
         f"{config.seed}, {len(config.prompts)} prompts, by {made_by}.\n\n"
         f"Verdict: **{result['verdict']}**.\n\n    {result['command']}\n\n"
         f"| | |\n|---|---|\n{numbers}\n\n| setting | |\n|---|---|\n{settings}\n\n"
