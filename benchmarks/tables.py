@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from tiltflow.bench_conformers import METHODS as GENERATORS
@@ -27,7 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 Row = dict[str, Any]
 
-STUDIES, SEEDS = ("words", "emoji", "speech"), 3
+STUDIES, SEEDS, TENTHS = ("words", "emoji", "speech"), 3, 10
 PROBLEMS = ("mixture2d", "mixture2d-rare", "mixture32d", "quadratic2d", "inverse4d")
 
 
@@ -183,6 +183,21 @@ def sampling() -> str:
             cells = cells if done else ["failed" if found else "not run"] * len(columns)
             lines.append([problem, name, seeds, *cells])
     return markdown(["problem", "method", "seeds", *columns], lines) + "\n\n" + provenance(documents)
+
+
+def training_curve() -> str:
+    """How the energies of end points fall while a sampler trains, a tenth of the rounds at a time."""
+    documents = load("training-curve-*.json")
+    lines = []
+    for d in documents:
+        problem, rounds = d["rows"][0]["problem"], d["rows"][1:]
+        for i in range(TENTHS):
+            last = len(rounds) * (i + 1) // TENTHS
+            part = [r["energy"] for r in rounds[len(rounds) * i // TENTHS : last]]
+            spent = (sum(r[c] for r in rounds[:last]) / 60 for c in ("processor_seconds", "seconds"))
+            lines.append([problem, str(last), *(f"{m:.0f}" for m in spent), f"{median(part):.4g}"])
+    header = ["problem", "rounds so far", "processor minutes", "minutes", "median energy in the last tenth"]
+    return (markdown(header, lines) if lines else "not run") + "\n\n" + provenance(documents)
 
 
 def conformers() -> str:
@@ -347,6 +362,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "control": control,
     "few steps": few_steps,
     "sampling": sampling,
+    "training curve": training_curve,
     "conformers": conformers,
     "torsional quadrature": torsional_quadrature,
     "conformer ensembles": conformer_ensembles,
