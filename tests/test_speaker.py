@@ -59,13 +59,14 @@ def test_the_vector_is_that_of_the_recurrence_written_out():
 
 
 def test_windows_overlap_by_half_and_silence_fills_up():
-    """Three windows of 160 frames in 320; a short sound is one window, its end silence."""
+    """Four windows of 160 frames in 350, the last filled up; a short sound is one window, its end silence."""
     encoder = Hearing()
     score = Speaker(encoder, noise(1, 8_000), 16_000)
-    sound = noise(1, 320 * 160 - 160)
+    sound = noise(1, 350 * 160 - 160)
     spectra = mel_spectra(sound[:, 0])
-    assert spectra.shape[1] == 320
-    parts = torch.cat([encoder(spectra[:, i : i + 160]) for i in (0, 80, 160)]).sum(0)
+    assert spectra.shape[1] == 350
+    spectra = torch.cat([spectra, torch.zeros(1, 50, 40)], 1)
+    parts = torch.cat([encoder(spectra[:, i : i + 160]) for i in (0, 80, 160, 240)]).sum(0)
     assert torch.allclose(score.embed(sound)[0], parts / parts.norm(), atol=1e-5)
     spectra = mel_spectra(noise(1, 4_000)[:, 0])
     filled = torch.cat([spectra, torch.zeros(1, 160 - 26, 40)], 1)
