@@ -1,9 +1,11 @@
 """Adjoints against autograd through the simulation, and what Adjoint Matching converges to."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tiltflow.adjoint import full_adjoint, lean_adjoint
 from tiltflow.chain import DriftChain, at, euler_maruyama, memoryless_chain, residual_variance, uniform_grid
@@ -11,6 +13,7 @@ from tiltflow.control import FineTuned, NetworkControl, tilted
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
 from tiltflow.fit import FitSettings, fit
+from tiltflow.geometry import Euclidean
 from tiltflow.loss import QuantileMask, reduce_terms
 from tiltflow.methods import State
 from tiltflow.methods.adjoint_matching import AdjointMatching
@@ -53,6 +56,48 @@ def future_cost(chain, control, cost, path, k, lean):
             x = mean + noise
     total = total - cost.strength * cost.reward(x)
     return torch.autograd.grad(total.sum(), start)[0]
+
+
+def test_paths_may_be_kept_on_another_device():
+    """On fake tensors, which know their devices and refuse to mix them: kept on the CPU, all work elsewhere."""
+
+    class Doubling:
+        t, geometry = uniform_grid(3), Euclidean()
+
+        def __init__(self, std):
+            self.std = std
+
+        def base_mean(self, k, x):
+            assert x.device == gpu
+            return 2 * x
+
+        def mean(self, chain, k, x, base_mean=None):
+            return self.base_mean(k, x)
+
+    cpu, gpu, cost = torch.device("cpu"), torch.device("meta"), SimpleNamespace(grad=lambda x: -x, running=None)
+    method = AdjointMatching(Doubling(torch.full((3,), 0.5)), cost)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        chain = Doubling([torch.tensor(0.5) for _ in range(3)])
+        x0 = torch.ones(4, 2, device=gpu)
+        path = simulate(chain, chain, x0, torch.Generator(), cpu)
+        adjoint = lean_adjoint(chain, path, cost, x0.device)
+        near = simulate(chain, chain, x0, torch.Generator())
+        rows = dict.fromkeys(("x", "a_next", "base_mean"), torch.ones(5, 2)) | {"weight": torch.ones(5)}
+        loss = method.loss(chain, rows | {"k": torch.zeros(5, dtype=torch.long)}, SimpleNamespace(device=gpu))
+    assert [v.device for v in (*path, *adjoint)] == [cpu] * 4 and path.x.shape == (4, 4, 2) == adjoint.a.shape
+    assert near.x.device == loss.device == gpu
+
+
+def test_where_paths_are_kept_changes_nothing():
+    chain, control, cost, _ = setting()
+    rounds = [
+        AdjointMatching(chain, cost, 8, keep=keep, importance=True).collect(State(control, torch.Generator().manual_seed(1)))
+        for keep in (None, torch.device("cpu"))
+    ]
+    assert all(torch.equal(v, rounds[1].material[name]) for name, v in rounds[0].material.items())
+    with pytest.raises(TiltflowError, match="leave keep out"):
+        share = torch.full((12,), 0.5)
+        AdjointMatching(chain, cost, importance=True, endpoint_share=share, keep=torch.device("cpu"))
 
 
 def bump(x, t):

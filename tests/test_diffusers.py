@@ -19,6 +19,7 @@ from tiltflow.integrations.diffusers import Adapted, DecodedReward, Guidance, pi
 from tiltflow.integrations.families import encode_prompts, family_of
 from tiltflow.integrations.finetune import PipelineSettings, check_pipeline_reward, finetune_pipeline, judge_pipeline
 from tiltflow.integrations.schedules import nodes_of
+from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.simulate import simulate
 
 FAMILIES = tuple(tiny.BUILDERS)
@@ -376,6 +377,18 @@ def test_the_reward_rises_and_not_falls(sign):
     assert sign * float(change.mean()) > 4 * float(change.std()) / 32**0.5
     assert float(after.kl.mean()) > 0 and float(before.kl.abs().max()) == 0
     assert len(tuned.history) == 12 and {"reward", "kl", "loss"} <= set(tuned.history[0])
+
+
+def test_offloaded_paths_are_kept_on_the_host(monkeypatch):
+    kept = []
+
+    def recorded(*args, keep, **more):
+        kept.append(keep)
+        return AdjointMatching(*args, keep=keep, **more)
+
+    monkeypatch.setattr(module, "AdjointMatching", recorded)
+    here, there = (trained("stable_diffusion_3", offload=offload)[0] for offload in (False, True))
+    assert kept == [None, torch.device("cpu")] and here.history[-1]["loss"] == there.history[-1]["loss"]
 
 
 def test_micro_batches_change_nothing():

@@ -37,28 +37,35 @@ def _running_grad(chain: Chain, cost: Cost, k: int, x: Tensor) -> Tensor | float
     return float(chain.t[k + 1] - chain.t[k]) * grad
 
 
-def lean_adjoint(chain: Chain, path: Path, cost: Cost, **condition: Any) -> Adjoint:
-    """The lean adjoint along ``path``: it needs the base only, never the control."""
-    a = cost.grad(path.x[-1], **condition)
-    adjoints, means = [a], []
+def lean_adjoint(
+    chain: Chain, path: Path, cost: Cost, device: torch.device | None = None, **condition: Any
+) -> Adjoint:
+    """The lean adjoint along ``path``: it needs the base only, never the control.
+
+    ``device``: where to compute, if the path is kept elsewhere; the adjoint is kept where the path is.
+    """
+    kept, a = _last(path, cost, device, condition)
     for k in reversed(range(len(path.mean))):
         with torch.enable_grad():
-            x = path.x[k].detach().requires_grad_(True)
+            x = path.x[k].to(a.device).detach().requires_grad_(True)
             mean = chain.base_mean(k, x, **condition)
             (a,) = torch.autograd.grad(mean, x, a)
-        a = a + _running_grad(chain, cost, k, path.x[k])
-        adjoints.append(a)
-        means.append(mean.detach())
-    return Adjoint(torch.stack(adjoints[::-1]), torch.stack(means[::-1]))
+        a = a + _running_grad(chain, cost, k, x)
+        kept.a[k], kept.base_mean[k] = a, mean.detach()
+    return kept
 
 
-def full_adjoint(chain: Chain, control: Control, path: Path, cost: Cost, **condition: Any) -> Adjoint:
-    """The full adjoint along ``path``: the gradient of Σ_j≥k (½‖u_j‖² + h f) + g with respect to x_k."""
-    a = cost.grad(path.x[-1], **condition)
-    adjoints, means = [a], []
+def full_adjoint(
+    chain: Chain, control: Control, path: Path, cost: Cost, device: torch.device | None = None, **condition: Any
+) -> Adjoint:
+    """The full adjoint along ``path``: the gradient of Σ_j≥k (½‖u_j‖² + h f) + g with respect to x_k.
+
+    ``device`` as in :func:`lean_adjoint`.
+    """
+    kept, a = _last(path, cost, device, condition)
     for k in reversed(range(len(path.mean))):
         with torch.enable_grad():
-            x = path.x[k].detach().requires_grad_(True)
+            x = path.x[k].to(a.device).detach().requires_grad_(True)
             std = at(chain.std, k, x)
             base_mean = chain.base_mean(k, x, **condition)
             if bool((std > 0).all()):
@@ -67,7 +74,14 @@ def full_adjoint(chain: Chain, control: Control, path: Path, cost: Cost, **condi
                 (a,) = torch.autograd.grad((mean * a).sum() + energy.sum(), x)
             else:
                 (a,) = torch.autograd.grad(base_mean, x, a)
-        a = a + _running_grad(chain, cost, k, path.x[k])
-        adjoints.append(a)
-        means.append(base_mean.detach())
-    return Adjoint(torch.stack(adjoints[::-1]), torch.stack(means[::-1]))
+        a = a + _running_grad(chain, cost, k, x)
+        kept.a[k], kept.base_mean[k] = a, base_mean.detach()
+    return kept
+
+
+def _last(path: Path, cost: Cost, device: torch.device | None, condition: dict[str, Any]) -> tuple[Adjoint, Tensor]:
+    """Room for the adjoint, its last state filled in, and that state."""
+    a = cost.grad(path.x[-1].to(device or path.x.device), **condition)
+    kept = Adjoint(torch.empty_like(path.x), torch.empty_like(path.mean))
+    kept.a[-1] = a
+    return kept, a

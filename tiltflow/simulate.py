@@ -113,11 +113,23 @@ def walk(
 
 @torch.no_grad()
 def simulate(
-    chain: Chain, control: Control | None, x0: Tensor, generator: torch.Generator, **condition: Any
+    chain: Chain,
+    control: Control | None,
+    x0: Tensor,
+    generator: torch.Generator,
+    keep: torch.device | None = None,
+    **condition: Any,
 ) -> Path:
-    """Whole paths from ``x0`` (B, *event), without gradients: one network evaluation per step."""
-    steps = list(walk(chain, control, x0, generator, **condition))
-    return Path(torch.stack([x0, *(s.x_next for s in steps)]), torch.stack([s.mean for s in steps]))
+    """Whole paths from ``x0`` (B, *event), without gradients: one network evaluation per step.
+
+    ``keep`` is the device that they are stored on (None: that of ``x0``).
+    """
+    x = torch.empty((len(chain.t), *x0.shape), dtype=x0.dtype, device=keep or x0.device)
+    mean = torch.empty_like(x[1:])
+    x[0] = x0
+    for s in walk(chain, control, x0, generator, **condition):
+        x[s.k + 1], mean[s.k] = s.x_next, s.mean
+    return Path(x, mean)
 
 
 @torch.no_grad()

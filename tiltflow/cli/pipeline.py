@@ -31,6 +31,7 @@ PLACES = ("rollout", "control", "adjoint")
 @click.option("--batch", default=32, show_default=True, help="Paths per round.")
 @click.option("--per-prompt", default=4, show_default=True, help="Consecutive paths of one prompt.")
 @click.option("--micro-batch", help="Rows that a network sees at a time, or fit (measured); the result is the same.")
+@click.option("--offload", is_flag=True, help="Keep paths in the host's memory.")
 @click.option("--steps", default=40, show_default=True, help="Steps of the scheduler.")
 @click.option("--rank", default=16, show_default=True, help="Of the adapter.")
 @click.option("--all-weights", is_flag=True, help="Train all weights instead of an adapter, in a float32 copy.")
@@ -47,9 +48,10 @@ PLACES = ("rollout", "control", "adjoint")
 @common
 def finetune_pipeline_command(
     pipeline: str, reward: str, judges: tuple[str, ...], prompts: Path, negative: str | None, strength: float, out: Path,
-    resume: bool, overwrite: bool, iterations: int, batch: int, per_prompt: int, micro_batch: str | None, steps: int,
-    rank: int, all_weights: bool, learning_rate: float, updates: int, guidance: float, guidance_in: str, dropout: float,
-    max_reward_grad: float | None, samples: int, monitor: int, dtype: str, seed: int, device: str, as_json: bool,
+    resume: bool, overwrite: bool, iterations: int, batch: int, per_prompt: int, micro_batch: str | None, offload: bool,
+    steps: int, rank: int, all_weights: bool, learning_rate: float, updates: int, guidance: float, guidance_in: str,
+    dropout: float, max_reward_grad: float | None, samples: int, monitor: int, dtype: str, seed: int, device: str,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Fine-tune a diffusers PIPELINE (a folder) towards a reward; OUT/adapter holds a LoRA for stock diffusers.
 
@@ -72,6 +74,7 @@ def finetune_pipeline_command(
         iterations=iterations, batch=batch, per_prompt=per_prompt, steps=steps, learning_rate=learning_rate,
         rank=None if all_weights else rank, updates=updates, dropout=dropout, max_reward_grad=max_reward_grad,
         guidance=Guidance(guidance, *(place in places for place in PLACES)), micro_batch=_micro_batch(micro_batch),
+        offload=offload,
     )  # fmt: skip
     if samples < 2 or monitor < 0 or (monitor and not judges):
         raise TiltflowError("--samples must be at least 2, and --monitor at least 0, with a --judge to look at.")

@@ -56,6 +56,7 @@ class PipelineSettings:
         clip: per-term bound of the loss, in units of λ² (paper: 1.6; None: none). max_reward_grad: bound on ‖λ∇r‖.
         micro_batch: rows that a network sees at a time (:class:`~tiltflow.integrations.diffusers.PipelineChain`). "fit": as
             many as memory has room for, after one row was run and measured.
+        offload: keep paths, adjoints and the rows made of them in the host's memory: 4 latents a step and path.
         ema, gradient_clip, checkpoint_every: see :class:`tiltflow.fit.FitSettings`.
     """
 
@@ -77,6 +78,7 @@ class PipelineSettings:
     clip: float | None = 1.6
     max_reward_grad: float | None = None
     micro_batch: int | Literal["fit"] | None = None
+    offload: bool = False
     ema: float = 0.97
     gradient_clip: float = 1.0
     checkpoint_every: int = 10
@@ -191,6 +193,7 @@ def _train(
         importance=s.importance,
         conditions=draw,
         rollout=rollout,
+        keep=torch.device("cpu") if s.offload else None,
     )
     per_round = s.batch * (int((chain.std > 0).sum()) if last is None else last + random)
     training = FitSettings(

@@ -50,9 +50,10 @@ class AdjointMatching(Method):
         adjoint: "lean" (Adjoint Matching) or "full" (basic Adjoint Matching).
         conditions: draws one condition row per path, ``(n, generator) -> {name: (n, …)}``.
         rollout: the control that the paths follow (None: the trained one), sharing its weights; e.g. with guidance.
+        keep: the device that paths, and the rows made of them, are kept on (None: where they are drawn).
 
     Raises:
-        TiltflowError: more steps asked for than the chain has.
+        TiltflowError: more steps asked for than the chain has, or options that exclude each other.
     """
 
     chain: Chain
@@ -68,6 +69,7 @@ class AdjointMatching(Method):
     adjoint: Literal["lean", "full"] = "lean"
     conditions: Conditions | None = None
     rollout: Control | None = None
+    keep: torch.device | None = None
 
     def __post_init__(self) -> None:
         n = len(self._controlled())
@@ -75,6 +77,8 @@ class AdjointMatching(Method):
             raise TiltflowError("endpoint_share is right under path weights only: pass importance=True too.")
         if self.endpoint_share is not None and not getattr(self.chain, "memoryless", False):
             raise TiltflowError("endpoint_share needs a memoryless chain: elsewhere the end point depends on the start too.")
+        if self.endpoint_share is not None and self.keep is not None:
+            raise TiltflowError("endpoint_share computes where paths are kept: leave keep out.")
         if self.last_steps is not None and self.last_steps + self.random_steps > n:
             raise TiltflowError(
                 f"last_steps + random_steps = {self.last_steps + self.random_steps}, but the chain has {n} controlled "
@@ -103,15 +107,15 @@ class AdjointMatching(Method):
         condition: dict[str, Any] = self.conditions(self.batch, generator) if self.conditions else {}
         x0 = self.chain.source(self.batch, generator)
         with parametrize.cached():  # low-rank updates are added to their weights once, not at every step
-            path = simulate(self.chain, self.rollout or state.control, x0, generator, **condition)
+            path = simulate(self.chain, self.rollout or state.control, x0, generator, self.keep, **condition)
         if self.adjoint == "lean":
-            adjoint = lean_adjoint(self.chain, path, self.cost, **condition)
+            adjoint = lean_adjoint(self.chain, path, self.cost, x0.device, **condition)
         else:
-            adjoint = full_adjoint(self.chain, state.control, path, self.cost, **condition)
+            adjoint = full_adjoint(self.chain, state.control, path, self.cost, x0.device, **condition)
         steps = torch.tensor(self._steps(generator))
         n = len(steps) * self.batch
         weight = torch.ones_like(path.x[0].reshape(self.batch, -1)[:, 0])
-        cost = self.cost.value(path.x[-1], **condition).detach()
+        cost = self.cost.value(path.x[-1].to(x0.device), **condition).detach().to(path.x.device)
         if self.importance:
             weight = self._path_weights(path.x, path.mean, adjoint.base_mean, cost)
         rows = weight.repeat(len(steps))
@@ -165,16 +169,9 @@ class AdjointMatching(Method):
 
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """The matching loss of a batch of rows."""
-        terms = matching_terms(
-            control,
-            self.chain,
-            material["x"],
-            material["k"],
-            material["a_next"],
-            material["base_mean"],
-            **conditions_of(material),
-        )
-        return reduce_terms(terms, material["weight"], self.clip, self.mask)
+        x, a_next, base_mean, weight = (material[n].to(generator.device) for n in ("x", "a_next", "base_mean", "weight"))
+        terms = matching_terms(control, self.chain, x, material["k"], a_next, base_mean, **conditions_of(material))
+        return reduce_terms(terms, weight, self.clip, self.mask)
 
 
 def endpoint_share(chain: InterpolantChain, cost: Cost, paths: int, generator: torch.Generator, **condition: Any) -> Tensor:
