@@ -87,7 +87,7 @@ def fine_tuned(study: Study, seed: int, args: argparse.Namespace, folder: RunFol
     settings = FinetuneSettings(
         iterations=args.iterations, batch=args.batch, updates=2, steps=args.steps, rank=8, learning_rate=args.learning_rate,
         noiseless_last=True, last_steps=(args.steps + 3) // 4, random_steps=args.steps // 4, variance_samples=128,
-        max_reward_grad=args.max_reward_grad,
+        max_reward_grad=args.max_reward_grad, importance=args.importance,
     )  # fmt: skip
     with tqdm(total=args.iterations, desc=f"seed {seed}", mininterval=5) as bar:
 
@@ -187,6 +187,7 @@ def arguments(description: str, base: Path, **defaults: Any) -> argparse.Argumen
     parser.add_argument("--strength", type=float, help="lambda of the tilt exp(lambda reward)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--max-reward-grad", type=float, default=50.0, help="bound on a sample's gradient, times lambda")
+    parser.add_argument("--importance", action=argparse.BooleanOptionalAction, default=False, help="weight paths")
     parser.add_argument("--samples", type=int, default=320, help="of each kind that are judged")
     parser.add_argument("--out", type=Path, help="run folders seed0, seed1, ... are made here")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
