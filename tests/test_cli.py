@@ -118,10 +118,11 @@ def test_chi_is_refused_other_schedules(tmp_path):
 
 
 def test_failing_verdict_exits_3(tmp_path):
-    options = ["--strength", "3", *SMALL, "--iterations", "1"]
+    options = ["--strength", "3", *SMALL, "--iterations", "1", "--no-importance"]
     done = tiltflow("finetune", *BASE, "--reward", f"{MODELS}:right", *options, "--out", tmp_path / "run", "--json")
     assert done.returncode == 3, done.stderr
     assert json.loads(done.stdout)["verdict"] == "fail"
+    assert not json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["importance"]
 
 
 def test_check_reward_answers_which_strength():

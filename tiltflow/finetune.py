@@ -40,7 +40,8 @@ class FinetuneSettings:
     Args:
         iterations, batch: rounds of Adjoint Matching and paths per round.
         updates: gradient steps per round, each on up to 1,024 rows of the buffer (simulation is the expensive part).
-        importance: weight paths by their path weights, tempered to an ESS of one half.
+        importance: weight paths by their path weights, tempered to an ESS of one half. Not where the reward saturates: then
+            the weighted adjoint hangs on rare paths that still have a gradient, and the tilt stays too weak.
         buffer_rounds: rounds whose rows are kept and drawn from (the average over many paths is what tames the noise).
         steps: simulation steps K of the training chain (uniform grid).
         learning_rate: Adam's, with cosine decay to 1 %.

@@ -40,6 +40,8 @@ from tiltflow.run import RunFolder
 @click.option("--rank", default=32, show_default=True, help="Rank of the trained updates; 0 trains all weights.")
 @click.option("--updates", default=4, show_default=True, help="Gradient steps per round.")
 @click.option("--buffer-rounds", default=8, show_default=True, help="Rounds of paths to train on.")
+@click.option("--importance/--no-importance", default=True, show_default=True,
+              help="Weight paths by their path weights; not where the reward saturates.")  # fmt: skip
 @click.option("--last-steps", type=int, help="Regress on the last N steps only (default: on all) …")
 @click.option("--random-steps", default=0, help="… and on N others drawn each round.")
 @click.option("--clip", type=float, help="Per-term clip of the loss (the paper: 1.6 λ²).")
