@@ -1,8 +1,9 @@
 r"""Emoji by name: a small guided text-to-image flow, fine-tuned with one classifier and judged by another.
 
 The base is trained here, from scratch: the 147 plants, foods and animals of Debian's fonts-noto-color-emoji (Google, SIL
-Open Font License 1.1) as images of 24 × 24 pixels, shifted, scaled, on any pale background. Its condition is the character's
-Unicode name, word by word; one name in ten is dropped; what is fine-tuned is the flow with classifier-free guidance.
+Open Font License 1.1) as images of 24 × 24 pixels, shifted, scaled, on any pale background, and faded until nobody knows
+them. Its condition is the character's Unicode name, word by word; one name in ten is dropped; what is fine-tuned is the flow
+with classifier-free guidance.
 The reward is how well a convolutional classifier recognises the emoji in noise: its log p(emoji | image + 0.3 noise), the
 mean of four noises. The judge (``held_out``: the share of four other noises in which it names the emoji, among all) is
 another network, of another shape, trained with other random numbers; fine-tuning never sees it, nor half the names.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import unicodedata
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,8 @@ SIZE, DRAWN, LONGEST = 24, 109, 5
 """Pixels of an image; the only size the font has; words of a name at most."""
 CODES = [*range(0x1F32D, 0x1F380), *range(0x1F400, 0x1F440)]
 """Plants, food and animals."""
-DROPPED, NOISE = 0.1, 0.3
+DROPPED, NOISE, FAINTEST = 0.1, 0.3, 0.06
+"""Share of names; standard deviation; opacity, whose logarithm is uniform."""
 DATA = "plants, food and animals of Noto Color Emoji (Google, SIL Open Font License 1.1) and their Unicode names."
 
 
@@ -49,7 +52,7 @@ class Emoji:
     names: list[str]
     pictures: Tensor
 
-    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, n: int, generator: torch.Generator, faded: bool = True) -> tuple[Tensor, Tensor]:
         """Images (n, 3, 24, 24) in [−1, 1] of random emoji, and their numbers (n,)."""
         which = torch.randint(len(self.names), (n,), generator=generator)
         scale = 1 + 0.2 * torch.rand(n, 1, generator=generator)
@@ -57,6 +60,8 @@ class Emoji:
         theta = torch.cat([torch.diag_embed(scale.expand(-1, 2)), shift[:, :, None]], 2)
         grid = nn.functional.affine_grid(theta, [n, 4, SIZE, SIZE], align_corners=False)
         seen = nn.functional.grid_sample(self.pictures[which], grid, align_corners=False)
+        if faded:
+            seen = seen * FAINTEST ** torch.rand(n, 1, 1, 1, generator=generator)
         paper = 0.65 + 0.35 * torch.rand(n, 3, 1, 1, generator=generator)
         return 2 * (seen[:, :3] + (1 - seen[:, 3:]) * paper) - 1, which
 
@@ -112,25 +117,26 @@ def classifiers(emoji: Emoji, folder: Path) -> tuple[Recogniser, Recogniser]:
 
 
 def base_flow(emoji: Emoji, args: argparse.Namespace) -> tuple[Process, Symbols]:
-    """The guided flow, and how names are spelt for it."""
+    """The guided flow, which learns the emoji first and then how they fade, and how names are spelt for it."""
     symbols = Symbols(emoji.names, LONGEST, str.split)
     rows = symbols(emoji.names)
 
-    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        x, which = emoji.draw(n, generator)
+    def draw(faded: bool, n: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        x, which = emoji.draw(n, generator, faded)
         kept = torch.rand(n, 1, generator=generator) >= DROPPED
         return x, {"text": rows[which] * kept}
 
     torch.manual_seed(0)
     net = PatchFlow((3, SIZE, SIZE), (8, 8), len(symbols), LONGEST, width=256, blocks=3)
-    base = train_base(net, draw, args.base_steps, args.base, DATA)
+    train_base(net, partial(draw, False), args.base_steps, args.base.with_name(args.base.stem + "-clear.safetensors"), DATA)
+    base = train_base(net, partial(draw, True), args.base_steps * 3 // 10, args.base, DATA)
     return Process(base.interpolant, Guided(net, args.guidance), "x1", base.event_shape), symbols
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its emoji are what their names say.",
-        Path("runs/emoji-base.safetensors"), base_steps=1_600, batch=32, iterations=25, samples=160, strength=40.0,
+        Path("runs/emoji-base.safetensors"), base_steps=1_600, batch=32, iterations=30, samples=160, strength=40.0,
         learning_rate=4e-3, out=Path("runs/emoji"),
     )  # fmt: skip
     parser.add_argument("--font", type=Path, default=Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"))

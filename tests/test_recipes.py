@@ -241,13 +241,25 @@ def test_emoji_are_shifted_and_scaled_on_paper():
     emoji = recipe("emoji")
     pictures = torch.zeros(2, 4, 96, 96)
     pictures[1, 0] = pictures[1, 3] = 1.0  # the second is a red square
-    x, which = emoji.Emoji(["nothing", "red"], pictures).draw(200, torch.Generator().manual_seed(0))
+    x, which = emoji.Emoji(["nothing", "red"], pictures).draw(200, torch.Generator().manual_seed(0), faded=False)
     assert x.shape == (200, 3, 24, 24) and x.min() >= -1 and x.max() <= 1
     red = (x[:, 0] > 0.9) & (x[:, 1] < -0.9)
     share = red[which == 1].float().mean((1, 2))
     assert 0.65 < float(share.min()) < 0.8 and float(share.max()) > 0.9 and not red[which == 0].any()
     paper = x[which == 0]
     assert paper.min() >= 2 * 0.65 - 1 - 1e-5 and torch.allclose(paper.amax((2, 3)), paper.amin((2, 3)), atol=1e-6)
+
+
+def test_emoji_fade():
+    """A black left half: it is the paper's colour times 1 − opacity, whose logarithm is uniform."""
+    emoji = recipe("emoji")
+    pictures = torch.zeros(1, 4, 96, 96)
+    pictures[:, 3, :, :48] = 1.0
+    x = emoji.Emoji(["half"], pictures).draw(500, torch.Generator().manual_seed(0))[0] / 2 + 0.5
+    opacity = 1 - x[:, :, 12, 8] / x[:, :, 12, 22]
+    assert torch.allclose(opacity[:, :1], opacity, atol=1e-4)
+    u = (opacity[:, 0].log() / torch.tensor(emoji.FAINTEST).log()).sort().values
+    assert (u - torch.linspace(0, 1, 500)).abs().max() < 0.07
 
 
 def test_a_font_without_colours_is_refused(tmp_path):
