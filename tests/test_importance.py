@@ -1,5 +1,6 @@
 """Path weights in training: the end-point target, its share, tempering; and the β-weighted change of an x1 network."""
 
+import models
 import pytest
 import torch
 from torch import nn
@@ -8,11 +9,12 @@ from tiltflow.chain import euler_maruyama, memoryless_chain, residual_variance, 
 from tiltflow.control import Blend, FineTuned, tilted
 from tiltflow.cost import RewardCost
 from tiltflow.errors import TiltflowError
-from tiltflow.finetune import tuned_process
+from tiltflow.finetune import FinetuneSettings, finetune, tuned_process
 from tiltflow.methods import State
 from tiltflow.methods.adjoint_matching import AdjointMatching, endpoint_share
 from tiltflow.noise import Constant
 from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem, mixture2d, mixture32d
+from tiltflow.simulate import sample
 from tiltflow.weights import ess, normalised, tempered
 
 
@@ -105,3 +107,25 @@ def test_blend_starts_at_the_base_and_needs_no_second_base_evaluation(generator)
     nn.init.zeros_(net.weight)
     nn.init.zeros_(net.bias)
     assert torch.allclose(control.mean(chain, k, x), base_mean)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_where_the_reward_saturates_unweighted_paths_reach_it(seed):
+    """N(0, ¼ I) and 40 log σ(8(x − ¼)): the exact mean by quadrature; in 60 rounds tempered weights stay far below."""
+    z = torch.linspace(-2, 2, 20_001, dtype=torch.float64)
+    r = torch.nn.functional.logsigmoid(8 * (z - 0.25))
+    exact = float((torch.softmax(40 * r - 2 * z**2, 0) * r).sum())
+
+    def reward(x):
+        return torch.nn.functional.logsigmoid(8 * (x[:, 0] - 0.25))
+
+    def reached(importance):
+        settings = FinetuneSettings(iterations=60, batch=48, updates=2, steps=20, learning_rate=1e-2, importance=importance)
+        torch.manual_seed(seed)
+        tuned = finetune(models.process(), reward, 40.0, settings, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(5)
+        x0 = tuned.chain.source(4_000, generator)
+        return float(reward(sample(tuned.chain, FineTuned(tuned.process), x0, generator).x).mean())
+
+    assert exact == pytest.approx(-0.0119, abs=1e-4)
+    assert reached(False) == pytest.approx(exact, abs=0.02) and reached(True) < exact - 0.05
