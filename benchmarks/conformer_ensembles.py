@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from tiltflow.bench import publish
-from tiltflow.bench_conformers import DATA
-from tiltflow.energies.molecular import kt_per, open_energy
+from tiltflow.bench.conformers import DATA
+from tiltflow.bench.tilt import publish
+from tiltflow.molecules.energies import kt_per, open_energy
 from tiltflow.molecules.generate import ConformerSettings, generate, rescored
 from tiltflow.molecules.geom import list_molecules, read_reference
 from tiltflow.molecules.molecule import Molecule

@@ -1,6 +1,6 @@
 """Make the reference samples of DW4, and hold the published ones against them.
 
-``python benchmarks/dw4_reference.py --samples-out tiltflow/assets/dw4_reference.safetensors``
+``python benchmarks/dw4_reference.py --samples-out tiltflow/energies/assets/dw4_reference.safetensors``
 
 Two runs of parallel tempering with seeds of their own. The samples are written only if the virial identity E[x·∇E] = 6 holds
 within 3 standard errors of the chains' means, the mean energies of the runs agree within 3 of theirs, and the energy W2
@@ -22,12 +22,12 @@ from lj55_reference import agreement, chain_mean
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tiltflow.bench import publish
+from tiltflow.bench.tilt import publish
 from tiltflow.energies import ENERGY_PROBLEMS
-from tiltflow.mcmc import Tempered, parallel_tempering
+from tiltflow.energies.mcmc import Tempered, parallel_tempering
 from tiltflow.metrics.particles import interatomic_distances
 from tiltflow.metrics.sampling import energy_w2
-from tiltflow.sampler_run import base_draws
+from tiltflow.sampling.job import base_draws
 
 PROBLEM = ENERGY_PROBLEMS["dw4"]()
 TEMPERATURES = [1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0]

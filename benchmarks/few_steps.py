@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from tiltflow.bench import TiltSettings, bench_problem, chain_of, evaluate, publish, run_apart, train
-from tiltflow.budget import Budget, Counter
-from tiltflow.chain import InterpolantChain, memoryless_chain, power_grid, residual_variance
-from tiltflow.problems import TiltProblem, mixture2d
+from tiltflow.bench.budget import Budget, Counter
+from tiltflow.bench.tilt import TiltSettings, bench_problem, chain_of, evaluate, publish, run_apart, train
+from tiltflow.core.chain import InterpolantChain, memoryless_chain, power_grid, residual_variance
+from tiltflow.problems.tilt import TiltProblem, mixture2d
 
 Row = dict[str, Any]
 # name: (method, steps, exponents of the grid at its start and end)

@@ -14,14 +14,14 @@ from statistics import median
 
 import torch
 
-from tiltflow.bench import chain_of, publish
-from tiltflow.control import FineTuned, tilted
-from tiltflow.cost import RewardCost
-from tiltflow.fit import FitSettings, fit
-from tiltflow.methods import State
+from tiltflow.bench.tilt import chain_of, publish
+from tiltflow.core.control import FineTuned, tilted
+from tiltflow.core.cost import RewardCost
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.nn.mlp import MLP
-from tiltflow.problems import mixture2d
+from tiltflow.problems.tilt import mixture2d
+from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.method import State
 
 
 def milliseconds(importance: bool, rounds: int = 35) -> list[float]:

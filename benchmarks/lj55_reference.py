@@ -1,6 +1,6 @@
 """Make the reference samples of LJ55.
 
-``python benchmarks/lj55_reference.py --samples-out tiltflow/assets/lj55_reference.safetensors``
+``python benchmarks/lj55_reference.py --samples-out tiltflow/energies/assets/lj55_reference.safetensors``
 
 E = 2 Σ_{i<j} [r⁻¹² − 2r⁻⁶] + ½ Σ_i ‖x_i − x̄‖², the centre of mass at zero: at T = 1 a compressed liquid drop. Two
 independent runs of parallel tempering, one from the relaxed icosahedron and one from relaxed random points. The samples are
@@ -28,10 +28,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tiltflow.bench import publish
+from tiltflow.bench.tilt import publish
+from tiltflow.core.geometry import Centred
+from tiltflow.energies.mcmc import Tempered, parallel_tempering
 from tiltflow.energies.particles import LennardJones
-from tiltflow.geometry import Centred
-from tiltflow.mcmc import Tempered, parallel_tempering
 from tiltflow.metrics.sampling import energy_w2
 
 STARTS = ("icosahedron", "random")

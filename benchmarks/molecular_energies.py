@@ -19,9 +19,9 @@ from rdkit.Chem.rdForceFieldHelpers import MMFFOptimizeMoleculeConfs
 from rdkit.Chem.rdMolTransforms import SetDihedralRad
 from torch import Tensor
 
-from tiltflow.bench import publish
-from tiltflow.energies.molecular import MolecularEnergy, Reduced, open_energy
-from tiltflow.errors import TiltflowError
+from tiltflow.bench.tilt import publish
+from tiltflow.core.errors import TiltflowError
+from tiltflow.molecules.energies import MolecularEnergy, Reduced, open_energy
 from tiltflow.molecules.molecule import Molecule, molecule
 
 MOLECULES = {"hydroxyethylhexanamide": "CCCCCC(=O)NCCO", "ibuprofen": "CC(C)Cc1ccc(cc1)C(C)C(=O)O"}

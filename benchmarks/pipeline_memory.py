@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from tiltflow.bench import publish
-from tiltflow.integrations.diffusers import Adapted, DecodedReward
-from tiltflow.integrations.finetune import PipelineSettings, finetune_pipeline
-from tiltflow.integrations.memory import peak_bytes
-from tiltflow.simulate import walk
+from tiltflow.bench.tilt import publish
+from tiltflow.core.simulate import walk
+from tiltflow.pipelines.chain import Adapted, DecodedReward
+from tiltflow.pipelines.finetune import PipelineSettings, finetune_pipeline
+from tiltflow.pipelines.memory import peak_bytes
 
 STEPS, BATCH, TOKENS = (10, 20, 40), 8, 8
 METHODS = ("adjoint_matching", "backpropagation")
@@ -86,7 +86,7 @@ def measure(method: str, steps: int) -> dict[str, Any]:
 
 def fresh(pipe: Any) -> Any:
     """The pipeline without its adapter."""
-    from tiltflow.integrations.adapters import merge_adapter
+    from tiltflow.pipelines.adapters import merge_adapter
 
     merge_adapter(pipe)
     return pipe

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow import Follmer
-from tiltflow.bench import publish
-from tiltflow.brownian import BrownianChain, geometric_chain
-from tiltflow.control import DriftControl, StepVariance
-from tiltflow.geometry import Euclidean
-from tiltflow.methods.adjoint_sampling import update_step_variance
-from tiltflow.problems import GaussianMixture
-from tiltflow.simulate import sample
-from tiltflow.weights import evidence
+from tiltflow.bench.tilt import publish
+from tiltflow.core.brownian import BrownianChain, geometric_chain
+from tiltflow.core.control import DriftControl, StepVariance
+from tiltflow.core.geometry import Euclidean
+from tiltflow.core.simulate import sample
+from tiltflow.core.weights import evidence
+from tiltflow.methods.step_variance import update_step_variance
+from tiltflow.problems.tilt import GaussianMixture
 
 SCALE, FINEST, PATHS = 2.0, 0.1, 20_000
 TARGET = GaussianMixture.isotropic([0.7, 0.3], [[1.0, 0.5], [-1.0, -0.5]], 0.6)

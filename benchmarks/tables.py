@@ -13,13 +13,13 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from tiltflow.bench_conformers import METHODS as GENERATORS
-from tiltflow.bench_conformers import SUBSETS
-from tiltflow.bench_control import METHODS as CONTROL_METHODS
-from tiltflow.bench_control import PROBLEMS as CONTROL_PROBLEMS
-from tiltflow.bench_sampling import NAMES as SAMPLERS
+from tiltflow.bench.conformers import METHODS as GENERATORS
+from tiltflow.bench.conformers import SUBSETS
+from tiltflow.bench.control import METHODS as CONTROL_METHODS
+from tiltflow.bench.control import PROBLEMS as CONTROL_PROBLEMS
+from tiltflow.bench.sampling import NAMES as SAMPLERS
 from tiltflow.energies import ENERGY_PROBLEMS
-from tiltflow.presets import METHODS, TRAINED
+from tiltflow.methods.registry import METHODS, TRAINED
 from tiltflow.report import plots
 
 ROOT = Path(__file__).parent.parent

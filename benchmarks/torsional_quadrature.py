@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.bench import publish
-from tiltflow.energies.molecular import kt_per, open_energy
+from tiltflow.bench.tilt import publish
+from tiltflow.core.weights import evidence, normalised
+from tiltflow.molecules.energies import kt_per, open_energy
 from tiltflow.molecules.molecule import molecule
 from tiltflow.molecules.templates import templates
 from tiltflow.molecules.torsional import train_torsional
 from tiltflow.molecules.torsions import rotatable_torsions
-from tiltflow.weights import evidence, normalised
 
 MOLECULES = {
     "aspirin": "CC(=O)Oc1ccccc1C(=O)O",

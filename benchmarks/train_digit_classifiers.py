@@ -1,6 +1,6 @@
 """Train the two shipped digit classifiers: the reward's and the held-out judge's.
 
-    python benchmarks/train_digit_classifiers.py [--out tiltflow/assets] [--steps 3000]
+    python benchmarks/train_digit_classifiers.py [--out tiltflow/digits/assets] [--steps 3000]
 
 They see disjoint images (splits "reward" and "judge"), augmented by small affine maps; half of each batch
 gets Gaussian noise of a random level, so that the half-finished samples of a flow are no surprise. Label
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiltflow.assets import save_network
-from tiltflow.data.digits import augment, load_digits
-from tiltflow.nn.digits import JudgeClassifier, RewardClassifier
+from tiltflow.digits.data import augment, load_digits
+from tiltflow.digits.nets import JudgeClassifier, RewardClassifier
+from tiltflow.digits.weights import save_network
 
 
 def perturb(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -57,7 +57,7 @@ def accuracy(network: nn.Module, noise: float = 0.0) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("tiltflow/assets"))
+    parser.add_argument("--out", type=Path, default=Path("tiltflow/digits/assets"))
     parser.add_argument("--steps", type=int, default=3000)
     arguments = parser.parse_args()
     plan = [

@@ -29,8 +29,8 @@ from small_flow import Guided, PatchFlow, Recogniser, Symbols, shown, train_base
 from study import Study, arguments, halves, run, start
 from torch import Tensor, nn
 
-from tiltflow.errors import TiltflowError
-from tiltflow.process import Process
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.process import Process
 from tiltflow.rewards.combine import Smoothed
 
 SIZE, DRAWN, LONGEST = 24, 109, 5

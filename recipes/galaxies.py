@@ -31,21 +31,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tiltflow
-from tiltflow.control import FineTuned
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.finetune import FinetuneSettings, finetune
-from tiltflow.finetune_run import draw
-from tiltflow.interpolant import VP
+from tiltflow.core.control import FineTuned
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.interpolant import VP
+from tiltflow.core.ode import ode
+from tiltflow.core.process import Process
+from tiltflow.core.weights import ess
 from tiltflow.metrics.distance import pairwise_mean
-from tiltflow.process import Process
 from tiltflow.report.plots import image_grid
-from tiltflow.run import RunFolder, finite
-from tiltflow.simulate import ode
-from tiltflow.store import save_weights, write_text
-from tiltflow.strength import predict_tilt
-from tiltflow.verdict import Verdict, judge_samples
-from tiltflow.weights import ess
+from tiltflow.run.folder import RunFolder, finite
+from tiltflow.tilting.finetune import FinetuneSettings, finetune
+from tiltflow.tilting.job import draw
+from tiltflow.train.store import save_weights, write_text
+from tiltflow.verdict.line import Verdict
+from tiltflow.verdict.strength import predict_tilt
+from tiltflow.verdict.tilt import judge_samples
 
 INSTALL = "pip install --no-deps galaxygrad==0.0.20"
 WEIGHTS = "eqx_hsc_ScoreNet32.eqx"

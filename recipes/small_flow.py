@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tiltflow import __version__
-from tiltflow.fit import FitSettings
-from tiltflow.flow_matching import Draw, FlowMatching, pretrain
-from tiltflow.interpolant import Linear
+from tiltflow._version import __version__
+from tiltflow.core.interpolant import Linear
+from tiltflow.core.process import Process
 from tiltflow.nn.features import time_features
-from tiltflow.process import Process
-from tiltflow.store import load_weights, save_weights, write_text
+from tiltflow.train.fit import FitSettings
+from tiltflow.train.flow_matching import Draw, FlowMatching, pretrain
+from tiltflow.train.store import load_weights, save_weights, write_text
 
 FREQUENCIES = 8
 

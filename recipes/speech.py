@@ -29,7 +29,7 @@ from study import Study, arguments, halves, run, start
 from torch import Tensor, nn
 from transformers.audio_utils import mel_filter_bank
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.rewards.audio import crepe_pitch, mono
 
 RATE, SAMPLES, WINDOW, HOP, BANDS = 8_000, 8_000, 512, 160, 64

@@ -22,20 +22,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tiltflow import __version__
-from tiltflow.bench import write_result
-from tiltflow.control import FineTuned
-from tiltflow.errors import TiltflowError
-from tiltflow.finetune import FinetuneSettings, Tuned, finetune
+from tiltflow._version import __version__
+from tiltflow.bench.tilt import write_result
+from tiltflow.core.control import FineTuned
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.ode import ode
+from tiltflow.core.process import Process
+from tiltflow.core.simulate import sample
 from tiltflow.metrics.distance import pairwise_mean
-from tiltflow.process import Process
 from tiltflow.report import RunRecord, SummaryRow, write_report
 from tiltflow.report.sounds import wav
 from tiltflow.rewards.combine import Score
-from tiltflow.run import RunFolder, document
-from tiltflow.simulate import ode, sample
-from tiltflow.store import save_weights
-from tiltflow.verdict import REWARD, Judged, against_base, overall
+from tiltflow.run.folder import RunFolder, document
+from tiltflow.tilting.finetune import FinetuneSettings, Tuned, finetune
+from tiltflow.train.store import save_weights
+from tiltflow.verdict.line import overall
+from tiltflow.verdict.paired import REWARD, Judged, against_base
 
 SHOWN, HEARD = 24, 6
 """Samples in a picture, and how many of them as sound."""

@@ -24,8 +24,8 @@ from small_flow import PatchFlow, Symbols, shown, train_base
 from study import Study, arguments, halves, run, start
 from torch import Tensor, nn
 
-from tiltflow.errors import TiltflowError
-from tiltflow.process import Process
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.process import Process
 from tiltflow.rewards.ocr import easyocr_recogniser
 
 HEIGHT, WIDTH, LONGEST = 24, 70, 5

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from tiltflow.interpolant import Linear
-from tiltflow.process import Process
+from tiltflow.core.interpolant import Linear
+from tiltflow.core.process import Process
 
 
 class GaussianVelocity(nn.Module):

@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tiltflow.adjoint import full_adjoint, lean_adjoint
-from tiltflow.chain import DriftChain, at, euler_maruyama, memoryless_chain, residual_variance, uniform_grid
-from tiltflow.control import FineTuned, NetworkControl, tilted
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings, fit
-from tiltflow.geometry import Euclidean
-from tiltflow.loss import QuantileMask, reduce_terms
-from tiltflow.methods import State
+from tiltflow.core.adjoint import full_adjoint, lean_adjoint
+from tiltflow.core.chain import DriftChain, at, euler_maruyama, memoryless_chain, residual_variance, uniform_grid
+from tiltflow.core.control import FineTuned, NetworkControl, tilted
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.geometry import Euclidean
+from tiltflow.core.noise import Constant
+from tiltflow.core.simulate import event_sum, sample, simulate
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.nn.mlp import MLP
-from tiltflow.noise import Constant
-from tiltflow.problems import GaussianMixture, LinearQuadratic, QuadraticReward, TiltProblem, mixture2d
-from tiltflow.simulate import event_sum, sample, simulate
+from tiltflow.problems.tilt import GaussianMixture, LinearQuadratic, QuadraticReward, TiltProblem, mixture2d
+from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.loss import QuantileMask, reduce_terms
+from tiltflow.train.method import State
 
 
 def setting(running=None, steps=12):

@@ -5,22 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tiltflow.adjoint import lean_adjoint
-from tiltflow.brownian import BrownianChain, OrnsteinUhlenbeckChain, constant_chain, geometric_chain
-from tiltflow.chain import at
-from tiltflow.control import DriftControl
+from tiltflow.core.adjoint import lean_adjoint
+from tiltflow.core.brownian import BrownianChain, OrnsteinUhlenbeckChain, constant_chain, geometric_chain
+from tiltflow.core.chain import at
+from tiltflow.core.control import DriftControl
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.geometry import Centred, Euclidean, Torus, noise
+from tiltflow.core.simulate import event_sum, sample, simulate
+from tiltflow.core.value import reversed_log_ratio
+from tiltflow.core.weights import evidence
 from tiltflow.energies import Evaluator
 from tiltflow.energies.cost import EnergyCost
-from tiltflow.errors import TiltflowError
-from tiltflow.geometry import Centred, Euclidean, Torus, noise
-from tiltflow.methods import State
 from tiltflow.methods.adjoint_sampling import AdjointSampling
 from tiltflow.methods.bridge_sampling import AdjointBridgeSampling, DampedBridgeMatching
 from tiltflow.methods.idem import IteratedDenoising
-from tiltflow.problems import GaussianMixture
-from tiltflow.simulate import event_sum, sample, simulate
-from tiltflow.value import reversed_log_ratio
-from tiltflow.weights import evidence
+from tiltflow.problems.tilt import GaussianMixture
+from tiltflow.train.method import State
 
 STEPS, SCALE, FINEST = 60, 2.0, 0.1
 MIXTURE = GaussianMixture.isotropic([0.7, 0.3], [[1.0, 0.5], [-1.0, -0.5]], 0.6)

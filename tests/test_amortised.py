@@ -11,12 +11,12 @@ pytest.importorskip("rdkit")
 
 from test_cli_sampling import tiltflow
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.weights import evidence
 from tiltflow.molecules.amortised import AmortisedSettings, load_amortised, prepare, save_amortised, train_amortised
 from tiltflow.molecules.generate import ConformerSettings, generate
 from tiltflow.molecules.molecule import molecule
 from tiltflow.molecules.torsional import TorsionalSettings
-from tiltflow.weights import evidence
 
 SAMPLER = TorsionalSettings(
     iterations=13, batch=64, updates=25, minibatch=128, buffer_rounds=10, steps=15, draw_steps=30, hidden=32, layers=2,

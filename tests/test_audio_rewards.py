@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_ocr import converted
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.rewards.audio import LOWEST, Crepe, Pitch, VoiceActivity, crepe_pitch, mono
 
 

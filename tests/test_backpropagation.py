@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from tiltflow.chain import DriftChain, memoryless_chain, residual_variance, uniform_grid
-from tiltflow.control import FineTuned, NetworkControl, tilted
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings, fit
-from tiltflow.methods import State
+from tiltflow.core.chain import DriftChain, memoryless_chain, residual_variance, uniform_grid
+from tiltflow.core.control import FineTuned, NetworkControl, tilted
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.noise import Constant
+from tiltflow.core.simulate import event_sum, sample, simulate
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.backpropagation import Backpropagation, discrete_adjoint, draft, refl
 from tiltflow.nn.lora import LowRank, add_low_rank
 from tiltflow.nn.mlp import MLP
-from tiltflow.noise import Constant
-from tiltflow.problems import GaussianMixture, LinearQuadratic, QuadraticReward, TiltProblem, mixture2d
-from tiltflow.simulate import event_sum, sample, simulate
+from tiltflow.problems.tilt import GaussianMixture, LinearQuadratic, QuadraticReward, TiltProblem, mixture2d
+from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.method import State
 
 
 def network(inputs, outputs):

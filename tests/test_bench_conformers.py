@@ -10,13 +10,13 @@ import torch
 from rdkit import Chem
 from rdkit.Chem import rdForceFieldHelpers, rdMolAlign
 
-import tiltflow.bench_conformers as bench
-from tiltflow.bench_conformers import Generated, bench_conformers, bench_molecule, evenly, interval, relax
+import tiltflow.bench.conformers as bench
+from tiltflow.bench.conformers import Generated, bench_conformers, bench_molecule, evenly, interval, relax
 from tiltflow.cli import main
-from tiltflow.errors import TiltflowError
-from tiltflow.metrics.conformers import coverage, heavy_atoms, rmsd_matrix, symmetries
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.geom import Listed, Reference, list_molecules, read_reference
 from tiltflow.molecules.molecule import molecule, with_positions
+from tiltflow.molecules.rmsd import coverage, heavy_atoms, rmsd_matrix, symmetries
 from tiltflow.molecules.split import unseen
 from tiltflow.molecules.torsions import dihedrals, rotatable_torsions
 

@@ -9,16 +9,16 @@ from dataclasses import replace
 from functools import partial
 
 from tiltflow import bench_conformers
-from tiltflow.energies.molecular import kt_per, open_energy
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.methods.bridge_sampling import AdjointBridgeSampling
 from tiltflow.molecules.audit import audit
 from tiltflow.molecules.cartesian import CartesianSettings, aligned, harmonic_source, train_cartesian
+from tiltflow.molecules.energies import kt_per, open_energy
 from tiltflow.molecules.molecule import molecule
+from tiltflow.molecules.nn.molecule import MoleculeNet
 from tiltflow.molecules.regular import regulariser, stereocentres, volumes
 from tiltflow.molecules.templates import embed
-from tiltflow.nn.molecule import MoleculeNet
-from tiltflow.sampler import noise_left
+from tiltflow.sampling.sampler import noise_left
 
 CHIRAL, FLAT = "F/C=C/C[C@H](O)CS", "CC(=O)Oc1ccccc1C(=O)O"
 MIRROR = torch.tensor([1.0, 1.0, -1.0])

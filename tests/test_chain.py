@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tiltflow.chain import (
+from tiltflow.core.chain import (
     euler_maruyama,
     memoryless_chain,
     power_grid,
@@ -13,12 +13,13 @@ from tiltflow.chain import (
     times,
     uniform_grid,
 )
-from tiltflow.errors import TiltflowError
-from tiltflow.interpolant import VP, Cosine, Follmer, Linear
-from tiltflow.noise import Constant, Memoryless, zero
-from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem, mixture2d
-from tiltflow.simulate import ode, sample, simulate
-from tiltflow.weights import ess, evidence, log_mean_exp
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.interpolant import VP, Cosine, Follmer, Linear
+from tiltflow.core.noise import Constant, Memoryless, zero
+from tiltflow.core.ode import ode
+from tiltflow.core.simulate import sample, simulate
+from tiltflow.core.weights import ess, evidence, log_mean_exp
+from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem, mixture2d
 
 LINEAR = Linear()
 

@@ -6,13 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tiltflow.check import check_reward
-from tiltflow.errors import TiltflowError
-from tiltflow.interpolant import Linear
-from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem
-from tiltflow.process import Process
-from tiltflow.strength import largest_strength, predict_tilt
-from tiltflow.weights import ess
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.interpolant import Linear
+from tiltflow.core.process import Process
+from tiltflow.core.weights import ess
+from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem
+from tiltflow.verdict.check_reward import check_reward
+from tiltflow.verdict.strength import largest_strength, predict_tilt
 
 BASE = Process(Linear(), lambda x, t: x, "x1", (3,))
 

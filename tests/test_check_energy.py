@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from tiltflow.check_energy import check_energy
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.geometry import Centred, Euclidean, Torus
 from tiltflow.energies import ENERGY_PROBLEMS
 from tiltflow.energies.particles import LennardJones
-from tiltflow.errors import TiltflowError
-from tiltflow.geometry import Centred, Euclidean, Torus
+from tiltflow.verdict.check_energy import check_energy
 
 PARTICLES = Centred()
 LJ13 = LennardJones()

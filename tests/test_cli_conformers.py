@@ -15,7 +15,7 @@ from rdkit import Chem
 from rdkit.Chem import rdDistGeom
 from test_cli_sampling import tiltflow
 
-from tiltflow.energies.molecular import UnsupportedMolecule
+from tiltflow.molecules.energies import UnsupportedMolecule
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.generate import ConformerSettings
 

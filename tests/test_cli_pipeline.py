@@ -12,8 +12,8 @@ import diffusers as D
 import tiny_pipelines as tiny
 from test_cli_sampling import tiltflow
 
-from tiltflow.integrations.run import _sounds
-from tiltflow.verdict import Judged, against_base
+from tiltflow.pipelines.job import _sounds
+from tiltflow.verdict.paired import Judged, against_base
 
 REWARDS = """
 def brightness(x, texts):
@@ -130,7 +130,7 @@ def test_a_hacked_reward_is_stopped(here):
 
 
 def test_an_interrupted_run_is_resumed(here, monkeypatch):
-    import tiltflow.integrations.run as module
+    import tiltflow.pipelines.job as module
 
     plain = tiltflow(*arguments(here, "--json", out=here / "whole", iterations=12))
     judge = module.Watch.__call__

@@ -9,7 +9,7 @@ import tiny_pipelines as tiny
 import transformers
 from safetensors.torch import save_file
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.rewards.classifier import image_classifier
 from tiltflow.rewards.clip import aesthetic, clip_score, hps_v2, image_reward, load_clip, pick_score
 from tiltflow.rewards.combine import Smoothed, WeightedSum

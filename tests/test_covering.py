@@ -11,11 +11,11 @@ pytest.importorskip("rdkit")
 from test_cli_sampling import tiltflow
 
 from tiltflow import bench_conformers
-from tiltflow.energies.molecular import open_energy
-from tiltflow.metrics.conformers import rmsd_matrix
 from tiltflow.molecules import covering as module
 from tiltflow.molecules.covering import covering
+from tiltflow.molecules.energies import open_energy
 from tiltflow.molecules.molecule import molecule
+from tiltflow.molecules.rmsd import rmsd_matrix
 from tiltflow.molecules.templates import embed, relax
 from tiltflow.molecules.torsions import dihedrals, rotatable_torsions
 

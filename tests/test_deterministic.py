@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from tiltflow.chain import memoryless_chain, uniform_grid
-from tiltflow.control import FineTuned, tilted
-from tiltflow.cost import RewardCost
-from tiltflow.interpolant import Linear
-from tiltflow.methods import State
+from tiltflow.core.chain import memoryless_chain, uniform_grid
+from tiltflow.core.control import FineTuned, tilted
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.interpolant import Linear
 from tiltflow.methods.deterministic import DeterministicAdjointMatching
 from tiltflow.methods.reciprocal import linear_drift
 from tiltflow.nn.mlp import MLP
-from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem
+from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem
+from tiltflow.train.method import State
 
 S, B = 0.49, torch.tensor([0.8, -0.5])
 

@@ -8,19 +8,19 @@ pytest.importorskip("peft")
 
 import diffusers as D
 import tiny_pipelines as tiny
-
-from tiltflow.adjoint import lean_adjoint
-from tiltflow.chain import posterior_step
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
 from tiltflow.integrations import finetune as module
-from tiltflow.integrations.adapters import add_adapter, load_adapter, merge_adapter, save_adapter, switch, switched
-from tiltflow.integrations.diffusers import Adapted, DecodedReward, Guidance, pipeline_chain
-from tiltflow.integrations.families import encode_prompts, family_of
-from tiltflow.integrations.finetune import PipelineSettings, check_pipeline_reward, finetune_pipeline, judge_pipeline
-from tiltflow.integrations.schedules import nodes_of
+
+from tiltflow.core.adjoint import lean_adjoint
+from tiltflow.core.chain import posterior_step
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.simulate import simulate
 from tiltflow.methods.adjoint_matching import AdjointMatching
-from tiltflow.simulate import simulate
+from tiltflow.pipelines.adapters import add_adapter, load_adapter, merge_adapter, save_adapter, switch, switched
+from tiltflow.pipelines.chain import Adapted, DecodedReward, Guidance, pipeline_chain
+from tiltflow.pipelines.families import encode_prompts, family_of
+from tiltflow.pipelines.finetune import PipelineSettings, check_pipeline_reward, finetune_pipeline, judge_pipeline
+from tiltflow.pipelines.schedules import nodes_of
 
 FAMILIES = tuple(tiny.BUILDERS)
 STEPS = 5

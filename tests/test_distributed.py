@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.multiprocessing import spawn
 
-from tiltflow.distributed import any_of, average_gradients, join, wait, world
-from tiltflow.store import load_state
+from tiltflow.train.distributed import any_of, average_gradients, join, wait, world
+from tiltflow.train.store import load_state
 
 
 def together(rank, folder, port):

@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
+from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import ENERGY_PROBLEMS, Evaluator, ForceProvider, load_reference, virial
 from tiltflow.energies.particles import DoubleWell, LennardJones
 from tiltflow.energies.toys import RADII, many_well_energy
-from tiltflow.errors import TiltflowError
-from tiltflow.problems import GaussianMixture
+from tiltflow.problems.tilt import GaussianMixture
 
 SEEDS = [0, 1, 2]
 PORTABLE = [name for name in ENERGY_PROBLEMS if name != "alanine"]

@@ -12,19 +12,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tiltflow.buffer import Buffer
-from tiltflow.chain import memoryless_chain, uniform_grid
-from tiltflow.control import FineTuned, tilted
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings, fit
-from tiltflow.loss import QuantileMask
-from tiltflow.methods import State
+from tiltflow.core.chain import memoryless_chain, uniform_grid
+from tiltflow.core.control import FineTuned, tilted
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.nn.mlp import MLP
-from tiltflow.problems import mixture2d
-from tiltflow.run import LOCK, RunFolder
-from tiltflow.store import load_state, load_weights, save_state, save_weights
+from tiltflow.problems.tilt import mixture2d
+from tiltflow.run.folder import LOCK, RunFolder
+from tiltflow.train.buffer import Buffer
+from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.loss import QuantileMask
+from tiltflow.train.method import State
+from tiltflow.train.store import load_state, load_weights, save_state, save_weights
 
 SETTINGS = FitSettings(12, learning_rate=1e-2, updates=2, minibatch=50, checkpoint_every=3)
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings
-from tiltflow.flow_matching import FlowMatching, drop_labels, flow_matching_loss, pretrain
-from tiltflow.interpolant import Cosine, Linear
-from tiltflow.process import Process, expand
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.interpolant import Cosine, Linear
+from tiltflow.core.process import Process, expand
+from tiltflow.train.fit import FitSettings
+from tiltflow.train.flow_matching import FlowMatching, drop_labels, flow_matching_loss, pretrain
 
 MEAN, STD = torch.tensor([1.0, -0.5], dtype=torch.float64), torch.tensor([0.5, 1.5], dtype=torch.float64)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "galaxies.py"
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from tiltflow.errors import TiltflowError
-from tiltflow.geometry import Centred, Euclidean, Torus, noise
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.geometry import Centred, Euclidean, Torus, noise
 
 
 @pytest.fixture

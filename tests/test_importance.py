@@ -5,17 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from tiltflow.chain import euler_maruyama, memoryless_chain, residual_variance, uniform_grid
-from tiltflow.control import Blend, FineTuned, tilted
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.finetune import FinetuneSettings, finetune, tuned_process
-from tiltflow.methods import State
+from tiltflow.core.chain import euler_maruyama, memoryless_chain, residual_variance, uniform_grid
+from tiltflow.core.control import Blend, FineTuned, tilted
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.noise import Constant
+from tiltflow.core.simulate import sample
+from tiltflow.core.weights import ess, normalised, tempered
 from tiltflow.methods.adjoint_matching import AdjointMatching, endpoint_share
-from tiltflow.noise import Constant
-from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem, mixture2d, mixture32d
-from tiltflow.simulate import sample
-from tiltflow.weights import ess, normalised, tempered
+from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem, mixture2d, mixture32d
+from tiltflow.tilting.finetune import FinetuneSettings, finetune, tuned_process
+from tiltflow.train.method import State
 
 
 def chain_of(problem, generator, steps=15):

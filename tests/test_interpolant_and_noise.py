@@ -6,10 +6,10 @@ from typing import get_args
 import pytest
 import torch
 
-from tiltflow.errors import TiltflowError
-from tiltflow.interpolant import VP, Cosine, Follmer, Linear
-from tiltflow.noise import Constant, Memoryless, memoryless_residual, zero
-from tiltflow.process import Predicts, Process, from_x1, to_x1
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.interpolant import VP, Cosine, Follmer, Linear
+from tiltflow.core.noise import Constant, Memoryless, memoryless_residual, zero
+from tiltflow.core.process import Predicts, Process, from_x1, to_x1
 
 PATHS = [Linear(), Cosine(), VP(), Follmer(2.0), Follmer(3.0, ratio=20.0)]
 T = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)

@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from tiltflow.buffer import Buffer
-from tiltflow.chain import DriftChain, InterpolantChain, memoryless_chain, residual_variance, uniform_grid
-from tiltflow.control import FineTuned, NetworkControl, tilted
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings, fit
-from tiltflow.methods import State
+from tiltflow.core.chain import DriftChain, InterpolantChain, memoryless_chain, residual_variance, uniform_grid
+from tiltflow.core.control import FineTuned, NetworkControl, tilted
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.noise import Constant
+from tiltflow.core.simulate import sample
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.methods.log_variance import LogVariance
 from tiltflow.nn.mlp import MLP
-from tiltflow.noise import Constant
-from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem
-from tiltflow.simulate import sample
+from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem
+from tiltflow.train.buffer import Buffer
+from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.method import State
 
 
 def gaussian(steps=12):

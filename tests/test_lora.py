@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.nn.lora import add_low_rank, merge_low_rank
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tiltflow import mcmc
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.geometry import Centred, Torus
 from tiltflow.energies import ENERGY_PROBLEMS
-from tiltflow.errors import TiltflowError
-from tiltflow.geometry import Centred, Torus
-from tiltflow.mcmc import mala, parallel_tempering
+from tiltflow.energies.mcmc import mala, parallel_tempering
 
 PRECISION = torch.tensor([1.0, 4.0], dtype=torch.float64)
 CENTRES = torch.tensor([[-3.0, 0.0], [3.0, 0.0]], dtype=torch.float64)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-
-from tiltflow.errors import TiltflowError
 from tiltflow.integrations import memory
+
+from tiltflow.core.errors import TiltflowError
 
 CPU = torch.device("cpu")
 MIB = 2**20

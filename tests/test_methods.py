@@ -7,20 +7,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiltflow.bench import TILT_PROBLEMS, TiltSettings, _bench_named, bench_problem, bench_tilt, chain_of, evaluate, train
-from tiltflow.bench_control import ControlSettings, bench_control
-from tiltflow.bench_control import bench_problem as bench_control_problem
-from tiltflow.bench_digits import DigitsSettings, bench_method
-from tiltflow.budget import Budget, Counter, counted
-from tiltflow.buffer import Buffer
-from tiltflow.control import FineTuned, tilted
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings, fit
-from tiltflow.methods import State
+from tiltflow.bench.budget import Budget, Counter, counted
+from tiltflow.bench.control import ControlSettings, bench_control
+from tiltflow.bench.control import bench_problem as bench_control_problem
+from tiltflow.bench.digits import DigitsSettings, bench_method
+from tiltflow.bench.tilt import (
+    TILT_PROBLEMS,
+    TiltSettings,
+    _bench_named,
+    bench_problem,
+    bench_tilt,
+    chain_of,
+    evaluate,
+    train,
+)
+from tiltflow.core.control import FineTuned, tilted
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.methods.registry import FREE, METHODS, TRAINED, chosen
 from tiltflow.nn.mlp import MLP
-from tiltflow.presets import FREE, METHODS, TRAINED, chosen
-from tiltflow.problems import mixture2d
+from tiltflow.problems.tilt import mixture2d
+from tiltflow.train.buffer import Buffer
+from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.method import State
 
 SMALL = TiltSettings(steps=6, budget=2, batch=32, sample_steps=8, samples=200, w2_samples=50, w2_draws=1, hidden=8, layers=2)
 

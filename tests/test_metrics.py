@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.metrics.distance import mean_w2, pairwise_mean, total_variation, w2
 
 

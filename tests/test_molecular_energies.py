@@ -15,8 +15,9 @@ import torch
 pytest.importorskip("rdkit")
 from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 
+from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import Evaluator, ForceProvider
-from tiltflow.energies.molecular import (
+from tiltflow.molecules.energies import (
     MolecularEnergy,
     Reduced,
     UnsupportedMolecule,
@@ -24,8 +25,7 @@ from tiltflow.energies.molecular import (
     open_energy,
     parse_temperature,
 )
-from tiltflow.energies.molecular.interface import BOHR
-from tiltflow.errors import TiltflowError
+from tiltflow.molecules.energies.interface import BOHR
 from tiltflow.molecules.molecule import molecule
 
 EMT = f"{__file__}:emt"
@@ -340,7 +340,7 @@ def test_energies_by_name():
 
 def test_failed_ase_calculations_are_rejected_and_other_errors_are_not_hidden():
     calculators = pytest.importorskip("ase.calculators.calculator")
-    from tiltflow.energies.molecular.ase import ASEEnergy
+    from tiltflow.molecules.energies.ase import ASEEnergy
 
     class Fails(calculators.Calculator):
         implemented_properties = ("energy", "forces")

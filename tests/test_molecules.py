@@ -12,10 +12,10 @@ pytest.importorskip("rdkit")
 from rdkit import Chem
 from rdkit.Chem import rdDepictor, rdDistGeom
 
-from tiltflow.energies.molecular import open_energy
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.audit import audit
 from tiltflow.molecules.clusters import clusters
+from tiltflow.molecules.energies import open_energy
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.generate import rescored
 from tiltflow.molecules.molecule import molecule, with_positions

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.nn.features import time_features
 from tiltflow.nn.informed import Informed
 from tiltflow.nn.mlp import MLP

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from tiltflow.chain import at, memoryless_chain, times, uniform_grid
-from tiltflow.control import FineTuned, NetworkControl, tilted
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings, fit
-from tiltflow.methods import State
+from tiltflow.core.chain import at, memoryless_chain, times, uniform_grid
+from tiltflow.core.control import FineTuned, NetworkControl, tilted
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.process import Process
+from tiltflow.core.simulate import event_sum, sample
 from tiltflow.methods.policy_gradient import PolicyGradient, flow_grpo, reinforce
 from tiltflow.nn.mlp import MLP
-from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem
-from tiltflow.process import Process
-from tiltflow.simulate import event_sum, sample
+from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem
+from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.method import State
 
 
 class Affine(nn.Module):

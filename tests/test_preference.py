@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from tiltflow.chain import euler_maruyama, memoryless_chain, uniform_grid
-from tiltflow.control import FineTuned, NetworkControl, tilted
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings, fit
-from tiltflow.methods import State
+from tiltflow.core.chain import euler_maruyama, memoryless_chain, uniform_grid
+from tiltflow.core.control import FineTuned, NetworkControl, tilted
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.noise import Constant
+from tiltflow.core.process import Process
+from tiltflow.core.simulate import sample
 from tiltflow.methods.preference import PreferencePairs
 from tiltflow.nn.mlp import MLP
-from tiltflow.noise import Constant
-from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem, mixture2d
-from tiltflow.process import Process
-from tiltflow.simulate import sample
+from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem, mixture2d
+from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.method import State
 
 C = 0.25
 

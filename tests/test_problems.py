@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tiltflow.errors import TiltflowError
-from tiltflow.interpolant import VP, Cosine, Linear
-from tiltflow.problems import (
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.interpolant import VP, Cosine, Linear
+from tiltflow.problems.tilt import (
     TILT_PROBLEMS,
     GaussianMixture,
     LinearQuadratic,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tiltflow.errors import TiltflowError
-from tiltflow.integrations.prompts import DrawnConditions, read_prompts
+from tiltflow.core.errors import TiltflowError
+from tiltflow.pipelines.prompts import DrawnConditions, read_prompts
 
 
 @pytest.mark.parametrize(

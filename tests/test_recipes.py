@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from tiltflow.chain import memoryless_chain, uniform_grid
-from tiltflow.errors import TiltflowError
-from tiltflow.finetune import Tuned
-from tiltflow.interpolant import Linear
-from tiltflow.process import Process
+from tiltflow.core.chain import memoryless_chain, uniform_grid
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.interpolant import Linear
+from tiltflow.core.process import Process
+from tiltflow.tilting.finetune import Tuned
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")

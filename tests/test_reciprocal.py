@@ -5,30 +5,24 @@ from functools import partial
 import pytest
 import torch
 
-from tiltflow.adjoint import lean_adjoint
-from tiltflow.buffer import Buffer
-from tiltflow.chain import at, euler_maruyama, memoryless_chain, residual_variance, uniform_grid
-from tiltflow.control import FineTuned, tilted
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings, fit
-from tiltflow.interpolant import Cosine, Follmer, Linear
-from tiltflow.methods import State
-from tiltflow.methods.reciprocal import (
-    ReciprocalMatching,
-    end_variance,
-    from_velocity,
-    linear_drift,
-    residual_variances,
-    score_at_end,
-)
+from tiltflow.core.adjoint import lean_adjoint
+from tiltflow.core.chain import at, euler_maruyama, memoryless_chain, residual_variance, uniform_grid
+from tiltflow.core.control import FineTuned, tilted
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.interpolant import Cosine, Follmer, Linear
+from tiltflow.core.noise import Constant
+from tiltflow.core.process import Process
+from tiltflow.core.simulate import simulate
+from tiltflow.methods.ends import end_variance, residual_variances
+from tiltflow.methods.reciprocal import ReciprocalMatching, from_velocity, linear_drift, score_at_end
 from tiltflow.methods.score_function import ReinforceAdjointMatching
 from tiltflow.methods.weighted_flow_matching import advantage_weighted, path_weighted
 from tiltflow.nn.mlp import MLP
-from tiltflow.noise import Constant
-from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem, quadratic2d
-from tiltflow.process import Process
-from tiltflow.simulate import simulate
+from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem, quadratic2d
+from tiltflow.train.buffer import Buffer
+from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.method import State
 
 GAINS = {
     "flow matching": lambda path: torch.zeros_like,

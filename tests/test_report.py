@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from tiltflow.errors import TiltflowError
-from tiltflow.report import STATUSES, RunRecord, SummaryRow, VerdictLine, plots, write_report
+from tiltflow.core.errors import TiltflowError
+from tiltflow.report import RunRecord, SummaryRow, plots, write_report
 from tiltflow.report.sounds import spectrograms, wav
+from tiltflow.verdict.line import STATUSES, Line
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -38,10 +39,10 @@ def record(**changes) -> RunRecord:
         "command": "tiltflow finetune --base digits",
         "status": "warn",
         "verdict": [
-            VerdictLine(
+            Line(
                 "reward gap", 0.04321, -0.0205, 0.1107, "at most 10 %", "pass", "close to the reference"
             ),
-            VerdictLine("judge gap", 0.1789, None, None, "at most 10 %", "warn", "the judge lags"),
+            Line("judge gap", 0.1789, None, None, "at most 10 %", "warn", "the judge lags"),
         ],
         "summary": [
             SummaryRow("mean reward", 0.2111, 0.8222, 0.7933),
@@ -137,7 +138,7 @@ def test_page_loads_nothing(tmp_path):
 
 def test_strings_are_escaped(tmp_path):
     nasty = '<script>alert("x")</script>'
-    line = VerdictLine(nasty, 1.0, None, None, nasty, "fail", nasty)
+    line = Line(nasty, 1.0, None, None, nasty, "fail", nasty)
     row = SummaryRow(nasty, 1.0, 2.0, 3.0)
     html, parsed = page(
         tmp_path,
@@ -158,7 +159,7 @@ def test_nonfinite_numbers_are_named(tmp_path):
     html, parsed = page(
         tmp_path,
         before=samples,
-        verdict=[VerdictLine("log Z", NAN, -math.inf, math.inf, "gap at most .1", "cannot tell", "diverged")],
+        verdict=[Line("log Z", NAN, -math.inf, math.inf, "gap at most .1", "cannot tell", "diverged")],
         summary=[SummaryRow("mean reward", NAN, None, math.inf)],
         history=[{"iteration": i, "reward": NAN, "kl": math.inf, "loss": -1.0} for i in range(3)],
         adjoint_norm=[NAN, NAN, NAN],

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tiltflow.chain import at
+from tiltflow.core.chain import at
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.weights import evidence
 from tiltflow.energies import ENERGY_PROBLEMS, EnergyProblem, Evaluator
-from tiltflow.errors import TiltflowError
 from tiltflow.metrics.distance import total_variation
 from tiltflow.metrics.sampling import mode_weights
-from tiltflow.sampler import METHODS, ON_POLICY, SamplerSettings, train_sampler
-from tiltflow.weights import evidence
+from tiltflow.sampling.sampler import METHODS, ON_POLICY, SamplerSettings, train_sampler
 
 TINY = SamplerSettings(iterations=3, batch=64, minibatch=64, updates=3, steps=8, hidden=16, layers=2)
 

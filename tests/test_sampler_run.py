@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from tiltflow import bench_sampling
+from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import ENERGY_PROBLEMS
-from tiltflow.errors import TiltflowError
-from tiltflow.registry import load_problem
 from tiltflow.report.sampler import SamplerRecord, project, render_sampler
-from tiltflow.run import RunFolder
-from tiltflow.sampler import DEFAULTS, Drawn, SamplerSettings
-from tiltflow.sampler_run import SamplerConfig, assess_all, load_sampler, run_sampler
-from tiltflow.sampler_verdict import judge_sampler
+from tiltflow.run.folder import RunFolder
+from tiltflow.sampling.job import SamplerConfig, assess_all, load_sampler, run_sampler
+from tiltflow.sampling.names import load_problem
+from tiltflow.sampling.sampler import DEFAULTS, Drawn, SamplerSettings
+from tiltflow.verdict.sampler import judge_sampler
 
 ENERGIES = str(Path(__file__).with_name("energies_by_name.py"))
 TINY = SamplerSettings(iterations=54, batch=32, updates=1, minibatch=32, steps=10, hidden=16, layers=2)

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import ENERGY_PROBLEMS
-from tiltflow.errors import TiltflowError
 from tiltflow.metrics import particles
 from tiltflow.metrics.distance import w2
 from tiltflow.metrics.particles import distance_wasserstein, interatomic_distances, particle_w2

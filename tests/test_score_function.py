@@ -4,19 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from tiltflow.adjoint import lean_adjoint
-from tiltflow.chain import at, euler_maruyama, memoryless_chain, residual_variance, uniform_grid
-from tiltflow.control import FineTuned
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings, fit
-from tiltflow.methods import State
-from tiltflow.methods.reciprocal import linear_drift, renoise
+from tiltflow.core.adjoint import lean_adjoint
+from tiltflow.core.chain import at, euler_maruyama, memoryless_chain, residual_variance, uniform_grid
+from tiltflow.core.control import FineTuned
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.noise import Constant
+from tiltflow.core.process import Process
+from tiltflow.core.simulate import simulate
+from tiltflow.methods.ends import renoise
+from tiltflow.methods.reciprocal import linear_drift
 from tiltflow.methods.score_function import ReinforceAdjointMatching, advantage, score_function_adjoint
-from tiltflow.noise import Constant
-from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem, quadratic2d
-from tiltflow.process import Process
-from tiltflow.simulate import simulate
+from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem, quadratic2d
+from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.method import State
 
 VARIANCE = 0.4
 REWARDS = {

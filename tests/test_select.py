@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.select import cover
 
 

@@ -5,14 +5,13 @@ import torch
 
 pytest.importorskip("rdkit")
 
-from tiltflow.assets import shipped
-from tiltflow.energies.molecular import open_energy
-from tiltflow.molecules.amortised import load_amortised
+from tiltflow.core.weights import evidence
+from tiltflow.molecules.amortised import SHIPPED, load_amortised
+from tiltflow.molecules.energies import open_energy
 from tiltflow.molecules.molecule import molecule
 from tiltflow.molecules.split import unseen
 from tiltflow.molecules.templates import templates
 from tiltflow.molecules.torsions import rotatable_torsions
-from tiltflow.weights import evidence
 
 PROCAINE = "CCN(CC)CCOC(=O)c1ccc(N)cc1"
 
@@ -37,7 +36,7 @@ def scaled(model, factor):
 def test_it_avoids_clashes_of_a_molecule_it_never_saw():
     """The bound on log Z is hundreds of kT above that of the untrained network, and of the field turned round."""
     torch.set_default_dtype(torch.float32)
-    path = shipped("torsions-spice")
+    path = SHIPPED
     model = load_amortised(path)
     procaine = molecule(PROCAINE)
     unseen([procaine], model.smiles)

@@ -6,22 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from tiltflow.adjoint import lean_adjoint
-from tiltflow.chain import DriftChain, memoryless_chain, residual_variance, uniform_grid
-from tiltflow.control import NetworkControl
-from tiltflow.control_problems import DoubleWell, ExactControl, LinearQuadraticProblem, control_error
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings, fit
-from tiltflow.geometry import Euclidean
-from tiltflow.methods import State
+from tiltflow.core.adjoint import lean_adjoint
+from tiltflow.core.chain import DriftChain, memoryless_chain, residual_variance, uniform_grid
+from tiltflow.core.control import NetworkControl
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.geometry import Euclidean
+from tiltflow.core.noise import Constant
+from tiltflow.core.simulate import Path
+from tiltflow.core.value import weighted_paths
+from tiltflow.core.weights import ess, normalised
 from tiltflow.methods.socm import SOCM, LearnedMatrices, reparametrised, stein_terms
 from tiltflow.nn.mlp import MLP
-from tiltflow.noise import Constant
-from tiltflow.problems import LinearQuadratic, mixture2d
-from tiltflow.simulate import Path
-from tiltflow.value import weighted_paths
-from tiltflow.weights import ess, normalised
+from tiltflow.problems.control import DoubleWell, ExactControl, LinearQuadraticProblem, control_error
+from tiltflow.problems.tilt import LinearQuadratic, mixture2d
+from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.method import State
 
 
 def problem():

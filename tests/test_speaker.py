@@ -6,7 +6,7 @@ import torch
 from test_audio_rewards import tone
 from test_ocr import converted
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.rewards.speaker import QUIET, Speaker, VoiceEncoder, mel_spectra, resemblyzer_speaker
 
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from test_adjoint_sampling import FINEST, MIXTURE, Exact, cost_of
 
-from tiltflow.brownian import geometric_chain
-from tiltflow.chain import at
-from tiltflow.control import DriftControl, StepVariance
-from tiltflow.geometry import Centred, Euclidean
-from tiltflow.methods.adjoint_sampling import update_step_variance
-from tiltflow.simulate import sample, walk
-from tiltflow.value import reversed_log_ratio
-from tiltflow.weights import evidence
+from tiltflow.core.brownian import geometric_chain
+from tiltflow.core.chain import at
+from tiltflow.core.control import DriftControl, StepVariance
+from tiltflow.core.geometry import Centred, Euclidean
+from tiltflow.core.simulate import sample, walk
+from tiltflow.core.value import reversed_log_ratio
+from tiltflow.core.weights import evidence
+from tiltflow.methods.step_variance import update_step_variance
 
 STEPS = 12
 

@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("rdkit")
 
 from tiltflow.molecules.molecule import molecule
+from tiltflow.molecules.nn.torsion import TorsionNet, place_sites, torques
 from tiltflow.molecules.systems import systems
 from tiltflow.molecules.templates import embed
 from tiltflow.molecules.torsions import place, rotatable_torsions
-from tiltflow.nn.torsion import TorsionNet, place_sites, torques
 
 SMILES = ["OCC(N)C(=O)NCc1ccccc1C", "C#CCOc1ccccc1", "F/C=C/C[C@H](O)CS"]
 
@@ -106,6 +106,6 @@ def test_blocks_change_nothing(generator, monkeypatch):
     x, t = torch.randn(7, table.angles.shape[1], generator=generator).double(), torch.rand(7, generator=generator).double()
     alone = torch.cat([net(x[i : i + 1], t[i : i + 1], system[i : i + 1]) for i in range(7)])
     for block in (1, 2**12, 2**30):
-        monkeypatch.setattr("tiltflow.nn.torsion.BLOCK", block)
+        monkeypatch.setattr("tiltflow.molecules.nn.torsion.BLOCK", block)
         torch.testing.assert_close(net(x, t, system), alone)
     assert not torch.allclose(net(x, t, system.roll(1)), alone)

@@ -10,23 +10,23 @@ pytest.importorskip("rdkit")
 
 from rdkit.Chem import rdMolTransforms
 
-from tiltflow.buffer import Buffer
-from tiltflow.control import DriftControl, StepVariance
+from tiltflow.core.control import DriftControl, StepVariance
+from tiltflow.core.weights import evidence, normalised
 from tiltflow.energies import Evaluator
 from tiltflow.energies.cost import EnergyCost
-from tiltflow.energies.molecular import kt_per, open_energy
-from tiltflow.fit import FitSettings, fit
-from tiltflow.methods import State
 from tiltflow.methods.adjoint_sampling import AdjointSampling
 from tiltflow.methods.several import SeveralAdjointSampling
+from tiltflow.molecules.energies import kt_per, open_energy
 from tiltflow.molecules.generate import ConformerSettings, allot, generate, rescored
 from tiltflow.molecules.molecule import molecule, with_positions
 from tiltflow.molecules.templates import embed, templates
 from tiltflow.molecules.torsional import TorsionalSettings, torsion_chain, train_torsional
 from tiltflow.molecules.torsions import dihedrals, place, rotatable_torsions
 from tiltflow.nn.mlp import SystemMLP
-from tiltflow.sampler import draw
-from tiltflow.weights import evidence, normalised
+from tiltflow.sampling.sampler import draw
+from tiltflow.train.buffer import Buffer
+from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.method import State
 
 SMILES = ["CC(=O)Oc1ccccc1C(=O)O", "OCC(N)C(=O)NCc1ccccc1C", "C#CCOc1ccccc1", "F/C=C/C[C@H](O)CS"]
 

@@ -5,19 +5,19 @@ import math
 import pytest
 import torch
 
-from tiltflow.chain import DriftChain, InterpolantChain, memoryless_chain, residual_variance, uniform_grid
-from tiltflow.control import FineTuned
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.methods import smc
+from tiltflow.core.chain import DriftChain, InterpolantChain, memoryless_chain, residual_variance, uniform_grid
+from tiltflow.core.control import FineTuned
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.noise import Constant
+from tiltflow.core.process import Process
+from tiltflow.core.simulate import sample
+from tiltflow.core.weights import normalised
 from tiltflow.methods.best_of_n import BestOfN
 from tiltflow.methods.guidance import GradientGuidance
 from tiltflow.methods.smc import PathSMC, feynman_kac, systematic, urge
-from tiltflow.noise import Constant
-from tiltflow.problems import GaussianMixture, LinearQuadratic, QuadraticReward, TiltProblem, mixture2d
-from tiltflow.process import Process
-from tiltflow.simulate import sample
-from tiltflow.weights import normalised
+from tiltflow.problems.tilt import GaussianMixture, LinearQuadratic, QuadraticReward, TiltProblem, mixture2d
+from tiltflow.train.method import smc
 
 
 class Share:

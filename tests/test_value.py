@@ -6,9 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tiltflow.chain import memoryless_chain, uniform_grid
-from tiltflow.control import FineTuned, tilted
-from tiltflow.control_problems import (
+from tiltflow.core.chain import memoryless_chain, uniform_grid
+from tiltflow.core.control import FineTuned, tilted
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.value import objective, value
+from tiltflow.nn.mlp import MLP
+from tiltflow.problems.control import (
     DoubleWell,
     ExactControl,
     control_error,
@@ -17,11 +21,7 @@ from tiltflow.control_problems import (
     quartic,
     solve_backward,
 )
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.nn.mlp import MLP
-from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem
-from tiltflow.value import objective, value
+from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem
 
 
 def gaussian(steps=8):

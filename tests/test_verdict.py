@@ -6,16 +6,17 @@ It is told samples, base samples, cost and path weights, nothing else.
 import pytest
 import torch
 
-from tiltflow.bench import chain_of, mode_weights
-from tiltflow.chain import euler_maruyama, times, uniform_grid
-from tiltflow.control import FineTuned
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
+from tiltflow.bench.tilt import chain_of, mode_weights
+from tiltflow.core.chain import euler_maruyama, times, uniform_grid
+from tiltflow.core.control import FineTuned
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.noise import Constant
+from tiltflow.core.simulate import sample
 from tiltflow.metrics.distance import total_variation
-from tiltflow.noise import Constant
-from tiltflow.problems import mixture2d
-from tiltflow.simulate import sample
-from tiltflow.verdict import graded, judge_samples, overall
+from tiltflow.problems.tilt import mixture2d
+from tiltflow.verdict.line import graded, overall
+from tiltflow.verdict.tilt import judge_samples
 
 N = 20_000
 PROBLEM = mixture2d()
@@ -80,11 +81,11 @@ def cases(chain):
 
 
 def train_twin(cost, iterations, generator, chain):
-    from tiltflow.control import tilted
-    from tiltflow.fit import FitSettings, fit
-    from tiltflow.methods import State
+    from tiltflow.core.control import tilted
     from tiltflow.methods.adjoint_matching import AdjointMatching
     from tiltflow.nn.mlp import MLP
+    from tiltflow.train.fit import FitSettings, fit
+    from tiltflow.train.method import State
 
     torch.manual_seed(0)
     control = FineTuned(tilted(PROBLEM.process(), MLP(4, 2, 32, 2)))

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from tiltflow.chain import memoryless_chain, uniform_grid
-from tiltflow.control import FineTuned
-from tiltflow.cost import RewardCost
-from tiltflow.errors import TiltflowError
-from tiltflow.methods import State
+from tiltflow.core.chain import memoryless_chain, uniform_grid
+from tiltflow.core.control import FineTuned
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.process import Process
+from tiltflow.core.weights import ess
 from tiltflow.methods.reciprocal import linear_drift
 from tiltflow.methods.weighted_flow_matching import (
     WeightedFlowMatching,
@@ -17,9 +18,8 @@ from tiltflow.methods.weighted_flow_matching import (
     path_weighted,
     reward_weighted,
 )
-from tiltflow.problems import GaussianMixture, QuadraticReward, TiltProblem
-from tiltflow.process import Process
-from tiltflow.weights import ess
+from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem
+from tiltflow.train.method import State
 
 MEAN, VARIANCE, SLOPE, STRENGTH = 0.5, 0.36, 1.0, 1.5
 SHIFT = STRENGTH * VARIANCE * SLOPE  # of the mean, by one tilt

@@ -6,10 +6,10 @@ The libraries are no dependency: `pip install --no-deps azula einops flow_matchi
 import pytest
 import torch
 
-from tiltflow.errors import TiltflowError
-from tiltflow.integrations.wrappers import from_azula, from_flow_matching
-from tiltflow.interpolant import Cosine, Linear
-from tiltflow.simulate import ode
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.interpolant import Cosine, Linear
+from tiltflow.core.ode import ode
+from tiltflow.core.wrappers import from_azula, from_flow_matching
 
 MEAN, STD = 2.0, 0.5
 

@@ -1,19 +1,16 @@
 """tiltflow: tilt a flow or diffusion model towards a reward, p_base(x)·exp(r(x)), and know whether it is right."""
 
-from importlib.metadata import version
-
-__version__ = version("tiltflow")
-
-from tiltflow.check import check_reward
-from tiltflow.check_energy import check_energy
-from tiltflow.control import tilted
+from tiltflow._version import __version__
+from tiltflow.core.control import tilted
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.interpolant import VP, Cosine, Follmer, Linear
+from tiltflow.core.ode import ode
+from tiltflow.core.process import Process
 from tiltflow.energies import EnergyProblem, Evaluator
-from tiltflow.errors import TiltflowError
-from tiltflow.finetune import FinetuneSettings, Tuned, finetune
-from tiltflow.interpolant import VP, Cosine, Follmer, Linear
-from tiltflow.process import Process
-from tiltflow.sampler import SamplerSettings, TrainedSampler, train_sampler
-from tiltflow.simulate import ode
+from tiltflow.sampling.sampler import SamplerSettings, TrainedSampler, train_sampler
+from tiltflow.tilting.finetune import FinetuneSettings, Tuned, finetune
+from tiltflow.verdict.check_energy import check_energy
+from tiltflow.verdict.check_reward import check_reward
 
 __all__ = [
     "VP",
@@ -28,6 +25,7 @@ __all__ = [
     "TiltflowError",
     "TrainedSampler",
     "Tuned",
+    "__version__",
     "check_energy",
     "check_reward",
     "finetune",

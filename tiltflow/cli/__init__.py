@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import click
 
-from tiltflow import __version__
+from tiltflow._version import __version__
 from tiltflow.cli.bench import bench
 from tiltflow.cli.common import EXIT_MISUSE
 from tiltflow.cli.compare import compare_command
@@ -19,7 +19,7 @@ from tiltflow.cli.conformers import conformers_command, train_conformers_command
 from tiltflow.cli.finetune import check_reward_command, demo, finetune_command, pretrain_command
 from tiltflow.cli.pipeline import export_command, finetune_pipeline_command
 from tiltflow.cli.sampling import check_energy_command, sample_command, train_sampler_command
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from tiltflow.cli.common import Bars, common, document, finish, table
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 
 
 @click.group("bench")
@@ -34,7 +34,7 @@ def measure(
     run: Callable[[Bars], list[dict[str, Any]]], columns: str, out: Path | None, seed: int, device: str, as_json: bool
 ) -> None:
     """Run a benchmark, write its result, print its rows (if rows are of several kinds, the summary)."""
-    from tiltflow.bench import write_result
+    from tiltflow.bench.tilt import write_result
 
     if device != "cpu":
         raise TiltflowError(f"--device {device}: the benchmarks compare processor seconds and run on the CPU only.")
@@ -53,8 +53,8 @@ def measure(
 @bench_options
 def tilt_command(problems: tuple[str, ...], methods: str | None, iterations: int | None, seed: int, **options: Any) -> None:
     """Methods on the analytic problems, SDE and ODE sampling."""
-    from tiltflow.bench import bench_tilt
-    from tiltflow.presets import chosen
+    from tiltflow.bench.tilt import bench_tilt
+    from tiltflow.methods.registry import chosen
 
     names = None if methods is None else chosen(methods, vectors=True)
     columns = "problem method sampler seed w2 w2_floor mode_tv mode_weight_error log_z_error ess chain_ess seconds"
@@ -66,8 +66,8 @@ def tilt_command(problems: tuple[str, ...], methods: str | None, iterations: int
 @bench_options
 def digits_command(methods: str, iterations: int | None, seed: int, **options: Any) -> None:
     """Every method on the digits base, at one budget."""
-    from tiltflow.bench_digits import bench_digits
-    from tiltflow.presets import chosen
+    from tiltflow.bench.digits import bench_digits
+    from tiltflow.methods.registry import chosen
 
     names = chosen(methods, vectors=False)
     columns = "method reward judge_thickness kl diversity w2 ess base_evaluations reward_calls seconds"
@@ -79,7 +79,7 @@ def digits_command(methods: str, iterations: int | None, seed: int, **options: A
 @bench_options
 def control_command(methods: str, iterations: int | None, seed: int, **options: Any) -> None:
     """Optimal-control methods on problems whose exact control is known."""
-    from tiltflow.bench_control import bench_control
+    from tiltflow.bench.control import bench_control
 
     columns = "problem method control_error control_error_own_paths objective objective_exact seconds"
     measure(lambda bars: bench_control(methods, seed, iterations, bars), columns, seed=seed, **options)
@@ -101,7 +101,7 @@ def sampling_command(
     **options: Any,
 ) -> None:
     """Samplers of e^{−E} and parallel tempering."""
-    from tiltflow.bench_sampling import COLUMNS, bench_sampling, chosen_samplers
+    from tiltflow.bench.sampling import COLUMNS, bench_sampling, chosen_samplers
 
     names = chosen_samplers(methods)
 
@@ -121,7 +121,7 @@ def conformers_command(data: Path | None, methods: str, molecules: int | None, s
 
     With --out FILE, finished molecules are kept in FILE.parts, where an interrupted run resumes. It is deleted in the end.
     """
-    from tiltflow.bench_conformers import COLUMNS, DATA, bench_conformers, chosen_generators
+    from tiltflow.bench.conformers import COLUMNS, DATA, bench_conformers, chosen_generators
 
     names, out = chosen_generators(methods), options["out"]
     if data is None and not DATA.is_dir():

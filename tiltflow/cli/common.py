@@ -13,8 +13,8 @@ import click
 import torch
 from tqdm import tqdm
 
-from tiltflow import run
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
+from tiltflow.run import folder as run
 
 EXIT_MISUSE, EXIT_FAIL = 2, 3
 

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from tiltflow.cli.common import common, document, finish, table
-from tiltflow.errors import TiltflowError
-from tiltflow.store import write_bytes
+from tiltflow.core.errors import TiltflowError
+from tiltflow.train.store import write_bytes
 
 
 @click.command("compare")

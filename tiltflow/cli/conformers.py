@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from tiltflow.cli.common import Bars, check_device, command_line, common, document, finish, table
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 
 COLUMNS = ["name", "conformers", "rejected", "ess", "reliable", "clusters", "energy_min", "energy_max", "energy_unit"]
 
@@ -43,12 +43,12 @@ def conformers_command(
         import rdkit  # noqa: F401
     except ModuleNotFoundError as error:
         raise TiltflowError('conformers need RDKit: pip install "tiltflow[conformers,report]".') from error
-    from tiltflow.energies.molecular import parse_temperature
     from tiltflow.molecules.amortised import load_amortised
+    from tiltflow.molecules.energies import parse_temperature
     from tiltflow.molecules.generate import ConformerSettings
     from tiltflow.molecules.read import read_molecules
     from tiltflow.molecules.run import run_conformers
-    from tiltflow.run import RunFolder
+    from tiltflow.run.folder import RunFolder
 
     if check_device(device) != "cpu":
         raise TiltflowError(f"--device {device}: conformers are computed on the CPU; leave --device out.")
@@ -115,9 +115,9 @@ def train_conformers_command(
         import rdkit  # noqa: F401
     except ModuleNotFoundError as error:
         raise TiltflowError('conformers need RDKit: pip install "tiltflow[conformers,report]".') from error
-    from tiltflow.energies.molecular import parse_temperature
+    from tiltflow.molecules.energies import parse_temperature
     from tiltflow.molecules.train import ConformerTraining, run_training
-    from tiltflow.run import RunFolder
+    from tiltflow.run.folder import RunFolder
 
     if check_device(device) != "cpu":
         raise TiltflowError(f"--device {device}: conformers are computed on the CPU; leave --device out.")

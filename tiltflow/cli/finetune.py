@@ -20,8 +20,8 @@ from tiltflow.cli.common import (
     parse_shape,
     table,
 )
-from tiltflow.errors import TiltflowError
-from tiltflow.run import RunFolder
+from tiltflow.core.errors import TiltflowError
+from tiltflow.run.folder import RunFolder
 
 
 @click.command("finetune")
@@ -58,8 +58,8 @@ def finetune_command(
     reference_samples: int, samples: int, seed: int, device: str, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Fine-tune a base towards a reward; leave a run folder with weights, samples, metrics, report and verdict."""
-    from tiltflow.finetune import FinetuneSettings
-    from tiltflow.finetune_run import RunConfig, run_finetune
+    from tiltflow.tilting.finetune import FinetuneSettings
+    from tiltflow.tilting.job import RunConfig, run_finetune
 
     options["rank"] = options["rank"] or None
     config = RunConfig(
@@ -94,7 +94,7 @@ def pretrain_command(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Train the class-conditional digits flow (5,000 real MNIST digits) from scratch."""
-    from tiltflow.pretrain import pretrain_digits
+    from tiltflow.digits.pretrain import pretrain_digits
 
     if out.exists() and not overwrite:
         raise TiltflowError(f"{out} exists; give another file, or --overwrite.")
@@ -126,9 +126,9 @@ def check_reward_command(
     seed: int, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Is the reward usable, and which λ? From base samples alone, before any training."""
-    from tiltflow.check import check_reward
-    from tiltflow.registry import load_base, load_reward
-    from tiltflow.simulate import ode
+    from tiltflow.core.ode import ode
+    from tiltflow.tilting.names import load_base, load_reward
+    from tiltflow.verdict.check_reward import check_reward
 
     generator = torch.Generator().manual_seed(seed)
     process = load_base(base, predicts, interpolant, parse_shape(shape), label, guidance)
@@ -169,7 +169,7 @@ def memoryless_command(out: Path, iterations: int, overwrite: bool, seed: int, d
     """The same 2-D problem fine-tuned with σ = 0.2, σ = 1 and the memoryless noise, beside the exact tilt."""
     if device != "cpu":
         raise TiltflowError("this demo is for the CPU; leave --device out.")
-    from tiltflow.demo import memoryless_demo
+    from tiltflow.bench.demo import memoryless_demo
 
     bars = Bars()
     result = memoryless_demo(out, seed, iterations, bars, overwrite, command_line())

@@ -10,9 +10,9 @@ from typing import Literal
 import click
 
 from tiltflow.cli.common import Bars, check_device, command_line, common, document, finish, finish_run
-from tiltflow.distributed import join, wait, world
-from tiltflow.errors import TiltflowError
-from tiltflow.run import RunFolder
+from tiltflow.core.errors import TiltflowError
+from tiltflow.run.folder import RunFolder
+from tiltflow.train.distributed import join, wait, world
 
 PLACES = ("rollout", "control", "adjoint")
 
@@ -57,12 +57,12 @@ def finetune_pipeline_command(
 
     With --all-weights, OUT/pipeline holds the whole pipeline.
     """
-    from tiltflow.integrations.prompts import read_prompts
-    from tiltflow.integrations.run import PipelineConfig, help_pipeline, run_pipeline
+    from tiltflow.pipelines.job import PipelineConfig, help_pipeline, run_pipeline
+    from tiltflow.pipelines.prompts import read_prompts
 
     try:
-        from tiltflow.integrations.diffusers import Guidance
-        from tiltflow.integrations.finetune import PipelineSettings
+        from tiltflow.pipelines.chain import Guidance
+        from tiltflow.pipelines.finetune import PipelineSettings
     except ImportError as error:
         raise TiltflowError('pipelines need diffusers and peft: pip install "tiltflow[diffusers,report]".') from error
     places = [place for place in guidance_in.split(",") if place]
@@ -116,7 +116,7 @@ def _micro_batch(text: str | None) -> int | Literal["fit"] | None:
 @common
 def export_command(run: Path, out: Path, seed: int, device: str, as_json: bool) -> None:
     """Merge the adapter of a finished finetune-pipeline RUN into its pipeline: a folder that stock diffusers loads."""
-    from tiltflow.integrations.run import ADAPTER, PIPELINE, load_pipeline
+    from tiltflow.pipelines.job import ADAPTER, PIPELINE, load_pipeline
 
     config = run / "config.json"
     if (run / PIPELINE).is_dir():
@@ -127,7 +127,7 @@ def export_command(run: Path, out: Path, seed: int, device: str, as_json: bool) 
         raise TiltflowError(f"{out} exists; give another folder.")
     said = json.loads(config.read_text(encoding="utf-8"))
     pipe = load_pipeline(said["pipeline"], check_device(device), said["dtype"])
-    from tiltflow.integrations.adapters import load_adapter, merge_adapter
+    from tiltflow.pipelines.adapters import load_adapter, merge_adapter
 
     load_adapter(pipe, run / ADAPTER)
     merge_adapter(pipe)

@@ -22,7 +22,7 @@ from tiltflow.cli.common import (
     parse_shape,
     table,
 )
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 
 
 def energy_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,8 +76,8 @@ def train_sampler_command(
     an energy (x) → (B,) in kT, then with --shape, --scale and --finest.
     """
     from tiltflow.report.sampler import summary
-    from tiltflow.run import RunFolder
-    from tiltflow.sampler_run import SamplerConfig, default_settings, run_sampler
+    from tiltflow.run.folder import RunFolder
+    from tiltflow.sampling.job import SamplerConfig, default_settings, run_sampler
 
     given = {name: value for name, value in options.items() if value is not None}
     settings = replace(default_settings(problem), **given)
@@ -109,11 +109,11 @@ def check_energy_command(
     Tried on its reference samples or exact draws if it has any, and then also on the virial identity; else on draws of the
     base process N(0, SCALE²).
     """
-    from tiltflow.assess import reference_samples
-    from tiltflow.check_energy import check_energy
-    from tiltflow.geometry import Torus
-    from tiltflow.registry import load_problem
-    from tiltflow.sampler_run import base_draws, symmetries
+    from tiltflow.core.geometry import Torus
+    from tiltflow.sampling.assess import reference_samples
+    from tiltflow.sampling.job import base_draws, symmetries
+    from tiltflow.sampling.names import load_problem
+    from tiltflow.verdict.check_energy import check_energy
 
     if check_device(device) != "cpu":
         raise TiltflowError(f"--device {device}: energies are checked on the CPU; leave --device out.")
@@ -145,11 +145,11 @@ def sample_command(
     device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Draw from a run folder: of finetune with the ODE or any noise, of train-sampler with energies and path weights."""
-    from tiltflow.sampler_run import is_sampler_run
+    from tiltflow.sampling.job import is_sampler_run
 
     target, device = out or run / "drawn.safetensors", check_device(device)
     if is_sampler_run(run):
-        from tiltflow.sampler_run import draw_from_sampler
+        from tiltflow.sampling.job import draw_from_sampler
 
         others = {"--noise": noise, "--steps": steps, "--method": method}
         given = [name for name, value in others.items() if value is not None]
@@ -158,7 +158,7 @@ def sample_command(
         row = draw_from_sampler(run, target, count, seed, device)
         text = f"{target}  {row['shape']}  median energy {cell(row['median_energy'])}  ESS {cell(row['ess'])}"
     else:
-        from tiltflow.draw import draw_from_run
+        from tiltflow.tilting.draw import draw_from_run
 
         noise, method = noise or "ode", method or "heun"
         row = draw_from_run(run, target, count, noise, 40 if steps is None else steps, method, seed, device)

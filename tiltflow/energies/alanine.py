@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.geometry import Centred
 from tiltflow.energies.evaluator import differentiable
 from tiltflow.energies.problem import EnergyProblem
-from tiltflow.errors import TiltflowError
-from tiltflow.geometry import Centred
 
 PHI = (4, 6, 8, 14)
 """Atoms C–N–Cα–C of the torsion φ of alanine dipeptide."""

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tiltflow.brownian import NoiseChain
-from tiltflow.cost import clip_rows
+from tiltflow.core.brownian import NoiseChain
+from tiltflow.core.cost import clip_rows
+from tiltflow.core.errors import TiltflowError
 from tiltflow.energies.evaluator import Evaluator
-from tiltflow.errors import TiltflowError
 
 
 @dataclass(frozen=True)

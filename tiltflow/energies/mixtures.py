@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.energies.problem import EnergyProblem, Modes
-from tiltflow.problems import GaussianMixture
+from tiltflow.problems.tilt import GaussianMixture
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from tiltflow.core.geometry import Centred
 from tiltflow.energies.problem import EnergyProblem
 from tiltflow.energies.reference import load_reference
-from tiltflow.geometry import Centred
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tiltflow.geometry import Euclidean, Geometry
+from tiltflow.core.geometry import Euclidean, Geometry
 
 
 class Modes(NamedTuple):

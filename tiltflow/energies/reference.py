@@ -17,8 +17,8 @@ from typing import NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tiltflow.core.errors import TiltflowError
 from tiltflow.energies.evaluator import Energy, Evaluator
-from tiltflow.errors import TiltflowError
 
 SHIPPED = {"dw4": (4, 2), "lj13": (13, 3), "lj55": (55, 3)}
 
@@ -38,7 +38,7 @@ def load_reference(name: str) -> Tensor:
     """
     if name not in SHIPPED:
         raise TiltflowError(f"no reference samples are called {name!r}; there are {', '.join(SHIPPED)}.")
-    path = Path(str(files("tiltflow.assets") / f"{name}_reference.safetensors"))
+    path = Path(str(files("tiltflow.energies") / "assets" / f"{name}_reference.safetensors"))
     if not path.is_file():
         raise TiltflowError(f"the reference samples of {name} are missing ({path.name}): reinstall tiltflow.")
     samples = load_file(path).get("samples")

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from tiltflow.adjoint import full_adjoint, lean_adjoint
-from tiltflow.buffer import Material, condition_rows, conditions_of, repeat_rows
-from tiltflow.chain import Chain, InterpolantChain, at
-from tiltflow.control import Control
-from tiltflow.cost import Cost, mean_reward
-from tiltflow.errors import TiltflowError
-from tiltflow.loss import QuantileMask, matching_terms, reduce_terms
-from tiltflow.methods import Conditions, Method, Round, State
-from tiltflow.methods.reciprocal import renoise, toward
-from tiltflow.simulate import event_sum, simulate
-from tiltflow.weights import tempered
+from tiltflow.core.adjoint import full_adjoint, lean_adjoint
+from tiltflow.core.chain import Chain, InterpolantChain, at
+from tiltflow.core.control import Control
+from tiltflow.core.cost import Cost, mean_reward
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.simulate import event_sum, simulate
+from tiltflow.core.weights import tempered
+from tiltflow.methods.ends import renoise, toward
+from tiltflow.train.buffer import Material, condition_rows, conditions_of, repeat_rows
+from tiltflow.train.loss import QuantileMask, matching_terms, reduce_terms
+from tiltflow.train.method import Conditions, Method, Round, State
 
 
 @dataclass(frozen=True)

@@ -25,45 +25,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tiltflow.brownian import BrownianChain
-from tiltflow.buffer import Material, condition_rows, conditions_of
-from tiltflow.chain import at
-from tiltflow.control import Control, DriftControl, StepVariance
+from tiltflow.core.brownian import BrownianChain
+from tiltflow.core.chain import at
+from tiltflow.core.control import Control
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.simulate import event_sum, sample
+from tiltflow.core.weights import evidence, tempered
 from tiltflow.energies.cost import EnergyCost
-from tiltflow.errors import TiltflowError
-from tiltflow.loss import matching_terms, reduce_terms
-from tiltflow.methods import Method, Round, State
-from tiltflow.simulate import event_sum, sample
-from tiltflow.weights import evidence, tempered
-
-
-@torch.no_grad()
-def update_step_variance(
-    control: Control,
-    chain: BrownianChain,
-    x1: Tensor,
-    weight: Tensor,
-    generator: torch.Generator,
-    x0: Tensor | None = None,
-    condition: Material | None = None,
-) -> None:
-    """Move the v_k/R_k of a control with :class:`~tiltflow.control.StepVariance` a fifth of the way to this round's.
-
-    v_k = E‖X_1 − X_k − R_k b(X_k)‖²/d over weighted ambient end points x1 (n, *event), at each step an eighth of them, or
-    enough for 2,048 numbers. What the drift has not learned yet counts as variance.
-    """
-    if not isinstance(control, DriftControl) or not isinstance(control.module, StepVariance):
-        return
-    steps, dimension = len(chain.std), chain.geometry.dimension(chain.event_shape)
-    rows = max(len(x1) // 8, min(len(x1), 64, -(-2048 // dimension)))
-    pick = torch.multinomial(weight, rows * steps, replacement=True, generator=generator)
-    k = torch.arange(steps).repeat_interleave(rows)
-    ends, starts = x1[pick], torch.zeros_like(x1[pick]) if x0 is None else x0[pick]
-    x, _ = chain.bridge(k, starts, ends, generator)
-    rows_of = {name: v[pick] for name, v in (condition or {}).items()}
-    error = event_sum((ends - x - at(chain.remaining, k, x) * control.drift(chain, k, x, **rows_of)) ** 2)
-    found = error.reshape(steps, rows).double().mean(1) / dimension
-    control.module.share.lerp_((found / chain.remaining[:-1]).clamp_max(1.0).to(control.module.share), 0.2)
+from tiltflow.methods.step_variance import update_step_variance
+from tiltflow.train.buffer import Material, condition_rows, conditions_of
+from tiltflow.train.loss import matching_terms, reduce_terms
+from tiltflow.train.method import Method, Round, State
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ optimum maximises the reward, it is not p_base e^{−g}, and only stopping early
 A last step with std 0 has infinite KL if anything but the base makes it, so with ``kl`` it is the base's own, as everywhere
 in the library, and ``last`` counts the steps before it. Without ``kl`` nothing forbids the fine-tuned model to make it, as
 in the papers: x_K = X̂_1 of that model, and DRaFT-1 trains just this step. Draw such samples from the tuned process itself
-(its own chain, or the ODE): :func:`tiltflow.simulate.sample` on the base's chain takes the base's last step.
+(its own chain, or the ODE): :func:`tiltflow.core.simulate.sample` on the base's chain takes the base's last step.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from tiltflow.buffer import Material, condition_rows, conditions_of
-from tiltflow.chain import Chain, at, times
-from tiltflow.control import Control, FineTuned
-from tiltflow.cost import Cost, mean_reward
-from tiltflow.errors import TiltflowError
-from tiltflow.geometry import noise as tangent_noise
-from tiltflow.methods import Conditions, Method, Round, State
-from tiltflow.simulate import event_sum
+from tiltflow.core.chain import Chain, at, times
+from tiltflow.core.control import Control, FineTuned
+from tiltflow.core.cost import Cost, mean_reward
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.geometry import noise as tangent_noise
+from tiltflow.core.simulate import event_sum
+from tiltflow.train.buffer import Material, condition_rows, conditions_of
+from tiltflow.train.method import Conditions, Method, Round, State
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Backpropagation(Method):
         return getattr(self.cost, "auxiliary", {})  # the counters of an energy
 
     def collect(self, state: State) -> Round:
-        """Simulate without gradients; the draws come in the order of :func:`tiltflow.simulate.walk`."""
+        """Simulate without gradients; the draws come in the order of :func:`tiltflow.core.simulate.walk`."""
         control, generator = state.control, state.generator
         condition: dict[str, Any] = self.conditions(self.batch, generator) if self.conditions else {}
         x = self.chain.source(self.batch, generator)

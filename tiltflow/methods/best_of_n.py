@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from tiltflow.chain import Chain
-from tiltflow.control import Control
-from tiltflow.cost import Cost
-from tiltflow.errors import TiltflowError
-from tiltflow.methods import Sampler, Weighted
-from tiltflow.simulate import walk
+from tiltflow.core.chain import Chain
+from tiltflow.core.control import Control
+from tiltflow.core.cost import Cost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.simulate import walk
+from tiltflow.train.method import Sampler, Weighted
 
 
 @dataclass(frozen=True)

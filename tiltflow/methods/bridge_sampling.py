@@ -26,16 +26,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tiltflow.brownian import BrownianChain
-from tiltflow.buffer import Material
-from tiltflow.chain import at
-from tiltflow.control import Control, DriftControl
+from tiltflow.core.brownian import BrownianChain
+from tiltflow.core.chain import at
+from tiltflow.core.control import Control, DriftControl
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.simulate import event_sum, sample
 from tiltflow.energies.cost import EnergyCost
-from tiltflow.errors import TiltflowError
-from tiltflow.loss import matching_terms, reduce_terms
-from tiltflow.methods import Method, Round, State
-from tiltflow.methods.adjoint_sampling import update_step_variance
-from tiltflow.simulate import event_sum, sample
+from tiltflow.methods.step_variance import update_step_variance
+from tiltflow.train.buffer import Material
+from tiltflow.train.loss import matching_terms, reduce_terms
+from tiltflow.train.method import Method, Round, State
 
 
 def _collect(chain: BrownianChain, cost: EnergyCost, batch: int, state: State) -> Round:

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from tiltflow.adjoint import lean_adjoint
-from tiltflow.buffer import Material, condition_rows, conditions_of, repeat_rows
-from tiltflow.chain import InterpolantChain, euler_maruyama
-from tiltflow.control import Control
-from tiltflow.cost import Cost, mean_reward
-from tiltflow.loss import matching_terms, reduce_terms
-from tiltflow.methods import Conditions, Method, Round, State
-from tiltflow.noise import zero
-from tiltflow.simulate import Path
+from tiltflow.core.adjoint import lean_adjoint
+from tiltflow.core.chain import InterpolantChain, euler_maruyama
+from tiltflow.core.control import Control
+from tiltflow.core.cost import Cost, mean_reward
+from tiltflow.core.noise import zero
+from tiltflow.core.simulate import Path
+from tiltflow.train.buffer import Material, condition_rows, conditions_of, repeat_rows
+from tiltflow.train.loss import matching_terms, reduce_terms
+from tiltflow.train.method import Conditions, Method, Round, State
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tiltflow.chain import Chain, InterpolantChain, at, times
-from tiltflow.control import Control
-from tiltflow.cost import Cost
-from tiltflow.errors import TiltflowError
-from tiltflow.methods import Sampler, Weighted
+from tiltflow.core.chain import Chain, InterpolantChain, at, times
+from tiltflow.core.control import Control
+from tiltflow.core.cost import Cost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.train.method import Sampler, Weighted
 
 
 class Ahead(NamedTuple):

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.brownian import BrownianChain
-from tiltflow.buffer import Material
-from tiltflow.chain import at
-from tiltflow.control import Control
-from tiltflow.cost import clip_rows
+from tiltflow.core.brownian import BrownianChain
+from tiltflow.core.chain import at
+from tiltflow.core.control import Control
+from tiltflow.core.cost import clip_rows
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.geometry import noise
+from tiltflow.core.simulate import sample
 from tiltflow.energies.cost import EnergyCost
-from tiltflow.errors import TiltflowError
-from tiltflow.geometry import noise
-from tiltflow.loss import matching_terms
-from tiltflow.methods import Method, Round, State
-from tiltflow.simulate import sample
+from tiltflow.train.buffer import Material
+from tiltflow.train.loss import matching_terms
+from tiltflow.train.method import Method, Round, State
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from tiltflow.buffer import Material, condition_rows, conditions_of
-from tiltflow.chain import Chain, at
-from tiltflow.control import Control
-from tiltflow.cost import Cost
-from tiltflow.errors import TiltflowError
-from tiltflow.methods import Conditions, Method, Round, State
-from tiltflow.simulate import event_sum
-from tiltflow.value import weighted_paths
+from tiltflow.core.chain import Chain, at
+from tiltflow.core.control import Control
+from tiltflow.core.cost import Cost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.simulate import event_sum
+from tiltflow.core.value import weighted_paths
+from tiltflow.train.buffer import Material, condition_rows, conditions_of
+from tiltflow.train.method import Conditions, Method, Round, State
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from tiltflow.buffer import Material, condition_rows, conditions_of, repeat_rows
-from tiltflow.chain import Chain, at, times
-from tiltflow.control import Control
-from tiltflow.cost import Cost, mean_reward
-from tiltflow.errors import TiltflowError
-from tiltflow.methods import Conditions, Method, Round, State
-from tiltflow.simulate import event_sum, walk
+from tiltflow.core.chain import Chain, at, times
+from tiltflow.core.control import Control
+from tiltflow.core.cost import Cost, mean_reward
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.simulate import event_sum, walk
+from tiltflow.train.buffer import Material, condition_rows, conditions_of, repeat_rows
+from tiltflow.train.method import Conditions, Method, Round, State
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.nn.utils import parametrize
 
-from tiltflow.buffer import Material, condition_rows, conditions_of
-from tiltflow.chain import InterpolantChain, at
-from tiltflow.control import Control
-from tiltflow.cost import Cost, mean_reward
-from tiltflow.errors import TiltflowError
-from tiltflow.loss import matching_terms
-from tiltflow.methods import Conditions, Method, Round, State
-from tiltflow.simulate import sample
+from tiltflow.core.chain import InterpolantChain, at
+from tiltflow.core.control import Control
+from tiltflow.core.cost import Cost, mean_reward
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.simulate import sample
+from tiltflow.train.buffer import Material, condition_rows, conditions_of
+from tiltflow.train.loss import matching_terms
+from tiltflow.train.method import Conditions, Method, Round, State
 
 
 @dataclass(frozen=True)

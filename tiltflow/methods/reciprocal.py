@@ -21,121 +21,52 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
-from tiltflow.buffer import Material, condition_rows, conditions_of, repeat_rows
-from tiltflow.chain import Chain, Index, InterpolantChain, at
-from tiltflow.control import Control
-from tiltflow.cost import Cost, mean_reward
-from tiltflow.errors import TiltflowError
-from tiltflow.interpolant import Interpolant
-from tiltflow.loss import matching_terms, reduce_terms
-from tiltflow.methods import Conditions, Method, Round, State
-from tiltflow.process import Process
-from tiltflow.simulate import Samples, sample
-from tiltflow.weights import tempered
+from tiltflow.core.chain import Chain, InterpolantChain, at
+from tiltflow.core.control import Control
+from tiltflow.core.cost import Cost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.interpolant import Interpolant
+from tiltflow.core.process import Process
+from tiltflow.core.weights import tempered
+from tiltflow.methods.ends import Projected, draw_ends, end_variance, project, require_reciprocal, snr, toward
+from tiltflow.train.buffer import Material, condition_rows
+from tiltflow.train.loss import matching_terms, reduce_terms
+from tiltflow.train.method import Conditions, Method, Round, State
 
 Gain = Callable[[Tensor], Tensor]
 Score = Callable[..., Tensor]
 
 
-class Ends(NamedTuple):
-    """End points of simulated paths: what ``sample`` says of them, g(x_1) (B,), conditions, and the round's metrics."""
-
-    samples: Samples
-    cost: Tensor
-    condition: dict[str, Tensor]
-    metrics: dict[str, float]
 
 
-class Projected(NamedTuple):
-    """End points re-noised to steps: x = αx_1 + βx_0 and x_0 (n, *event), k (n,), base_mean at x, conditions."""
-
-    x: Tensor
-    k: Tensor
-    x0: Tensor
-    base_mean: Tensor
-    condition: dict[str, Tensor]
 
 
-def require_reciprocal(chain: Chain, cost: Cost) -> InterpolantChain:
-    """The chain, if end points may be re-noised. Raises TiltflowError if not memoryless, or with a running cost."""
-    if not isinstance(chain, InterpolantChain) or not chain.memoryless:
-        raise TiltflowError("end points can be re-noised on a memoryless chain only; build it with memoryless_chain(...).")
-    if cost.running is not None:
-        raise TiltflowError("the cost has a running part f: only whole paths know it. Use AdjointMatching.")
-    return chain
 
 
-def controlled(chain: Chain) -> Tensor:
-    """The steps with noise, hence with a control, (n,)."""
-    return torch.tensor([k for k, s in enumerate(chain.std) if bool((s > 0).all())])
 
 
-def draw_ends(
-    chain: Chain, cost: Cost, control: Control | None, batch: int, generator: torch.Generator, conditions: Conditions | None
-) -> Ends:
-    """``batch`` end points of the control (of the base if None); only values of the cost are used."""
-    condition: dict[str, Any] = conditions(batch, generator) if conditions else {}
-    with torch.no_grad(), parametrize.cached():
-        samples = sample(chain, control, chain.source(batch, generator), generator, **condition)
-        value = cost.value(samples.x, **condition).detach()
-    return Ends(samples, value, condition, {"reward": mean_reward(cost, value), "kl": float(samples.kl.mean())})
 
 
-@torch.no_grad()
-def renoise(chain: InterpolantChain, k: Tensor, x1: Tensor, generator: torch.Generator, **condition: Tensor) -> Projected:
-    """x_k ~ q(· | x_1) for one step per row, k (n,), and the base's mean there."""
-    path = chain.base.interpolant
-    x0 = torch.randn(x1.shape, generator=generator, dtype=x1.dtype, device=x1.device)
-    x = at(path.alpha(chain.t), k, x1) * x1 + at(path.beta(chain.t), k, x1) * x0
-    return Projected(x, k, x0, chain.base_mean(k, x, **condition), condition)
 
 
-def project(
-    chain: InterpolantChain, material: Material, draws: int, generator: torch.Generator
-) -> tuple[Material, Projected]:
-    """Each row of end points ``draws`` times over, each re-noised to a controlled step drawn uniformly."""
-    rows = repeat_rows(material, draws)
-    steps = controlled(chain)
-    pick = torch.randint(len(steps), (len(rows["x1"]),), generator=generator, device=generator.device).cpu()
-    return rows, renoise(chain, steps[pick], rows["x1"], generator, **conditions_of(rows))
 
 
-def toward(chain: InterpolantChain, k: Index, x: Tensor, x1: Tensor, mean: Tensor) -> Tensor:
-    """(A_k x + B_k x1 − mean)/s_k²: the pull of an end point x1 on the step, relative to ``mean``.
-
-    Minus this, with ``mean`` the base's, is an end point as a target a_{k+1}.
-    """
-    return (chain.mean(k, x, x1) - mean) / at(chain.std, k, x) ** 2
 
 
-def residual_variances(chain: InterpolantChain) -> Tensor:
-    """v_k = E tr Var(X_1|X_k)/d of the base that the chain was built with, (K,) or (K, *event), read off its s_k²."""
-    path = chain.base.interpolant
-    alpha, beta2 = path.alpha(chain.t), path.beta(chain.t) ** 2
-    shrink = torch.where(beta2[:-1] > 0, beta2[1:] / beta2[:-1].clamp_min(1e-300), 0.0)
-    bridge = beta2[1:] * (1 - (alpha[:-1] / alpha[1:]) ** 2 * shrink)
-    return (chain.std**2 - bridge.reshape(-1, *(1,) * (chain.std.ndim - 1))) / chain.b**2
 
 
-def end_variance(chain: InterpolantChain) -> float:
-    """S: the variance of the base's end points, mean over coordinates, from 1/v_0 = 1/S + α_0²/β_0²."""
-    v = float(residual_variances(chain)[0].mean())
-    return v / (1 - v * float(_snr(chain.base.interpolant, chain.t[:1])))
 
 
-def _snr(path: Interpolant, t: Tensor) -> Tensor:
-    return torch.nan_to_num(path.alpha(t) ** 2 / path.beta(t) ** 2, nan=0.0, posinf=float("inf"))  # a point source: 0/0 is 0
 
 
 def linear_drift(path: Interpolant, variance: float) -> Gain:
     """m_t = Sβ²/(α²S + β²), the residual variance of N(μ, S I): Efficient Adjoint Matching's gain (there S = 1)."""
-    return lambda t: variance / (1 + variance * _snr(path, t))
+    return lambda t: variance / (1 + variance * snr(path, t))
 
 
 def from_velocity(path: Interpolant, c: Gain) -> Gain:
@@ -224,7 +155,7 @@ class ReciprocalMatching(Method):
             alpha, beta = path.alpha(chain.t[1:]), path.beta(chain.t[1:])
             return rows, p, at(alpha * variance / (alpha**2 * variance + beta**2), p.k, x1) * rows["grad"]
         m = (self.gain or linear_drift(path, variance))(chain.t[:-1])
-        bracket = rows["base_score"] - rows["grad"] + at(_snr(path, chain.t[:-1]).sqrt(), p.k, x1) * p.x0
+        bracket = rows["base_score"] - rows["grad"] + at(snr(path, chain.t[:-1]).sqrt(), p.k, x1) * p.x0
         return rows, p, -toward(chain, p.k, p.x, x1 + at(m, p.k, x1) * bracket, p.base_mean)
 
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:

@@ -26,21 +26,14 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from tiltflow.buffer import Material, condition_rows, conditions_of
-from tiltflow.chain import Chain, InterpolantChain, at
-from tiltflow.control import Control
-from tiltflow.cost import Cost
-from tiltflow.errors import TiltflowError
-from tiltflow.loss import matching_terms, reduce_terms
-from tiltflow.methods import Conditions, Method, Round, State
-from tiltflow.methods.reciprocal import (
-    controlled,
-    draw_ends,
-    renoise,
-    require_reciprocal,
-    residual_variances,
-    toward,
-)
+from tiltflow.core.chain import Chain, InterpolantChain, at
+from tiltflow.core.control import Control
+from tiltflow.core.cost import Cost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.methods.ends import controlled, draw_ends, renoise, require_reciprocal, residual_variances, toward
+from tiltflow.train.buffer import Material, condition_rows, conditions_of
+from tiltflow.train.loss import matching_terms, reduce_terms
+from tiltflow.train.method import Conditions, Method, Round, State
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tiltflow.buffer import Material, conditions_of
-from tiltflow.control import Control
-from tiltflow.loss import matching_terms, reduce_terms
-from tiltflow.methods import Method, Round, State
+from tiltflow.core.control import Control
 from tiltflow.methods.adjoint_sampling import AdjointSampling
+from tiltflow.train.buffer import Material, conditions_of
+from tiltflow.train.loss import matching_terms, reduce_terms
+from tiltflow.train.method import Method, Round, State
 
 
 @dataclass(frozen=True)

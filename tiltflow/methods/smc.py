@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.chain import Chain, at, times
-from tiltflow.control import Control
-from tiltflow.cost import Cost
-from tiltflow.errors import TiltflowError
-from tiltflow.methods import Sampler, Weighted
+from tiltflow.core.chain import Chain, at, times
+from tiltflow.core.control import Control
+from tiltflow.core.cost import Cost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.simulate import event_sum
+from tiltflow.core.weights import ess, log_mean_exp
 from tiltflow.methods.guidance import look_ahead
-from tiltflow.simulate import event_sum
-from tiltflow.weights import ess, log_mean_exp
+from tiltflow.train.method import Sampler, Weighted
 
 Potential = Callable[..., Tensor]
 

@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiltflow.buffer import Material, condition_rows, conditions_of
-from tiltflow.chain import Chain, at, times
-from tiltflow.control import Control
-from tiltflow.cost import Cost
-from tiltflow.errors import TiltflowError
-from tiltflow.loss import matching_terms, reduce_terms
-from tiltflow.methods import Conditions, Method, Round, State
+from tiltflow.core.chain import Chain, at, times
+from tiltflow.core.control import Control
+from tiltflow.core.cost import Cost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.value import WeightedPaths, weighted_paths
+from tiltflow.core.weights import normalised
 from tiltflow.nn.mlp import MLP
-from tiltflow.value import WeightedPaths, weighted_paths
-from tiltflow.weights import normalised
+from tiltflow.train.buffer import Material, condition_rows, conditions_of
+from tiltflow.train.loss import matching_terms, reduce_terms
+from tiltflow.train.method import Conditions, Method, Round, State
 
 
 class LearnedMatrices(nn.Module):

@@ -24,15 +24,15 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from tiltflow.buffer import Material, condition_rows
-from tiltflow.chain import Chain, InterpolantChain
-from tiltflow.control import Control
-from tiltflow.cost import Cost
-from tiltflow.errors import TiltflowError
-from tiltflow.loss import matching_terms, reduce_terms
-from tiltflow.methods import Conditions, Method, Round, State
-from tiltflow.methods.reciprocal import draw_ends, project, require_reciprocal, toward
-from tiltflow.weights import ess, tempered
+from tiltflow.core.chain import Chain, InterpolantChain
+from tiltflow.core.control import Control
+from tiltflow.core.cost import Cost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.weights import ess, tempered
+from tiltflow.methods.ends import draw_ends, project, require_reciprocal, toward
+from tiltflow.train.buffer import Material, condition_rows
+from tiltflow.train.loss import matching_terms, reduce_terms
+from tiltflow.train.method import Conditions, Method, Round, State
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Distances and mode weights between sample sets. ESS, log Z and path weights are in :mod:`tiltflow.weights`."""
+"""Distances and mode weights between sample sets. ESS, log Z and path weights are in :mod:`tiltflow.core.weights`."""

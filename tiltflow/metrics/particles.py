@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.metrics.sampling import wasserstein_1d
 
 EXACT_PARTICLES = 4

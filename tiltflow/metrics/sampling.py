@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 
 
 def _finite(name: str, values: Tensor) -> Tensor:

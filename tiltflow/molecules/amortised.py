@@ -5,8 +5,8 @@
     tiltflow conformers molecules.smi --model model.safetensors --out run
 
 Each round visits a few (molecule, template) pairs; end points, energies and path weights are those pairs' own, the network
-and the buffer are shared (:mod:`tiltflow.methods.several`, :mod:`tiltflow.nn.torsion`). For a new molecule nothing is
-trained: its samples carry exact path weights all the same, and their ESS says how far the network can be trusted on it.
+and the buffer are shared (:mod:`tiltflow.methods.several`, :mod:`tiltflow.molecules.nn.torsion`). For a new molecule nothing
+is trained: its samples carry exact path weights all the same, and their ESS says how far the network can be trusted on it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,21 +24,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tiltflow.buffer import Buffer
-from tiltflow.control import DriftControl, StepVariance
-from tiltflow.energies.molecular import MolecularEnergy, UnsupportedMolecule, open_energy
-from tiltflow.errors import TiltflowError
-from tiltflow.fit import FitSettings, History, fit
-from tiltflow.methods import State
+from tiltflow.core.control import DriftControl, StepVariance
+from tiltflow.core.errors import TiltflowError
 from tiltflow.methods.several import SeveralAdjointSampling
+from tiltflow.molecules.energies import MolecularEnergy, UnsupportedMolecule, open_energy
 from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.nn.torsion import TorsionNet
 from tiltflow.molecules.systems import systems
 from tiltflow.molecules.templates import templates
 from tiltflow.molecules.torsional import TorsionalSampler, TorsionalSettings, target, torsion_energies
 from tiltflow.molecules.torsions import Torsions, rotatable_torsions
-from tiltflow.nn.torsion import TorsionNet
-from tiltflow.sampler import noise_left
-from tiltflow.store import load_weights, save_weights
+from tiltflow.sampling.sampler import noise_left
+from tiltflow.train.buffer import Buffer
+from tiltflow.train.fit import FitSettings, History, fit
+from tiltflow.train.method import State
+from tiltflow.train.store import load_weights, save_weights
+
+SHIPPED = Path(str(files("tiltflow.molecules") / "assets" / "torsions-spice.safetensors"))
+"""A model that saw 168 molecules of SPICE; see its MODEL_CARD.md."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class AmortisedSettings:
     """How to train one sampler for many molecules.
 
     Args:
-        energy: see :func:`tiltflow.energies.molecular.open_energy`. temperature: of training, in K.
+        energy: see :func:`tiltflow.molecules.energies.open_energy`. temperature: of training, in K.
         conjugated: turn amides, esters and acids too (:mod:`tiltflow.molecules.torsions`).
         templates: most kinds of rigid geometry per molecule. visited: (molecule, template) pairs per round.
         sampler: of the torsions; its ``batch`` is per pair.
@@ -128,7 +132,7 @@ def train_amortised(
     resume: bool = False,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Amortised:
-    """Train on all templates of all molecules; see :func:`tiltflow.fit.fit` for ``checkpoint``, ``resume``, ``callback``.
+    """Train on all templates of all molecules; the last three as in :func:`~tiltflow.train.fit.fit`.
 
     Raises:
         TiltflowError: ``iterations`` is None, divergence, an energy that is not finite on most draws.

@@ -11,7 +11,7 @@ import torch
 from rdkit import Chem
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.molecule import Molecule, with_positions
 
 SHORTEST, BROKEN, FORMED = 0.6, 0.4, 0.25

@@ -22,21 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.brownian import BrownianChain, geometric_chain
-from tiltflow.buffer import Buffer
-from tiltflow.control import DriftControl, StepVariance
+from tiltflow.core.brownian import BrownianChain, geometric_chain
+from tiltflow.core.control import DriftControl, StepVariance
+from tiltflow.core.geometry import Centred
 from tiltflow.energies import Evaluator
 from tiltflow.energies.cost import EnergyCost
-from tiltflow.energies.molecular import MolecularEnergy, Reduced
-from tiltflow.fit import FitSettings, History, fit
-from tiltflow.geometry import Centred
-from tiltflow.methods import Method, State
 from tiltflow.methods.bridge_sampling import AdjointBridgeSampling, BridgeMatching
+from tiltflow.molecules.energies import MolecularEnergy, Reduced
 from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.nn.molecule import MoleculeNet
 from tiltflow.molecules.regular import Regulariser, regulariser
 from tiltflow.molecules.templates import embed
-from tiltflow.nn.molecule import MoleculeNet
-from tiltflow.sampler import Drawn, draw, noise_left
+from tiltflow.sampling.sampler import Drawn, draw, noise_left
+from tiltflow.train.buffer import Buffer
+from tiltflow.train.fit import FitSettings, History, fit
+from tiltflow.train.method import Method, State
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rdkit.Chem import rdMolAlign
 from rdkit.ML.Cluster import Butina
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.molecule import with_positions
 

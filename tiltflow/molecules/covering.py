@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tiltflow.energies.molecular import open_energy
-from tiltflow.metrics.conformers import rmsd_matrix
+from tiltflow.molecules.energies import open_energy
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.generate import ConformerSettings, generate
 from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.rmsd import rmsd_matrix
 from tiltflow.molecules.select import cover
 from tiltflow.molecules.templates import embed, relax
 from tiltflow.molecules.torsional import TorsionalSettings

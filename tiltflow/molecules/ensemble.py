@@ -12,9 +12,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.weights import ess, normalised
 from tiltflow.molecules.molecule import Molecule
-from tiltflow.weights import ess, normalised
 
 RELIABLE = 0.05
 """Least ESS fraction at which weights are stated."""

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.energies.molecular import MolecularEnergy, kt_per, open_energy
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.amortised import load_amortised
+from tiltflow.molecules.energies import MolecularEnergy, kt_per, open_energy
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.templates import templates
@@ -34,7 +34,7 @@ class ConformerSettings:
     """How to make an ensemble.
 
     Args:
-        energy: see :func:`tiltflow.energies.molecular.open_energy`.
+        energy: see :func:`tiltflow.molecules.energies.open_energy`.
         temperature: of the ensemble, in K.
         sampling_temperature: of training, in K; None: that of the ensemble. A hotter one finds more conformers.
             With a model it is the model's.

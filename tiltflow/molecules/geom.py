@@ -22,7 +22,7 @@ import torch
 from rdkit import Chem
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.molecule import Molecule, molecule, with_positions
 
 BOND = 1.3

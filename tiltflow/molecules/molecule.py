@@ -10,7 +10,7 @@ from rdkit import Chem
 from rdkit.Chem.rdMolDescriptors import CalcNumRotatableBonds
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 
 
 @dataclass(frozen=True, eq=False)

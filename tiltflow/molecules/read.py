@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rdkit import Chem, rdBase
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.audit import label
 from tiltflow.molecules.molecule import Molecule
 

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from tiltflow import __version__
+from tiltflow._version import __version__
 from tiltflow.molecules.audit import audit
 from tiltflow.molecules.clusters import Clusters, clusters
 from tiltflow.molecules.covering import covering_ensemble
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.generate import ConformerSettings, generate
 from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.page import ConformersRecord, write_conformers_report
 from tiltflow.molecules.read import Read, Reject
 from tiltflow.molecules.write import Clustered, write_conformers, write_rejects
-from tiltflow.report.conformers import ConformersRecord, write_conformers_report
-from tiltflow.run import RunFolder
-from tiltflow.store import load_state, save_state
+from tiltflow.run.folder import RunFolder
+from tiltflow.train.store import load_state, save_state
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -106,7 +106,7 @@ def _keep(
 def _generated(
     molecule: Molecule, settings: ConformerSettings, seed: int, cover: bool, progress: Callable[[int, int, str], None]
 ) -> dict[str, Any]:
-    from tiltflow.energies.molecular import UnsupportedMolecule
+    from tiltflow.molecules.energies import UnsupportedMolecule
 
     started = time.perf_counter()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 
 TWINS = 1e-3
 """Conformers closer than this, in the unit of the RMSD, are the same."""

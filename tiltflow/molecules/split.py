@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rdkit import Chem
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.molecule import Molecule
 
 

@@ -14,7 +14,7 @@ from rdkit import Chem
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.torsions import Torsions, dihedrals
 

@@ -10,7 +10,7 @@ from rdkit import Chem
 from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.molecule import Molecule, positions_of, with_positions
 from tiltflow.molecules.torsions import Torsions, dihedrals
 

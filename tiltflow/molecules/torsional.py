@@ -18,21 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.brownian import BrownianChain, geometric_chain
-from tiltflow.buffer import Buffer
-from tiltflow.control import DriftControl, StepVariance
+from tiltflow.core.brownian import BrownianChain, geometric_chain
+from tiltflow.core.control import DriftControl, StepVariance
+from tiltflow.core.geometry import Torus
 from tiltflow.energies import Evaluator
 from tiltflow.energies.cost import EnergyCost
 from tiltflow.energies.evaluator import differentiable
-from tiltflow.energies.molecular import MolecularEnergy, Reduced
-from tiltflow.fit import FitSettings, History, fit
-from tiltflow.geometry import Torus
-from tiltflow.methods import State
 from tiltflow.methods.adjoint_sampling import AdjointSampling
 from tiltflow.methods.several import SeveralAdjointSampling
+from tiltflow.molecules.energies import MolecularEnergy, Reduced
 from tiltflow.molecules.torsions import Torsions, place
 from tiltflow.nn.mlp import SystemMLP
-from tiltflow.sampler import Drawn, draw
+from tiltflow.sampling.sampler import Drawn, draw
+from tiltflow.train.buffer import Buffer
+from tiltflow.train.fit import FitSettings, History, fit
+from tiltflow.train.method import State
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rdkit import Chem
 from rdkit.Chem.Lipinski import RotatableBondSmarts
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.molecule import Molecule
 
 HYDROXYL = Chem.MolFromSmarts("[!H3;!D1]-!@[$([OX2H1]),$([SX2H1])]")

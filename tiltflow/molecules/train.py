@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.amortised import AmortisedSettings, prepare, save_amortised, train_amortised
 from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.read import read_molecules
 from tiltflow.molecules.split import read_training_smiles
-from tiltflow.run import RunFolder
+from tiltflow.run.folder import RunFolder
 
 MODEL = "model.safetensors"
 RECENT = 20

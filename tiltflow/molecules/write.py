@@ -15,7 +15,7 @@ from tiltflow.molecules.clusters import Clusters
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.molecule import with_positions
 from tiltflow.molecules.read import Reject
-from tiltflow.store import write_text
+from tiltflow.train.store import write_text
 
 UNKNOWN, NO_WEIGHT = "cannot tell", "none"
 """In place of the weights of an unreliable ensemble; and of conformers that were chosen, not drawn."""

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.process import expand
 from tiltflow.nn.features import time_features
-from tiltflow.process import expand
 
 
 class Informed(nn.Module):

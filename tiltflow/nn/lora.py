@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 
 
 class LowRank(nn.Module):

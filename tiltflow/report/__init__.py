@@ -1,6 +1,7 @@
 """What a run leaves for its reader: plots and one self-contained HTML page."""
 
 from tiltflow.report.html import write_report
-from tiltflow.report.record import STATUSES, RunRecord, Status, SummaryRow, VerdictLine
+from tiltflow.report.record import RunRecord, SummaryRow
+from tiltflow.verdict.line import STATUSES, Line, Status
 
-__all__ = ["STATUSES", "RunRecord", "Status", "SummaryRow", "VerdictLine", "write_report"]
+__all__ = ["STATUSES", "Line", "RunRecord", "Status", "SummaryRow", "write_report"]

@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.report import plots
-from tiltflow.report.record import STATUSES, RunRecord, Status, is_images
+from tiltflow.report.record import RunRecord, is_images
+from tiltflow.verdict.line import STATUSES, Status
 
 SEVERITY: tuple[Status, ...] = ("fail", "cannot tell", "warn", "pass")
 CURVES = (  # history key, heading, ordinate, logarithmic, caption
@@ -62,12 +63,17 @@ def render(record: RunRecord) -> str:
     )
 
 
+def _template(name: str) -> str:
+    """The text of ``package/name``, or of this package's ``name``."""
+    package, _, file = name.rpartition("/")
+    return resources.files(f"tiltflow.{package or 'report'}").joinpath(file).read_text(encoding="utf-8")
+
+
 def render_template(template: str, record: Any, **facts: Any) -> str:
     """A page of this folder's templates; ``record`` has the fields that every page shows."""
     jinja2 = plots.require("jinja2")
-    here = resources.files("tiltflow.report")
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: here.joinpath(name).read_text(encoding="utf-8")),
+        loader=jinja2.FunctionLoader(_template),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

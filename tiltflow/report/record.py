@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
-from tiltflow.verdict import STATUSES, Status, VerdictLine
+from tiltflow.core.errors import TiltflowError
+from tiltflow.verdict.line import STATUSES, Line, Status
 
 
 class SummaryRow(NamedTuple):
@@ -32,7 +32,7 @@ class RunRecord:
         title: heading, for example "digits tilted towards thickness, λ = 8".
         command: the command line that repeats the run.
         status: overall verdict.
-        verdict: its lines, each with attributes of `VerdictLine`.
+        verdict: its lines, each with attributes of `Line`.
         summary: rows of the before / reference / after table.
         before, after: samples from the same X_0, (N, 1 | 3, H, W) images or (N, 2) points.
         reference: samples from the exact tilt, same event shape, or None.
@@ -53,7 +53,7 @@ class RunRecord:
     title: str
     command: str
     status: Status
-    verdict: Sequence[VerdictLine]
+    verdict: Sequence[Line]
     summary: Sequence[SummaryRow]
     before: Tensor
     after: Tensor

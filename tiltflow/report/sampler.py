@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tiltflow.core.weights import normalised
 from tiltflow.metrics.particles import interatomic_distances
 from tiltflow.report import plots
 from tiltflow.report.html import curves, data_uri, inlined, render_template, write_page
-from tiltflow.verdict import Status, VerdictLine
-from tiltflow.weights import normalised
+from tiltflow.verdict.line import Line, Status
 
 SHOWN = 5_000
 CURVES = (  # history key, heading, ordinate, logarithmic, caption
@@ -59,7 +59,7 @@ class SamplerRecord:
 
     Args:
         title, command, status, verdict, history, config, notes, version: as in :class:`~tiltflow.report.RunRecord`.
-        row: the numbers of :func:`tiltflow.assess.assess` and its companions.
+        row: the numbers of :func:`tiltflow.sampling.assess.assess` and its companions.
         samples, energy, log_weights: drawn, (N, *event), (N,), (N,) or None.
         reference, reference_energy: (M, *event), (M,), or None.
         particles: samples are (N, n, m), compared by their distances. log_z: exact, or None.
@@ -68,7 +68,7 @@ class SamplerRecord:
     title: str
     command: str
     status: Status
-    verdict: Sequence[VerdictLine]
+    verdict: Sequence[Line]
     row: Mapping[str, Any]
     samples: Tensor
     energy: Tensor

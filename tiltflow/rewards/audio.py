@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiltflow.errors import TiltflowError
-from tiltflow.store import load_weights
+from tiltflow.core.errors import TiltflowError
+from tiltflow.train.store import load_weights
 
 RATE, WINDOW = 16_000, 1_024
 BINS, CENTS_PER_BIN, LOWEST = 360, 20.0, 1997.3794084376191

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.rewards.clip import pixel_statistics, prepared
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 
 Score = Callable[[Tensor, list[str]], Tensor]
 """(images (n, 3, H, W) in [0, 1] or audio (n, channels, samples), texts) → (n,)."""

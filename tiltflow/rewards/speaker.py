@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiltflow.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError
 from tiltflow.rewards.audio import RATE, mono
-from tiltflow.store import load_weights
+from tiltflow.train.store import load_weights
 
 FRAME, HOP, BANDS = 400, 160, 40
 WINDOW = 160

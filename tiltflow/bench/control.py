@@ -1,0 +1,118 @@
+r"""`tiltflow bench control`: the stochastic-optimal-control methods on problems whose exact control is known.
+
+Two linear-quadratic problems with a running cost (Riccati) and the double well (backward equation on a grid). Error:
+E∫‖u − u*‖² / E∫‖u*‖² on optimal paths and on the policy's own. The objective J and its lower bound, −log Z averaged over
+starts, stand beside it. One network, one number of paths for all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tiltflow.bench.budget import peak_memory_mb
+from tiltflow.bench.tilt import Row, run_apart
+from tiltflow.core.chain import DriftChain
+from tiltflow.core.control import NetworkControl
+from tiltflow.core.cost import Cost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.value import objective
+from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.methods.backpropagation import discrete_adjoint
+from tiltflow.methods.log_variance import LogVariance
+from tiltflow.methods.policy_gradient import reinforce
+from tiltflow.methods.socm import SOCM, LearnedMatrices
+from tiltflow.nn.mlp import MLP
+from tiltflow.problems.control import ControlProblem, control_error, double_well, linear_quadratic
+from tiltflow.train.buffer import Buffer
+from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.method import Method, State
+
+PROBLEMS: dict[str, Callable[[], ControlProblem]] = {
+    "linear-quadratic": lambda: linear_quadratic(4),
+    "linear-quadratic-hard": lambda: linear_quadratic(4, hard=True),
+    "double-well": lambda: double_well(2),
+}
+METHODS: dict[str, Callable[[DriftChain, Cost, int, int], Method]] = {
+    "adjoint_matching_plain": lambda chain, cost, n, dim: AdjointMatching(chain, cost, n),
+    "adjoint_matching_weighted": lambda chain, cost, n, dim: AdjointMatching(chain, cost, n, importance=True),
+    "adjoint_matching_basic": lambda chain, cost, n, dim: AdjointMatching(chain, cost, n, adjoint="full"),
+    "discrete_adjoint": lambda chain, cost, n, dim: discrete_adjoint(chain, cost, n),
+    "log_variance": lambda chain, cost, n, dim: LogVariance(chain, cost, n, paths_per_start=16),
+    "socm": lambda chain, cost, n, dim: SOCM(chain, cost, LearnedMatrices(dim), n),
+    "reinforce": lambda chain, cost, n, dim: reinforce(chain, cost, n),
+}
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """Steps of the chain, rounds, paths per round, Adam's rate, the network, and paths of the evaluation."""
+
+    steps: int = 40
+    iterations: int = 300
+    batch: int = 128
+    learning_rate: float = 5e-3
+    hidden: int = 64
+    layers: int = 3
+    paths: int = 2_000
+
+
+def bench_problem(problem: str, method: str, seed: int, settings: ControlSettings, threads: int | None = None) -> list[Row]:
+    """The row of one method on one problem."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    started, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    exact = PROBLEMS[problem]()
+    chain = exact.chain(settings.steps)
+    dim = chain.source(1, generator).shape[1]
+    control = NetworkControl(MLP(dim, dim, settings.hidden, settings.layers))
+    fit(
+        METHODS[method](chain, exact.cost, settings.batch, dim),
+        State(control, generator),
+        FitSettings(settings.iterations, learning_rate=settings.learning_rate),
+        Buffer(),
+    )
+    seconds = time.perf_counter() - started
+    error = control_error(chain, control, exact.control, settings.paths, generator)
+    found = objective(chain, control, exact.cost, settings.paths, generator)
+    return [
+        {
+            "problem": problem,
+            "method": method,
+            "seed": seed,
+            "control_error": error.optimal,
+            "control_error_standard_error": error.optimal_error,
+            "control_error_own_paths": error.own,
+            "objective": float(found.value),
+            "objective_standard_error": float(found.error),
+            "objective_exact": float(exact.value(chain.source(settings.paths, generator), 0.0).mean()),
+            "paths": settings.iterations * settings.batch,
+            "seconds": seconds,
+            "peak_memory_mb": peak_memory_mb(),
+        }
+    ]
+
+
+def bench_control(
+    methods: str,
+    seed: int,
+    iterations: int | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[Row]:
+    """One row per problem and method; ``methods``: all, or names with commas.
+
+    Raises:
+        TiltflowError: an unknown method.
+    """
+    wanted = tuple(METHODS) if methods == "all" else tuple(m.strip() for m in methods.split(","))
+    for name in wanted:
+        if name not in METHODS:
+            raise TiltflowError(f"unknown method {name!r} here: use all, or some of {', '.join(METHODS)}.")
+    settings = ControlSettings() if iterations is None else ControlSettings(iterations=iterations)
+    jobs: list[Any] = [(problem, method, seed, settings) for problem in PROBLEMS for method in wanted]
+    return run_apart(bench_problem, jobs, progress)

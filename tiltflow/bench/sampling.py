@@ -1,0 +1,245 @@
+r"""`tiltflow bench sampling`: samplers of e^{−E} side by side, and parallel tempering as the classical one.
+
+Protocol: 10,000 samples (LJ13 4,000, LJ55 1,000: they cost most); log Z and ESS from all of them, distances from 2,000
+(LJ55: 500) beside their floors (:mod:`~tiltflow.sampling.assess`). Each method has the problem's default settings
+but for its name. Counted during training only: calls of the energy and rows it evaluated (an energy with its gradient
+is one), rows through the network, gradient steps, seconds of clock and processor.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from tiltflow.bench.tilt import run_apart
+from tiltflow.core.cost import clip_rows
+from tiltflow.core.errors import TiltflowError
+from tiltflow.energies import EnergyProblem, Evaluator
+from tiltflow.energies.mcmc import parallel_tempering
+from tiltflow.sampling.job import EVALUATION_SEED, assess_all, base_draws, default_settings
+from tiltflow.sampling.names import load_problem
+from tiltflow.sampling.sampler import METHODS, ON_POLICY, Drawn, TrainedSampler, network, train_sampler
+
+Row = dict[str, Any]
+TEMPERING = "parallel_tempering"
+NAMES = (*METHODS, TEMPERING)
+SAMPLES, COMPARED, PILOT = 10_000, 2_000, 1_000
+FEWER = {"lj13": (4_000, COMPARED), "lj55": (1_000, 500)}  # samples, and those compared
+COLUMNS = (
+    "problem", "method", "seed", "w2", "w2_floor", "energy_w2", "energy_w2_floor", "mode_tv", "ess", "log_z_error",
+    "energy_calls", "gradient_steps", "seconds", "processor_seconds", "network_evaluations", "energy_evaluations",
+)  # fmt: skip
+"""Keys of every row; None where they do not apply."""
+
+
+@dataclass(frozen=True)
+class Tempering:
+    """A plan of parallel tempering: a geometric ladder 1 … ``top`` of ``replicas``, and its ``chains`` and moves."""
+
+    top: float = 10.0
+    replicas: int = 8
+    chains: int = 50
+    steps: int = 4_000
+    burn_in: int = 2_000
+    relax: int = 500
+
+    @property
+    def ladder(self) -> list[float]:
+        """The temperatures."""
+        return [self.top ** (i / (self.replicas - 1)) for i in range(self.replicas)]
+
+
+LADDERS = {
+    "gmm9": Tempering(30.0, 6),
+    "gmm40": Tempering(200.0, 10),
+    "gmm40-50d": Tempering(1000.0, 40),
+    "many-well": Tempering(10.0, 12),
+    "ring": Tempering(30.0, 8),
+    "lj13": Tempering(10.0, 14),
+    "lj55": Tempering(10.0, 28),
+}
+"""Others: the default. The replicas grow with √d, so that neighbours overlap."""
+GENTLER: dict[tuple[str, str], dict[str, Any]] = {
+    ("gmm40", "idem"): {"updates": 20},
+    ("lj13", "pis"): {"batch": 64},
+    ("lj13", "dds"): {"batch": 64},
+}
+"""Settings of a method where the problem's diverge or do not fit: after 100 updates on few end points iDEM's next ones
+are at 10⁸; a gradient through 60 steps of 512 clusters takes more than 21 GB.
+"""
+
+
+def chosen_samplers(text: str) -> tuple[str, ...]:
+    """ "all" or names with commas. Raises TiltflowError for an unknown one."""
+    names = NAMES if text == "all" else tuple(text.split(","))
+    unknown = [n for n in names if n not in NAMES]
+    if unknown:
+        raise TiltflowError(f"unknown method {unknown[0]!r}: use all, or names with commas of {', '.join(NAMES)}.")
+    return names
+
+
+def bench_sampling(
+    problems: tuple[str, ...],
+    methods: tuple[str, ...],
+    seed: int,
+    iterations: int | None = None,
+    minutes: float | None = None,
+    reference: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[Row]:
+    """One row per problem and method, each in a process of its own.
+
+    Args:
+        problems: names, or module:function giving an EnergyProblem. methods: of :data:`NAMES`.
+        iterations: rounds of training (parallel tempering: kept moves) instead of the default.
+        minutes: instead of ``iterations``: as many rounds (moves) as fit this time on the threads in use, judged by the
+            processor time of a pilot of a few.
+        reference: a NumPy file (N, *event) to compare with instead of the problem's own samples; one problem only.
+
+    Raises:
+        TiltflowError: an unknown problem, a reference that does not fit.
+    """
+    if reference is not None and len(problems) != 1:
+        raise TiltflowError(f"--reference is for one --problem, got {len(problems)}.")
+    if iterations is not None and iterations < 1:
+        raise TiltflowError(f"--iterations must be at least 1, got {iterations}.")
+    for name in problems:
+        _problem(name, reference)
+    if minutes is not None and (iterations is not None or not minutes > 0):
+        raise TiltflowError(f"give --iterations, or --minutes above 0, not both; got {iterations} and {minutes}.")
+    jobs = [(name, method, seed, iterations, minutes, reference) for name in problems for method in methods]
+    return run_apart(_bench_apart, jobs, progress)
+
+
+def _bench_apart(
+    name: str, method: str, seed: int, iterations: int | None, minutes: float | None, reference: Path | None, threads: int
+) -> list[Row]:
+    torch.set_num_threads(threads)
+    try:
+        return [bench_one(_problem(name, reference), name, method, seed, iterations, minutes)]
+    except TiltflowError as error:  # a method that diverges is a result, and must not cost the others theirs
+        return [dict.fromkeys(COLUMNS) | {"problem": name, "method": method, "seed": seed, "error": str(error)}]
+
+
+def bench_one(
+    problem: EnergyProblem, name: str, method: str, seed: int, iterations: int | None = None, minutes: float | None = None
+) -> Row:
+    """The row of one method on one problem."""
+    row: Row = dict.fromkeys(COLUMNS) | {"problem": name, "method": method, "seed": seed}
+    samples, compared = FEWER.get(name, (SAMPLES, COMPARED))
+    budget = None if minutes is None else 60 * minutes * torch.get_num_threads()  # of processor seconds
+    trained: TrainedSampler | None = None
+    if method == TEMPERING:
+        plan = LADDERS.get(name, Tempering())
+        if budget is not None:
+            _, pilot = temper(problem, replace(plan, steps=PILOT, burn_in=0), seed, samples)
+            iterations = max(1, int(budget * PILOT / (1.5 * pilot["processor_seconds"])))
+        plan = plan if iterations is None else replace(plan, steps=iterations, burn_in=iterations // 2)
+        drawn, spent = temper(problem, plan, seed, samples)
+    else:
+        settings = replace(default_settings(name), method=method, **GENTLER.get((name, method), {}))
+        if budget is not None:
+            pilot_rounds = train_sampler(problem, replace(settings, iterations=4), seed=seed).history[1:]
+            iterations = max(1, int(budget / median(r["processor_seconds"] for r in pilot_rounds)))
+        settings = settings if iterations is None else replace(settings, iterations=iterations)
+        with counted_rows(type(network(problem, settings)[0])) as through:
+            started, busy = time.perf_counter(), time.process_time()
+            trained = train_sampler(problem, settings, seed=seed)
+            spent = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - busy}
+        spent |= {
+            "energy_calls": trained.energy.calls,
+            "energy_evaluations": trained.energy.evaluations,
+            "network_evaluations": through["rows"],
+            "gradient_steps": settings.iterations * (1 if method in ON_POLICY else settings.updates),
+            "iterations": settings.iterations,
+            "steps": settings.steps,
+        }
+        started = time.perf_counter()
+        drawn = trained.draw(samples, seed=EVALUATION_SEED + seed)
+        spent["sample_seconds"] = time.perf_counter() - started
+    generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
+    return row | assess_all(problem, drawn, trained, generator, compared).row | spent
+
+
+@contextmanager
+def counted_rows(kind: type[nn.Module]) -> Iterator[Counter[str]]:
+    """Counts the rows ("rows") that go through modules of one class, whoever calls them."""
+    counter: Counter[str] = Counter()
+
+    def see(module: nn.Module, args: Any, out: Any) -> None:
+        if type(module) is kind:
+            counter["rows"] += len(args[0])
+
+    hook = register_module_forward_hook(see)
+    try:
+        yield counter
+    finally:
+        hook.remove()
+
+
+def temper(problem: EnergyProblem, plan: Tempering, seed: int, samples: int = SAMPLES) -> tuple[Drawn, Row]:
+    """``samples`` draws of parallel tempering from relaxed draws of the base, in random order, and what they cost."""
+    generator = torch.Generator().manual_seed(seed)
+    evaluator, started, busy = Evaluator(problem.energy), time.perf_counter(), time.process_time()
+    x = base_draws(problem, plan.chains, generator)
+    step = 0.1 * problem.finest
+    for _ in range(plan.relax):  # particles on top of each other would never be moved
+        _, grad = evaluator.value_and_grad(x)
+        x = x - step * clip_rows(grad, 1.0, each_particle=x.ndim > 2)
+    found = parallel_tempering(
+        evaluator,
+        x,
+        plan.ladder,
+        plan.steps,
+        generator,
+        burn_in=plan.burn_in,
+        thin=max(1, plan.steps * plan.chains // samples),
+        step=problem.finest**2,
+        geometry=problem.geometry,
+    )
+    spent = {
+        "seconds": time.perf_counter() - started,
+        "processor_seconds": time.process_time() - busy,
+        "energy_calls": evaluator.calls,
+        "energy_evaluations": evaluator.evaluations,
+        "network_evaluations": 0,
+        "gradient_steps": 0,
+        "acceptance": float(found.acceptance[0]),
+        "lowest_swap": float(found.swaps.min()),
+    }
+    x = found.samples.flatten(0, 1)
+    x = x[torch.randperm(len(x), generator=generator)[:samples]]
+    return Drawn(x, problem.energy(x).detach(), None), spent
+
+
+def _problem(name: str, reference: Path | None) -> EnergyProblem:
+    problem = load_problem(name)
+    if reference is None:
+        if problem.reference is not None:
+            problem.reference()  # missing samples are found before anything is trained
+        return problem
+    try:
+        samples = torch.from_numpy(np.load(reference, allow_pickle=False)).float()
+    except (OSError, ValueError, TypeError) as error:
+        raise TiltflowError(f"--reference {reference}: not a NumPy file of numbers ({error}).") from error
+    if samples.ndim == 2 and samples.shape[1] == math.prod(problem.event_shape):  # stored flat
+        samples = samples.reshape(-1, *problem.event_shape)
+    if samples.shape[1:] != problem.event_shape or not bool(torch.isfinite(samples).all()):
+        raise TiltflowError(
+            f"--reference {reference}: finite samples of shape (N, {', '.join(map(str, problem.event_shape))}) are needed, "
+            f"got {tuple(samples.shape)}."
+        )
+    return replace(problem, sample=None, reference=partial(problem.geometry.wrap, samples))

@@ -1,0 +1,64 @@
+r"""Path weights: how far a finished sampler is from its target, and the correction.
+
+Two kinds, both from the quantities that :func:`tiltflow.core.simulate.sample` accumulates:
+
+    chain    log w = −g(x_K) − Σ h f + log dP_base/dP_u                      targets p_base^chain · e^{−g}
+    kernel   log w = log p̃*(x_K) + Σ log q(x_k|x_{k+1}) − log p_0 − Σ log N   targets p̃*, for any K and any control
+
+The first is always available; against the true p_base it keeps the chain's O(1/K) bias. The second needs p̃* ∝ p*.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def log_mean_exp(log_w: Tensor) -> float:
+    """log Ẑ = log mean w."""
+    return float(torch.logsumexp(log_w.double(), 0)) - math.log(len(log_w))
+
+
+def ess(log_w: Tensor) -> float:
+    """Effective sample size as a fraction, (Σw)²/(N Σw²), in (0, 1].
+
+    >>> round(ess(torch.zeros(10)), 6)
+    1.0
+    """
+    log_w = log_w.double()
+    return math.exp(float(2 * torch.logsumexp(log_w, 0) - torch.logsumexp(2 * log_w, 0))) / len(log_w)
+
+
+def normalised(log_w: Tensor) -> Tensor:
+    """Weights that sum to 1 (float64)."""
+    return torch.softmax(log_w.double(), 0)
+
+
+def tempered(log_w: Tensor, minimum_ess: float = 0.5) -> Tensor:
+    """Normalised weights ∝ w^τ with the largest τ ≤ 1 whose ESS fraction is at least ``minimum_ess`` (bisection)."""
+    low, high = 0.0, 1.0
+    if ess(log_w) < minimum_ess:
+        for _ in range(30):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if ess(middle * log_w) >= minimum_ess else (low, middle)
+        return normalised(low * log_w)
+    return normalised(log_w)
+
+
+class Evidence(NamedTuple):
+    """What a set of path weights says: log Ẑ with its standard error, ESS fraction, and the lower bound E[log w]."""
+
+    log_z: float
+    log_z_error: float
+    ess: float
+    elbo: float
+
+
+def evidence(log_w: Tensor) -> Evidence:
+    """log Ẑ (delta-method standard error), ESS and ELBO of log weights (N,)."""
+    fraction = ess(log_w)
+    error = math.sqrt(max(1 / fraction - 1, 0.0) / len(log_w))
+    return Evidence(log_mean_exp(log_w), error, fraction, float(log_w.double().mean()))

@@ -1,1 +1,0 @@
-"""Data sets: real ones, read from packages the user has installed."""

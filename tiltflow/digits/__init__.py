@@ -1,0 +1,1 @@
+"""The worked example, whole: data, networks, rewards, weights."""

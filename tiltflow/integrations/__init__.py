@@ -1,1 +1,0 @@
-"""Other libraries' models as base processes. Their conventions of time, sign and scale end here."""

@@ -1,0 +1,175 @@
+r"""Low-rank adapters of peft on a pipeline's network: put on, switched, saved for stock diffusers, loaded, merged.
+
+W ↦ W + (α/r) BA with B = 0 at the start (Hu et al. 2022, arXiv:2106.09685). Off is the base, bit for bit. Or all
+weights are trained, in a second network beside the frozen one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tiltflow.core.errors import TiltflowError
+from tiltflow.pipelines.families import family_of
+from tiltflow.train.store import write_text
+
+NAME, BASE = "default", "_tiltflow_base"
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""The projections of attention, in all families."""
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def add_adapter(pipe: Any, rank: int, generator: torch.Generator, targets: tuple[str, ...] = TARGETS) -> nn.Module:
+    """Freeze every component of ``pipe``, put a trainable adapter in float32 on its network, and return the network.
+
+    Raises:
+        TiltflowError: rank below 1, an adapter that is there already, or no layer of that name.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    network = getattr(pipe, family_of(pipe).network)
+    if rank < 1:
+        raise TiltflowError(f"the rank of an adapter must be at least 1, got {rank}.")
+    if _layers(network):
+        raise TiltflowError("the pipeline has an adapter already: fuse it and save the pipeline, or unload_lora_weights().")
+    _freeze(pipe)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
+    try:
+        with torch.random.fork_rng():  # peft draws from the global generator
+            inject_adapter_in_model(config, network, NAME)
+    except ValueError as error:
+        raise TiltflowError(f"{type(network).__name__} has no layer named {', '.join(targets)}.") from error
+    for name, p in network.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()
+            if "lora_A" in name:
+                bound = p.shape[1] ** -0.5
+                drawn = torch.rand(p.shape, generator=generator, device=generator.device)
+                p.data = (bound * (2 * drawn - 1)).to(p.device)
+            p.requires_grad_(True)
+    return network
+
+
+def train_all(pipe: Any) -> nn.Module:
+    """Freeze every component of ``pipe``, put a trainable float32 copy of its network in place, and return the copy.
+
+    The frozen network stays with the copy, as what :func:`switch` goes back to.
+    """
+    name = family_of(pipe).network
+    base = getattr(pipe, name)
+    _freeze(pipe)
+    network = copy.deepcopy(base).float().requires_grad_(True)
+    object.__setattr__(network, BASE, base)  # no submodule: neither trained nor saved with it
+    setattr(pipe, name, network)
+    return network
+
+
+def trains_all(network: nn.Module) -> bool:
+    """Whether it is the copy that :func:`train_all` made."""
+    return hasattr(network, BASE)
+
+
+def _freeze(pipe: Any) -> None:
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+
+
+def switched(network: nn.Module, on: bool) -> nn.Module:
+    """The network that is to be called: with its adapter on or off, or the copy or its frozen original."""
+    switch(network, on)
+    return network if on else getattr(network, BASE, network)
+
+
+def switch(network: nn.Module, on: bool) -> None:
+    """The adapter on or off, if there is one. It stays so: what is checkpointed is computed again under the same."""
+    for layer in _layers(network):
+        layer._disable_adapters = not on  # enable_adapters() would also touch requires_grad
+
+
+def _layers(network: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+
+
+def save_adapter(pipe: Any, folder: Path) -> Path:
+    """The adapter of the network in ``folder``, for ``pipe.load_lora_weights(folder)`` of stock diffusers.
+
+    Pipelines that have no such method (Stable Audio, AudioLDM 2) get peft's files, for :func:`load_adapter`. The file is
+    returned. Raises TiltflowError without an adapter.
+    """
+    from peft import get_peft_model_state_dict
+
+    family = family_of(pipe)
+    network = getattr(pipe, family.network)
+    layers = _layers(network)
+    if not layers:
+        raise TiltflowError("the pipeline has no adapter to save.")
+    state = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(network, adapter_name=NAME).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(pipe, "load_lora_weights"):
+        from diffusers.utils import convert_state_dict_to_diffusers
+
+        if family.network == "unet":  # of a transformer converted, stock diffusers would leave out half the layers
+            state = convert_state_dict_to_diffusers(state)
+        type(pipe).save_lora_weights(folder, **{f"{family.network}_lora_layers": state})
+        return folder / "pytorch_lora_weights.safetensors"
+    config = network.peft_config[NAME].to_dict()
+    kept = {key: config[key] for key in ("r", "lora_alpha")} | {"target_modules": sorted(config["target_modules"])}
+    write_text(folder / CONFIG, json.dumps({"peft_type": "LORA"} | kept, indent=1) + "\n")
+    save_file(state, folder / WEIGHTS)
+    return folder / WEIGHTS
+
+
+def load_adapter(pipe: Any, folder: Path) -> None:
+    """What :func:`save_adapter` wrote, on a pipeline of the same base. Raises TiltflowError if it does not fit."""
+    if hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(folder)
+        return
+    from peft import set_peft_model_state_dict
+
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        state = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise TiltflowError(f"{folder} holds no adapter of tiltflow or peft: {error}.") from error
+    network = add_adapter(pipe, config["r"], torch.Generator(), tuple(config["target_modules"]))
+    found: Any = set_peft_model_state_dict(network, state, adapter_name=NAME)
+    if found.unexpected_keys:
+        raise TiltflowError(f"{folder} does not fit {type(network).__name__}: it has no {found.unexpected_keys[0]}.")
+
+
+def merge_adapter(pipe: Any) -> None:
+    """Fold the adapter into the network's weights, in place: a stock pipeline again, for ``pipe.save_pretrained``."""
+    network = getattr(pipe, family_of(pipe).network)
+    switch(network, True)
+    for layer in _layers(network):
+        layer.merge()
+    _unwrap(network)
+
+
+def remove_adapter(pipe: Any) -> None:
+    """Take the adapter off, or put the frozen network back: the pipeline as it was before training."""
+    name = family_of(pipe).network
+    network = getattr(pipe, name)
+    _unwrap(network)
+    setattr(pipe, name, getattr(network, BASE, network))
+
+
+def _unwrap(network: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in [*network.named_modules()]:
+        if isinstance(layer, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(network, "peft_config"):
+        del network.peft_config

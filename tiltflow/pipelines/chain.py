@@ -1,0 +1,182 @@
+r"""diffusers pipelines as base processes, and their low-rank adapters as controls.
+
+The chain of a pipeline is that of its scheduler (:mod:`tiltflow.pipelines.schedules`): x_{k+1} ~ N(A_k x_k + B_k X̂_1,
+s_k² I) with X̂_1 from the network at node k. The base is the network with its adapter off, the fine-tuned model the same
+network with it on.
+
+Classifier-free guidance o = o_∅ + w (o_c − o_∅) can stand in three places: in the paths that are drawn (``rollout``), in
+the control that is regressed, and in the base that the adjoint goes through. With all three, p_base is the guided model's
+law, and what is learned is its tilt. Guidance in the rollout alone is common and cheap: then the unguided model is tilted
+along paths of the guided one, which is a heuristic unless the paths are weighted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tiltflow.core.chain import Index, at, posterior_step
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.geometry import Euclidean, Geometry
+from tiltflow.pipelines.adapters import switched
+from tiltflow.pipelines.families import Family, Rows, family_of
+from tiltflow.pipelines.schedules import Nodes, nodes_of
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance of strength ``scale`` (1: none), and where it stands."""
+
+    scale: float = 1.0
+    rollout: bool = True
+    control: bool = True
+    adjoint: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineChain:
+    """The memoryless chain of a pipeline; conditions are ``prompt`` (B,), numbers of rows, −1 for the negative prompt.
+
+    Args:
+        rows: of the prompts, the negative one last (:func:`~tiltflow.pipelines.families.encode_prompts`).
+        guidance: of the base. micro_batch: rows that the network sees at a time, recomputed in the backward pass: the result
+            is the same, the memory that of so many rows (None: all at once, nothing is computed twice).
+    """
+
+    pipe: Any
+    family: Family
+    rows: Rows
+    nodes: Nodes
+    event_shape: tuple[int, ...]
+    t: Tensor
+    a: Tensor
+    b: Tensor
+    std: Tensor
+    guidance: float
+    micro_batch: int | None
+    geometry: ClassVar[Geometry] = Euclidean()
+
+    @property
+    def network(self) -> nn.Module:
+        """The unet or transformer."""
+        return getattr(self.pipe, self.family.network)
+
+    def mean(self, k: Index, x: Tensor, x1: Tensor) -> Tensor:
+        """A_k x + B_k x1."""
+        return at(self.a, k, x) * x + at(self.b, k, x) * x1
+
+    def base_mean(self, k: Index, x: Tensor, **condition: Any) -> Tensor:
+        """E[x_{k+1} | x_k = x] with the adapter off."""
+        return self.mean(k, x, self.x1(k, x, condition["prompt"], self.guidance, adapted=False))
+
+    def source(self, n: int, generator: torch.Generator) -> Tensor:
+        """n draws of N(0, I), in float32."""
+        return torch.randn(n, *self.event_shape, generator=generator, device=generator.device)
+
+    def x1(self, k: Index, x: Tensor, prompt: Tensor, guidance: float, adapted: bool) -> Tensor:
+        """X̂_1 at node k, with the adapter on or off; it stays so."""
+        every = k if isinstance(k, Tensor) else torch.full((len(x),), k)
+
+        def part(x: Tensor, k: Tensor, prompt: Tensor) -> Tensor:
+            network = switched(self.network, adapted)  # in here, since a checkpoint computes it again later
+            output = self._output(network, x, at(self.nodes.timestep, k, x[:, :1].flatten(1)[:, 0]), prompt, guidance)
+            return at(self.nodes.p, k, x) * x + at(self.nodes.q, k, x) * output
+
+        return in_parts(part, self.micro_batch, x, every, prompt)
+
+    def _output(self, network: Any, x: Tensor, timestep: Tensor, prompt: Tensor, guidance: float) -> Tensor:
+        prompt = prompt.to(next(iter(self.rows.values())).device)
+        if guidance != 1:
+            x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
+            prompt = torch.cat([torch.full_like(prompt, -1), prompt])
+        rows = {name: value[prompt] for name, value in self.rows.items()}
+        rows = {name: v.to(network.dtype) if v.is_floating_point() else v for name, v in rows.items()}
+        output = self.family.predict(self.pipe, network, x.to(network.dtype), timestep, rows).float()
+        if guidance == 1:
+            return output
+        without, given = output.chunk(2)
+        return without + guidance * (given - without)
+
+
+def in_parts(function: Callable[..., Tensor], size: int | None, *rows: Tensor) -> Tensor:
+    """``function`` of rows, ``size`` at a time; with gradients, what it computes is forgotten and computed again."""
+    n = len(rows[0])
+    if size is None or size >= n:
+        return function(*rows)
+    parts = [tuple(v[i : i + size] for v in rows) for i in range(0, n, size)]
+    if not torch.is_grad_enabled():
+        return torch.cat([function(*part) for part in parts])
+    return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
+
+
+def pipeline_chain(
+    pipe: Any, rows: Rows, steps: int, guidance: float = 1.0, micro_batch: int | None = None
+) -> PipelineChain:
+    """The chain of a supported pipeline on ``steps`` steps of its scheduler; its weights are frozen, except an adapter's.
+
+    Raises:
+        TiltflowError: a pipeline or scheduler that is not supported.
+    """
+    family = family_of(pipe)
+    if micro_batch is not None and micro_batch < 1:
+        raise TiltflowError(f"micro_batch must be at least 1, got {micro_batch}.")
+    nodes = nodes_of(pipe.scheduler, steps, **family.timing(pipe, steps))
+    a, b, variance = posterior_step(nodes.alpha, nodes.beta)
+    t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    shape = family.event_shape(pipe)
+    return PipelineChain(pipe, family, rows, nodes, shape, t, a, b, variance.sqrt(), guidance, micro_batch)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """The network with its adapter on (or off), as a control.
+
+    Args:
+        guidance: of the fine-tuned model. relative: the chain's base has other guidance, so add the difference that the
+            adapter makes under this one to the base mean that is given.
+    """
+
+    network: nn.Module
+    guidance: float = 1.0
+    relative: bool = False
+    on: bool = True
+
+    @property
+    def module(self) -> nn.Module:
+        """The network; only its adapter has gradients."""
+        return self.network
+
+    def mean(
+        self, chain: PipelineChain, k: Index, x: Tensor, base_mean: Tensor | None = None, **condition: Any
+    ) -> Tensor:
+        """A_k x + B_k X̂_1 of the fine-tuned model."""
+        prompt = condition["prompt"]
+        if self.relative and base_mean is not None:
+            with torch.no_grad():
+                base = chain.x1(k, x, prompt, self.guidance, adapted=False)
+            return base_mean + at(chain.b, k, x) * (chain.x1(k, x, prompt, self.guidance, adapted=self.on) - base)
+        return chain.mean(k, x, chain.x1(k, x, prompt, self.guidance, adapted=self.on))
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedReward:
+    """r of latents: ``reward(images or audio, texts)`` after the decoder, a few rows at a time.
+
+    ``texts`` are those of the rows, the negative prompt last.
+    """
+
+    chain: PipelineChain
+    reward: Callable[[Tensor, list[str]], Tensor]
+    texts: list[str]
+
+    def __call__(self, x: Tensor, *, prompt: Tensor) -> Tensor:
+        """r(x), (B,)."""
+
+        def part(x: Tensor, prompt: Tensor) -> Tensor:
+            return self.reward(self.chain.family.decode(self.chain.pipe, x), [self.texts[i] for i in prompt.tolist()])
+
+        return in_parts(part, self.chain.micro_batch, x, prompt)

@@ -1,0 +1,54 @@
+"""How many rows fit: one is run and measured, the rest is a division."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tiltflow.core.errors import TiltflowError
+
+SHARE = 0.8
+"""Of the memory that is free, for rows."""
+
+
+def fitting_rows(run: Callable[[], object], most: int, device: torch.device) -> int:
+    """How many rows fit, 1 … ``most``, if ``run`` needs for one what it needs now. It is run twice: the first warms up.
+
+    On CUDA by the allocator's own peak, on Linux CPUs by that of resident memory.
+
+    Raises:
+        TiltflowError: memory cannot be measured on this device.
+    """
+    run()
+    needed = peak_bytes(run, device)
+    return int(max(1, min(most, SHARE * free_bytes(device) // max(needed, 1))))
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """How far memory rose while ``run`` ran."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    reset = Path("/proc/self/clear_refs")
+    if device.type != "cpu" or not reset.exists():
+        raise TiltflowError(f"memory cannot be measured on {device}: give micro_batch as a number.")
+    reset.write_text("5")  # the peak is forgotten
+    before = _kilobytes("/proc/self/status", "VmRSS")
+    run()
+    return 1024 * max(0, _kilobytes("/proc/self/status", "VmHWM") - before)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return 1024 * _kilobytes("/proc/meminfo", "MemAvailable")
+
+
+def _kilobytes(file: str, name: str) -> int:
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))

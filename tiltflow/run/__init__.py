@@ -1,0 +1,1 @@
+"""Run folders, and the one flow of a job."""

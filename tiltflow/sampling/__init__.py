@@ -1,0 +1,1 @@
+"""The second job: sample from an energy."""

@@ -1,0 +1,109 @@
+"""How right is a sampler of e^{−E}? All that the energy, path weights and reference samples can say.
+
+The floor of a distance is the same statistic between two independent reference sets of the same size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltflow.core.brownian import BrownianChain
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.geometry import Centred
+from tiltflow.core.value import reversed_log_ratio
+from tiltflow.core.weights import ess, evidence
+from tiltflow.energies import EnergyProblem
+from tiltflow.metrics.distance import total_variation, w2
+from tiltflow.metrics.particles import distance_wasserstein, particle_w2
+from tiltflow.metrics.sampling import energy_w2, mode_weights
+from tiltflow.sampling.sampler import Drawn, TrainedSampler
+
+PARTICLE_POINTS, PARTICLE_EXACT = 500, 4
+
+
+def reference_samples(problem: EnergyProblem, n: int, generator: torch.Generator) -> Tensor | None:
+    """Up to n reference samples in random order: exact draws, or rows of the stored set; None if there are none."""
+    if problem.sample is not None:
+        return problem.geometry.wrap(problem.sample(n, generator))
+    if problem.reference is None:
+        return None
+    stored = problem.reference()
+    return stored[torch.randperm(len(stored), generator=generator)[:n]]
+
+
+def distances(problem: EnergyProblem, x: Tensor, y: Tensor, tag: str = "") -> dict[str, float]:
+    """Distances between two sample sets of one size: w2, energy_w2, and for particles distance_w2."""
+    finite = [e[torch.isfinite(e)] for e in (problem.energy(x), problem.energy(y))]
+    row = {f"energy_w2{tag}": energy_w2(finite[0], finite[1])}
+    if isinstance(problem.geometry, Centred) and problem.identical:
+        n = len(x) if problem.event_shape[0] <= PARTICLE_EXACT else min(len(x), PARTICLE_POINTS)
+        row[f"w2{tag}"] = particle_w2(x[:n], y[:n])
+        row[f"distance_w2{tag}"] = distance_wasserstein(x, y)
+    else:
+        row[f"w2{tag}"] = w2(x.flatten(1), y.flatten(1))
+    return row
+
+
+def assess(
+    problem: EnergyProblem, drawn: Drawn, reference: Tensor | None, generator: torch.Generator, n: int = 2_000
+) -> dict[str, Any]:
+    """One row about a drawn sample set.
+
+    Args:
+        problem: the energy and what is known of it.
+        drawn: samples; distances use the first n, weights and log Z all of them.
+        reference: at least 2n reference samples for distances with floors; None: no distances.
+        generator: of random subsets.
+
+    Raises:
+        TiltflowError: fewer than 2n reference samples, or fewer than n drawn ones.
+    """
+    row: dict[str, Any] = {"samples": len(drawn.x), "rejected": int((~torch.isfinite(drawn.energy)).sum())}
+    if drawn.log_weights is not None:
+        found = evidence(drawn.log_weights)
+        row |= {"log_z": found.log_z, "log_z_std": found.log_z_error, "ess": found.ess, "elbo": found.elbo}
+        if problem.log_z is not None:
+            row["log_z_error"] = abs(found.log_z - problem.log_z)
+    if problem.modes is not None:
+        share = mode_weights(drawn.x, problem.modes.centres)
+        row |= {
+            "mode_tv": total_variation(share, problem.modes.weights),
+            "modes": len(share),
+            "modes_covered": int((share > 0).sum()),
+        }
+    if reference is not None:
+        if len(reference) < 2 * n or len(drawn.x) < n:
+            raise TiltflowError(f"distances at n = {n} need {2 * n} reference samples and n drawn ones; lower n.")
+        row |= distances(problem, drawn.x[:n], reference[:n])
+        row |= distances(problem, reference[n : 2 * n], reference[:n], "_floor")
+    return row
+
+
+def from_both_sides(trained: TrainedSampler, reference: Tensor, generator: torch.Generator) -> dict[str, float]:
+    """What paths drawn backwards from reference samples add: log Z with its standard error, EUBO, forward ESS."""
+    if not isinstance(trained.chain, BrownianChain) or trained.chain.initial is not None:
+        return {}
+    x1 = reference[:2_000]
+    base = trained.chain.geometry.log_normal(x1, trained.chain.end_variance)
+    log_w = reversed_log_ratio(trained.chain, trained.control, x1, generator) - trained.problem.energy(x1) - base
+    fraction = ess(-log_w)
+    return {
+        "log_z_forward": -evidence(-log_w).log_z,
+        "log_z_forward_std": math.sqrt(max(1 / fraction - 1, 0.0) / len(x1)),
+        "eubo": float(log_w.double().mean()),
+        "forward_ess": fraction,
+    }
+
+
+def polished(
+    problem: EnergyProblem, drawn: Drawn, reference: Tensor, generator: torch.Generator, n: int = 2_000
+) -> dict[str, float]:
+    """Distances after resampling by path weights: reported apart, never mixed in."""
+    if drawn.log_weights is None:
+        return {}
+    pick = torch.multinomial(torch.softmax(drawn.log_weights.double(), 0), n, replacement=True, generator=generator)
+    return distances(problem, drawn.x[pick], reference[:n], "_resampled")

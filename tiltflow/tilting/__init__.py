@@ -1,0 +1,1 @@
+"""The first job: tilt a base towards a reward."""

@@ -1,0 +1,1 @@
+"""Is it right? Checks before training, verdicts after."""

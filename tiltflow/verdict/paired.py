@@ -1,0 +1,45 @@
+"""Before and after, in the same noise: the verdict on models that have no exact tilt to be held against."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tiltflow.verdict.line import SIGMAS, Line, Status
+
+REWARD = "reward"
+"""The name of the score that is trained on; all others are held out."""
+
+
+KEPT, LOST = 0.8, 0.5
+"""Shares of the base's diversity: at least the first is good, less than the second is bad."""
+
+
+class Judged(NamedTuple):
+    """Samples x, their scores by name (n,), their paths' KL to the base (n,), and the mean distance of two of one prompt."""
+
+    x: Tensor
+    scores: dict[str, Tensor]
+    kl: Tensor
+    diversity: float
+
+
+def against_base(before: Judged, after: Judged) -> list[Line]:
+    """Lines for models that have no exact tilt to be held against: samples of base and fine-tuned model in the same noise.
+
+    Did the reward rise, did the held-out judges not fall, is the diversity still there? Differences are paired.
+    """
+    lines = []
+    for name in after.scores:
+        change = after.scores[name] - before.scores[name]
+        mean, error = float(change.mean()), float(change.std()) / len(change) ** 0.5
+        low, high = mean - SIGMAS * error, mean + SIGMAS * error
+        held_out = name != REWARD
+        status: Status = "pass" if low > 0 else "fail" if high < 0 else "warn" if held_out else "cannot tell"
+        said = "held out: must not fall while the reward rises" if held_out else "mean change, in the same noise"
+        lines.append(Line(f"held-out {name}" if held_out else name, mean, low, high, "> 0", status, said))
+    ratio = after.diversity / before.diversity if before.diversity > 0 else float("nan")
+    kept: Status = "pass" if ratio >= KEPT else "warn" if ratio >= LOST else "fail"
+    said = "mean distance between samples of one prompt, over the base's"
+    return [*lines, Line("diversity kept", ratio, None, None, f"≥ {KEPT:g} good, < {LOST:g} bad", kept, said)]
