@@ -20,8 +20,9 @@ from tiltflow.core.cost import RewardCost
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import mixture2d
-from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.fit import fit
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 
 
 def milliseconds(importance: bool, rounds: int = 35) -> list[float]:
@@ -30,7 +31,7 @@ def milliseconds(importance: bool, rounds: int = 35) -> list[float]:
     torch.manual_seed(0)
     method = AdjointMatching(chain_of(problem, 40, generator), RewardCost(problem.reward), 256, importance=importance)
     control, marks = FineTuned(tilted(problem.process(), MLP(4, 2))), []
-    fit(method, State(control, generator), FitSettings(rounds), callback=lambda row: marks.append(time.perf_counter()))
+    fit(method, State(control, generator), Training(rounds=rounds), callback=lambda row: marks.append(time.perf_counter()))
     return [1e3 * (b - a) for a, b in pairwise(marks[4:])]
 
 

@@ -59,9 +59,9 @@ def measure(method: str, steps: int) -> dict[str, Any]:
     def brightness(images: torch.Tensor, texts: list[str]) -> torch.Tensor:
         return images.flatten(1).mean(1)
 
-    settings = PipelineSettings(iterations=0, batch=BATCH, steps=steps, rank=4)
+    settings = PipelineSettings(rounds=0, batch=BATCH, steps=steps, rank=4)
     tuned = finetune_pipeline(pipe, brightness, [""], 1.0, settings, rows=rows)  # the reward is checked: the decoder is warm
-    one = PipelineSettings(iterations=1, batch=BATCH, steps=steps, rank=4)
+    one = PipelineSettings(rounds=1, batch=BATCH, steps=steps, rank=4)
 
     def work() -> None:
         if method == "adjoint_matching":

@@ -1,6 +1,6 @@
 """Keep the training curve of a finished sampler's run, as a benchmark result.
 
-    tiltflow train-sampler lj55 --iterations 210 --samples 300 --out runs/lj55
+    tiltflow train-sampler lj55 --rounds 210 --samples 300 --out runs/lj55
     python benchmarks/training_curve.py runs/lj55 --out benchmarks/results/training-curve-lj55.json
 
 Rows: the run's summary (distances beside their floors, of fewer samples than ``bench sampling`` draws), then one per round

@@ -136,7 +136,7 @@ def base_flow(emoji: Emoji, args: argparse.Namespace) -> tuple[Process, Symbols]
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its emoji are what their names say.",
-        Path("runs/emoji-base.safetensors"), base_steps=1_600, batch=32, iterations=30, samples=160, strength=40.0,
+        Path("runs/emoji-base.safetensors"), base_steps=1_600, batch=32, rounds=30, samples=160, strength=40.0,
         learning_rate=4e-3, out=Path("runs/emoji"),
     )  # fmt: skip
     parser.add_argument("--font", type=Path, default=Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"))

@@ -41,8 +41,9 @@ from tiltflow.core.weights import ess
 from tiltflow.metrics.distance import pairwise_mean
 from tiltflow.report.plots import image_grid
 from tiltflow.run.folder import RunFolder, finite
-from tiltflow.tilting.finetune import FinetuneSettings, finetune
-from tiltflow.tilting.job import draw
+from tiltflow.tilting.settings import FinetuneSettings
+from tiltflow.tilting.train import finetune
+from tiltflow.tilting.draw import draw_paths
 from tiltflow.train.store import save_weights, write_text
 from tiltflow.verdict.line import Verdict
 from tiltflow.verdict.strength import predict_tilt
@@ -243,7 +244,7 @@ def before_after(before: Tensor, after: Tensor, count: int = 24, columns: int = 
 def run_seed(base: Process, seed: int, args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], Verdict]:
     """Fine-tune with one seed, measure, and leave weights and pictures in ``folder``; returns the rows sde and ode."""
     started = time.perf_counter()
-    with tqdm(total=args.iterations, desc=f"seed {seed}", mininterval=5) as bar:
+    with tqdm(total=args.rounds, desc=f"seed {seed}", mininterval=5) as bar:
 
         def progress(row: dict[str, Any]) -> None:
             bar.update()
@@ -254,9 +255,9 @@ def run_seed(base: Process, seed: int, args: argparse.Namespace, folder: Path) -
             ellipticity,
             args.strength,
             FinetuneSettings(
-                iterations=args.iterations,
+                rounds=args.rounds,
                 batch=args.batch,
-                updates=2,
+                gradient_steps=2,
                 ema=0.9,
                 steps=args.steps,
                 learning_rate=args.learning_rate,
@@ -292,7 +293,7 @@ def run_seed(base: Process, seed: int, args: argparse.Namespace, folder: Path) -
     save_weights(folder / f"seed{seed}.safetensors", control.module)
     (folder / f"seed{seed}.png").write_bytes(before_after(before.x, after.x))
     (folder / f"seed{seed}-ode.png").write_bytes(before_after(flow_before, flow_after))
-    settings = ("strength", "iterations", "steps", "batch", "learning_rate", "rank", "samples")
+    settings = ("strength", "rounds", "steps", "batch", "learning_rate", "rank", "samples")
     shared = {"problem": "galaxies", "method": "adjoint_matching", "seed": seed, "seconds": training}
     shared |= {name: getattr(args, name) for name in settings}
     rows = []
@@ -343,7 +344,7 @@ def count(text: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fine-tune the galaxygrad HSC model towards elongated galaxies.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--iterations", type=count, default=100)
+    parser.add_argument("--rounds", type=count, default=100)
     parser.add_argument("--steps", type=count, default=40, help="simulation steps K")
     parser.add_argument("--batch", type=count, default=32, help="paths per iteration")
     parser.add_argument("--strength", type=float, default=20.0, help="lambda of the tilt exp(lambda * ellipticity)")

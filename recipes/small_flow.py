@@ -17,8 +17,8 @@ from tiltflow._version import __version__
 from tiltflow.core.interpolant import Linear
 from tiltflow.core.process import Process
 from tiltflow.nn.features import time_features
-from tiltflow.train.fit import FitSettings
 from tiltflow.train.flow_matching import Draw, FlowMatching, pretrain
+from tiltflow.train.settings import Training
 from tiltflow.train.store import load_weights, save_weights, write_text
 
 FREQUENCIES = 8
@@ -105,7 +105,7 @@ def train_base(net: PatchFlow, draw: Draw, steps: int, file: Path, data: str) ->
         return process
     file.parent.mkdir(parents=True, exist_ok=True)
     checkpoint, started = file.with_suffix(".checkpoint.safetensors"), time.process_time()
-    settings = FitSettings(steps, 1e-3, betas=(0.9, 0.99), warmup=100, ema=0.99, checkpoint_every=500)
+    settings = Training(rounds=steps, learning_rate=1e-3, betas=(0.9, 0.99), warmup=100, ema=0.99, checkpoint_every=500)
     with tqdm(total=steps, desc="base", mininterval=5) as bar:
         pretrain(
             FlowMatching(process, draw, 128, floor=0.15), settings, torch.Generator().manual_seed(0),

@@ -201,7 +201,7 @@ def parts(speech: Speech, args: argparse.Namespace) -> tuple[Symbols, Vocoder, R
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-speech flow towards a lower voice.", Path("runs/speech-base.safetensors"),
-        base_steps=1_600, batch=32, iterations=25, samples=160, strength=60.0, learning_rate=4e-3, importance=True,
+        base_steps=1_600, batch=32, rounds=25, samples=160, strength=60.0, learning_rate=4e-3, importance=True,
         out=Path("runs/speech"),
     )  # fmt: skip
     parser.add_argument("--sounds", type=Path, default=Path("/usr/share/asterisk/sounds/en_US_f_Allison"))

@@ -34,10 +34,13 @@ from tiltflow.report import RunRecord, SummaryRow, write_report
 from tiltflow.report.sounds import wav
 from tiltflow.rewards.combine import Score
 from tiltflow.run.folder import RunFolder, document
-from tiltflow.tilting.finetune import FinetuneSettings, Tuned, finetune
+from tiltflow.tilting.settings import FinetuneSettings
+from tiltflow.tilting.model import TiltedModel
+from tiltflow.tilting.train import finetune
 from tiltflow.train.store import save_weights
 from tiltflow.verdict.line import overall
-from tiltflow.verdict.paired import REWARD, Judged, against_base
+from tiltflow.verdict.line import REWARD
+from tiltflow.verdict.paired import Judged, against_base
 
 SHOWN, HEARD = 24, 6
 """Samples in a picture, and how many of them as sound."""
@@ -87,11 +90,11 @@ def fine_tuned(study: Study, seed: int, args: argparse.Namespace, folder: RunFol
         return study.reward(study.decode(x), [named[tuple(row)] for row in text.tolist()])
 
     settings = FinetuneSettings(
-        iterations=args.iterations, batch=args.batch, updates=2, steps=args.steps, rank=8, learning_rate=args.learning_rate,
+        rounds=args.rounds, batch=args.batch, gradient_steps=2, steps=args.steps, rank=8, learning_rate=args.learning_rate,
         noiseless_last=True, last_steps=(args.steps + 3) // 4, random_steps=args.steps // 4, variance_samples=128,
-        max_reward_grad=args.max_reward_grad, importance=args.importance,
+        max_cost_gradient=args.max_cost_gradient, importance=args.importance,
     )  # fmt: skip
-    with tqdm(total=args.iterations, desc=f"seed {seed}", mininterval=5) as bar:
+    with tqdm(total=args.rounds, desc=f"seed {seed}", mininterval=5) as bar:
 
         def progress(row: dict[str, Any]) -> None:
             bar.update(row["iteration"] + 1 - bar.n)
@@ -183,12 +186,12 @@ def arguments(description: str, base: Path, **defaults: Any) -> argparse.Argumen
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--base", type=Path, default=base, help="trained if it is not there")
     parser.add_argument("--base-steps", type=int, help="training steps of the base")
-    parser.add_argument("--iterations", type=int, default=40, help="rounds of fine-tuning")
+    parser.add_argument("--rounds", type=int, default=40, help="rounds of fine-tuning")
     parser.add_argument("--steps", type=int, default=20, help="simulation steps K")
     parser.add_argument("--batch", type=int, default=48, help="paths per round")
     parser.add_argument("--strength", type=float, help="lambda of the tilt exp(lambda reward)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--max-reward-grad", type=float, default=50.0, help="bound on a sample's gradient, times lambda")
+    parser.add_argument("--max-cost-gradient", type=float, default=50.0, help="bound on a sample's gradient, times lambda")
     parser.add_argument("--importance", action=argparse.BooleanOptionalAction, default=False, help="weight paths")
     parser.add_argument("--samples", type=int, default=320, help="of each kind that are judged")
     parser.add_argument("--out", type=Path, help="run folders seed0, seed1, ... are made here")

@@ -124,8 +124,8 @@ class Judge:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-image flow so that its words can be read.",
-        Path("runs/words-base.safetensors"), base_steps=4_500, iterations=30, samples=160, strength=40.0,
-        learning_rate=2e-3, max_reward_grad=100.0, out=Path("runs/words"),
+        Path("runs/words-base.safetensors"), base_steps=4_500, rounds=30, samples=160, strength=40.0,
+        learning_rate=2e-3, max_cost_gradient=100.0, out=Path("runs/words"),
     )  # fmt: skip
     parser.add_argument("--reader", type=Path, default=Path("english.safetensors"), help="EasyOCR's weights")
     args = parser.parse_args(argv)

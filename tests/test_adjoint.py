@@ -18,9 +18,10 @@ from tiltflow.core.simulate import event_sum, sample, simulate
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import GaussianMixture, LinearQuadratic, QuadraticReward, TiltProblem, mixture2d
-from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.fit import fit
 from tiltflow.train.loss import QuantileMask, reduce_terms
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 
 
 def setting(running=None, steps=12):
@@ -139,12 +140,12 @@ def tilt_1d(variance=0.25, slope=1.0):
     )
 
 
-def trained(problem, chain, seed, iterations=150, cost=None, **kw):
+def trained(problem, chain, seed, rounds=150, cost=None, **kw):
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     control = FineTuned(tilted(problem.process(), MLP(2, 1, 32, 2)))
     method = AdjointMatching(chain, cost or RewardCost(problem.reward), batch=128, **kw)
-    fit(method, State(control, generator), FitSettings(iterations, learning_rate=1e-2, ema=0.95))
+    fit(method, State(control, generator), Training(rounds=rounds, learning_rate=1e-2, ema=0.95))
     return control, generator
 
 
@@ -209,7 +210,7 @@ def test_linear_quadratic_control_is_learned(generator):
     torch.manual_seed(0)
     control = NetworkControl(MLP(1, 1, 32, 2))
     method = AdjointMatching(chain, cost, batch=128)
-    fit(method, State(control, generator), FitSettings(200, learning_rate=1e-2, ema=0.95))
+    fit(method, State(control, generator), Training(rounds=200, learning_rate=1e-2, ema=0.95))
     x = torch.linspace(-1, 1, 9)[:, None]
     for t in (0.0, 0.5, 0.9):
         u = control.module(x, torch.full((9,), t)).detach()

@@ -19,7 +19,7 @@ from tiltflow.molecules.molecule import molecule
 from tiltflow.molecules.torsional import TorsionalSettings
 
 SAMPLER = TorsionalSettings(
-    iterations=13, batch=64, updates=25, minibatch=128, buffer_rounds=10, steps=15, draw_steps=30, hidden=32, layers=2,
+    rounds=13, batch=64, gradient_steps=25, minibatch=128, buffer_rounds=10, steps=15, draw_steps=30, hidden=32, layers=2,
     learning_rate=5e-3,
 )  # fmt: skip
 SETTINGS = AmortisedSettings(templates=1, visited=4, sampler=SAMPLER)
@@ -34,7 +34,7 @@ def prepared():
 @pytest.fixture(scope="module")
 def model(prepared):
     torch.set_default_dtype(torch.float64)  # as in the tests
-    return train_amortised(prepared, replace(SETTINGS, sampler=replace(SAMPLER, iterations=2)), 0)
+    return train_amortised(prepared, replace(SETTINGS, sampler=replace(SAMPLER, rounds=2)), 0)
 
 
 def evidence_of(model, one, n=1500):
@@ -80,7 +80,7 @@ def test_files_and_generate(model, tmp_path):
 
 
 def test_resuming_is_exact(prepared, tmp_path):
-    short = replace(SETTINGS, sampler=replace(SAMPLER, iterations=12, updates=2, minibatch=64))
+    short = replace(SETTINGS, sampler=replace(SAMPLER, rounds=12, gradient_steps=2, minibatch=64))
 
     class Stopped(Exception):
         pass
@@ -101,7 +101,7 @@ def test_resuming_is_exact(prepared, tmp_path):
 def test_misuse():
     with pytest.raises(TiltflowError, match="none of 1 molecules has a rotatable bond"):
         prepare([molecule("C")], SETTINGS, 0)
-    with pytest.raises(TiltflowError, match="needs a number of iterations"):
+    with pytest.raises(TiltflowError, match="needs a number of rounds"):
         train_amortised([], replace(SETTINGS, sampler=TorsionalSettings()), 0)
 
 
@@ -109,7 +109,7 @@ def test_the_command_trains_and_the_other_draws(tmp_path):
     smi = tmp_path / "alkanes.smi"
     smi.write_text("CCCC butane\nnonsense bad\nCCC(C)C\nCCCCC\n")
     run = tmp_path / "run"
-    args = ["train-conformers", smi, "--out", run, "--molecules", 2, "--iterations", 2, "--seed", 1, "--json"]
+    args = ["train-conformers", smi, "--out", run, "--molecules", 2, "--rounds", 2, "--seed", 1, "--json"]
     done = tiltflow(*args)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)["rows"]

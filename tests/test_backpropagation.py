@@ -19,8 +19,9 @@ from tiltflow.methods.backpropagation import Backpropagation, discrete_adjoint, 
 from tiltflow.nn.lora import LowRank, add_low_rank
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import GaussianMixture, LinearQuadratic, QuadraticReward, TiltProblem, mixture2d
-from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.fit import fit
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 
 
 def network(inputs, outputs):
@@ -237,12 +238,12 @@ class PerStep(nn.Module):
         return self.offset[k][:, None] + self.slope[k][:, None] * x
 
 
-def train(problem, chain, seed, make, iterations=150):
+def train(problem, chain, seed, make, rounds=150):
     torch.manual_seed(seed)
     control = NetworkControl(PerStep(len(chain.std)))
     state = State(control, seeded(seed))
     method = make(chain, RewardCost(problem.reward), 32)
-    fit(method, state, FitSettings(iterations, learning_rate=0.1, betas=(0.9, 0.95), ema=0.9, gradient_clip=1e9))
+    fit(method, state, Training(rounds=rounds, learning_rate=0.1, betas=(0.9, 0.95), ema=0.9, gradient_clip=1e9))
     return control, state.generator
 
 
@@ -275,8 +276,8 @@ def test_discrete_adjoint_finds_the_optimal_control_and_its_bad_twins_do_not(see
     assert error(flipped) > 0.3
     assert float(sample(chain, flipped, chain.source(4_000, g), g).x.mean()) == pytest.approx(0.25, abs=0.04)
     means = []  # the reward alone drifts away, the further the longer
-    for iterations in (50, 150):
-        drifted, g = train(problem, chain, seed, partial(draft, last=None), iterations)
+    for rounds in (50, 150):
+        drifted, g = train(problem, chain, seed, partial(draft, last=None), rounds)
         means.append(float(sample(chain, drifted, chain.source(4_000, g), g).x.mean()))
     assert error(drifted) > 0.3 and means[0] > 1 and means[1] > means[0] + 1
 

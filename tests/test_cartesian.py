@@ -18,7 +18,7 @@ from tiltflow.molecules.molecule import molecule
 from tiltflow.molecules.nn.molecule import MoleculeNet
 from tiltflow.molecules.regular import regulariser, stereocentres, volumes
 from tiltflow.molecules.templates import embed
-from tiltflow.sampling.sampler import noise_left
+from tiltflow.sampling.train import noise_left
 
 CHIRAL, FLAT = "F/C=C/C[C@H](O)CS", "CC(=O)Oc1ccccc1C(=O)O"
 MIRROR = torch.tensor([1.0, 1.0, -1.0])
@@ -151,7 +151,7 @@ def single():
     torch.set_default_dtype(torch.float32)
 
 
-SMALL = CartesianSettings(rounds=20, batch=128, updates=20, minibatch=128, hidden=16, layers=2)
+SMALL = CartesianSettings(rounds=20, batch=128, gradient_steps=20, minibatch=128, hidden=16, layers=2)
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 MODELS = str(Path(__file__).with_name("models.py"))
 BASE = ["--base", f"{MODELS}:velocity", "--predicts", "velocity", "--shape", "2"]
-SMALL = ["--iterations", "80", "--batch", "128", "--learning-rate", "1e-2", "--steps", "20", "--updates", "4"]
+SMALL = ["--rounds", "80", "--batch", "128", "--learning-rate", "1e-2", "--steps", "20", "--gradient-steps", "4"]
 SMALL += ["--reference-samples", "4000", "--samples", "4000"]
 
 
@@ -109,7 +109,7 @@ def test_zero_strength_leaves_the_weights_unchanged(tmp_path):
 
 def test_chi_is_refused_other_schedules(tmp_path):
     out = tmp_path / "run"
-    options = [*SMALL, "--chi", "0.5", "--iterations", 2]
+    options = [*SMALL, "--chi", "0.5", "--rounds", 2]
     done = tiltflow("finetune", *BASE, "--reward", f"{MODELS}:right", *options, "--out", out)
     assert done.returncode in (0, 3), done.stderr
     refused = tiltflow("sample", out, "--noise", "ode")
@@ -118,7 +118,7 @@ def test_chi_is_refused_other_schedules(tmp_path):
 
 
 def test_failing_verdict_exits_3(tmp_path):
-    options = ["--strength", "3", *SMALL, "--iterations", "1", "--no-importance"]
+    options = ["--strength", "3", *SMALL, "--rounds", "1", "--no-importance"]
     done = tiltflow("finetune", *BASE, "--reward", f"{MODELS}:right", *options, "--out", tmp_path / "run", "--json")
     assert done.returncode == 3, done.stderr
     assert json.loads(done.stdout)["verdict"] == "fail"
@@ -155,14 +155,14 @@ def test_bench_refuses_unknown_methods_and_other_devices(what):
 
 def test_bench_prints_and_writes_one_document(tmp_path):
     out = tmp_path / "deep" / "result.json"
-    done = tiltflow("bench", "control", "--methods", "log_variance", "--iterations", "2", "--json", "--out", str(out))
+    done = tiltflow("bench", "control", "--methods", "log_variance", "--rounds", "2", "--json", "--out", str(out))
     assert done.returncode == 0
     document, written = json.loads(done.stdout), json.loads(out.read_text(encoding="utf-8"))
     assert {"command", "version", "seed", "device", "rows", "verdict"} == set(document)
     assert len(document["rows"]) == 3 and written["rows"] == document["rows"] and written["duration"] > 0
 
 
-TINY = ["--iterations", "2", "--batch", "8", "--steps", "10", "--reference-samples", "600", "--samples", "200"]
+TINY = ["--rounds", "2", "--batch", "8", "--steps", "10", "--reference-samples", "600", "--samples", "200"]
 
 
 @pytest.mark.parametrize(

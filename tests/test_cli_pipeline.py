@@ -42,7 +42,7 @@ def here(tmp_path):
 
 
 def arguments(here, *more, **options):
-    quick = {"iterations": 8, "batch": 8, "steps": 5, "rank": 2, "learning-rate": 0.02, "samples": 24, "strength": 200}
+    quick = {"rounds": 8, "batch": 8, "steps": 5, "rank": 2, "learning-rate": 0.02, "samples": 24, "strength": 200}
     quick |= {"reward": here / "mine.py:brightness", "prompts": here / "prompts.txt", "out": here / "run"} | options
     return ["finetune-pipeline", here / "pipe", *more, *(v for k, o in quick.items() for v in (f"--{k}", o))]
 
@@ -132,7 +132,7 @@ def test_a_hacked_reward_is_stopped(here):
 def test_an_interrupted_run_is_resumed(here, monkeypatch):
     import tiltflow.pipelines.job as module
 
-    plain = tiltflow(*arguments(here, "--json", out=here / "whole", iterations=12))
+    plain = tiltflow(*arguments(here, "--json", out=here / "whole", rounds=12))
     judge = module.Watch.__call__
 
     def interrupt(self, tuned, row):
@@ -142,8 +142,8 @@ def test_an_interrupted_run_is_resumed(here, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(module.Watch, "__call__", interrupt)
-        assert tiltflow(*arguments(here, iterations=12)).returncode == 130
-    again = tiltflow(*arguments(here, "--json", "--resume", iterations=12))
+        assert tiltflow(*arguments(here, rounds=12)).returncode == 130
+    again = tiltflow(*arguments(here, "--json", "--resume", rounds=12))
     first, second = (json.loads(done.stdout)["rows"][0] for done in (plain, again))
     assert all(first[k] == second[k] for k in first if "seconds" not in k)
 

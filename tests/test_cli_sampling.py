@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiltflow.cli import main
 
 ENERGIES = str(Path(__file__).with_name("energies_by_name.py"))
-TINY = ["--iterations", 3, "--batch", 32, "--updates", 2, "--steps", 10, "--hidden", 16, "--layers", 2, "--samples", 100]
+TINY = ["--rounds", 3, "--batch", 32, "--gradient-steps", 2, "--steps", 10, "--hidden", 16, "--layers", 2, "--samples", 100]
 OWN = ["--shape", "2", "--scale", 2, "--finest", 0.1]
 
 
@@ -93,7 +93,7 @@ def test_check_energy(run):
 
 def test_bench_sampling(tmp_path):
     out = tmp_path / "result.json"
-    what = ["--problem", "gaussian2d", "--methods", "pis", "--iterations", 1]
+    what = ["--problem", "gaussian2d", "--methods", "pis", "--rounds", 1]
     done = tiltflow("bench", "sampling", *what, "--json", "--out", out)
     assert done.returncode == 0, done.stderr
     document, written = json.loads(done.stdout), json.loads(out.read_text(encoding="utf-8"))

@@ -306,7 +306,7 @@ def trained(name, reward=brightness, strength=100.0, pipe=None, **settings):
             rows = family_of(pipe).encode(pipe, dict(given))
     x0 = torch.randn(2, *family_of(pipe).event_shape(pipe), generator=generator(9))
     before = latents(pipe, given, x0)
-    quick = {"iterations": 2, "batch": 4, "steps": STEPS, "rank": 2, "learning_rate": 0.02, "ema": 0.0, "clip": None}
+    quick = {"rounds": 2, "batch": 4, "steps": STEPS, "rank": 2, "learning_rate": 0.02, "ema": 0.0, "clip": None}
     tuned = finetune_pipeline(
         pipe, reward, given.get("prompt", ["a", "b"]), strength, PipelineSettings(**quick | settings), rows=rows
     )
@@ -357,10 +357,10 @@ def test_all_weights_may_be_trained(name, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_frozen_weights_may_be_bfloat16(name):
     """The adapter is float32 and moves; the loss is that of float32 up to bfloat16's rounding of the network."""
-    whole, *_ = trained(name, iterations=1)
+    whole, *_ = trained(name, rounds=1)
     pipe = tiny.build(name).to(torch.bfloat16)
     half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in whole.chain.rows.items()}
-    quick = PipelineSettings(iterations=1, batch=4, steps=STEPS, rank=2, learning_rate=0.02, ema=0.0, clip=None)
+    quick = PipelineSettings(rounds=1, batch=4, steps=STEPS, rank=2, learning_rate=0.02, ema=0.0, clip=None)
     tuned = finetune_pipeline(pipe, brightness, whole.texts[:-1], 100.0, quick, rows=half)
     kinds = {"lora_" in n: p.dtype for n, p in tuned.chain.network.named_parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
@@ -371,7 +371,7 @@ def test_frozen_weights_may_be_bfloat16(name):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_reward_rises_and_not_falls(sign):
     """Stable Diffusion, brightness: it moves the way it is rewarded, by more than four standard errors in the same noise."""
-    tuned, *_ = trained("stable_diffusion", lambda x, texts: sign * brightness(x, texts), 200.0, iterations=12, batch=8)
+    tuned, *_ = trained("stable_diffusion", lambda x, texts: sign * brightness(x, texts), 200.0, rounds=12, batch=8)
     after, before = (judge_pipeline(tuned, {"b": brightness}, 32, generator(3), base) for base in (False, True))
     change = after.scores["b"] - before.scores["b"]
     assert sign * float(change.mean()) > 4 * float(change.std()) / 32**0.5
@@ -444,7 +444,7 @@ def test_a_run_is_resumed_exactly(tmp_path):
         for i, stop in enumerate(stops):
             tuned = finetune_pipeline(
                 tiny.build("stable_diffusion"), brightness, ["a", "b"], 50.0,
-                PipelineSettings(iterations=3, batch=2, steps=3, rank=2, checkpoint_every=1), checkpoint=folder / "c",
+                PipelineSettings(rounds=3, batch=2, steps=3, rank=2, checkpoint_every=1), checkpoint=folder / "c",
                 resume=i > 0, callback=lambda row, tuned: row["iteration"] + 1 == stop,  # noqa: B023
             )  # fmt: skip
         runs.append(tuned)
@@ -485,7 +485,7 @@ def test_an_interrupted_pipeline_is_as_it_was(rank):
 
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    quick = PipelineSettings(iterations=2, batch=2, steps=3, rank=rank, learning_rate=0.1)
+    quick = PipelineSettings(rounds=2, batch=2, steps=3, rank=rank, learning_rate=0.1)
     with pytest.raises(KeyboardInterrupt):
         finetune_pipeline(pipe, brightness, ["a", "b"], 50.0, quick, callback=interrupt)
     assert torch.equal(torch.get_rng_state(), state) and pipe.unet is network
@@ -532,16 +532,16 @@ def test_a_reward_is_checked_on_the_pipeline():
 
 
 def test_settings_go_where_they_belong(monkeypatch):
-    """The paper's steps (10 and 10 of 40) and clip (1.6 λ²); dropout, buffer, updates; rows of one batch at a time."""
+    """The paper's steps (10 and 10 of 40) and clip (1.6 λ²); dropout, buffer, gradient_steps; rows of one batch at a time."""
     seen = []
     monkeypatch.setattr(module, "fit", lambda *args: seen.append(args) or [])
-    settings = PipelineSettings(batch=3, per_prompt=2, dropout=0.25, updates=5, minibatch=7, buffer_rounds=2, ema=0.5)
+    settings = PipelineSettings(batch=3, per_prompt=2, dropout=0.25, gradient_steps=5, minibatch=7, buffer_rounds=2, ema=0.5)
     finetune_pipeline(tiny.build("stable_diffusion"), brightness, ["a", "b"], 10.0, settings)
     method, _, training, buffer, *_ = seen[0]
     assert (method.last_steps, method.random_steps, method.batch, method.clip) == (10, 10, 3, pytest.approx(160.0))
     assert method.conditions.dropout == {"prompt": 0.25} and method.conditions.per_prompt == 2
     assert buffer.capacity == 2 * 20 * 3
-    assert (training.updates, training.minibatch, training.accumulate, training.ema) == (5, 7, 3, 0.5)
+    assert (training.gradient_steps, training.minibatch, training.accumulate, training.ema) == (5, 7, 3, 0.5)
     few = PipelineSettings(steps=5, last_steps=2, random_steps=1, clip=None, micro_batch=2)
     finetune_pipeline(tiny.build("stable_diffusion"), brightness, ["a"], 10.0, few)
     method, _, training, *_ = seen[1]

@@ -60,7 +60,7 @@ def test_a_pipeline_trains_under_a_launcher(tmp_path, processes):
     (tmp_path / "mine.py").write_text("def bright(x, texts):\n    return x.flatten(1).mean(1)\n")
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     command = ["finetune-pipeline", "pipe", "--reward", "mine.py:bright", "--prompts", "prompts.txt", "--out", "run",
-               "--iterations", "3", "--batch", "4", "--steps", "4", "--rank", "2", "--samples", "4", "--json"]  # fmt: skip
+               "--rounds", "3", "--batch", "4", "--steps", "4", "--rank", "2", "--samples", "4", "--json"]  # fmt: skip
     call = [sys.executable, "-m", *LAUNCHERS[processes], "-m", "tiltflow", *command]
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode in (0, 3), done.stderr

@@ -21,12 +21,13 @@ from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import mixture2d
 from tiltflow.run.folder import LOCK, RunFolder
 from tiltflow.train.buffer import Buffer
-from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.fit import fit
 from tiltflow.train.loss import QuantileMask
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 from tiltflow.train.store import load_state, load_weights, save_state, save_weights
 
-SETTINGS = FitSettings(12, learning_rate=1e-2, updates=2, minibatch=50, checkpoint_every=3)
+SETTINGS = Training(rounds=12, learning_rate=1e-2, gradient_steps=2, minibatch=50, checkpoint_every=3)
 
 
 class Stopped(Exception):
@@ -83,7 +84,7 @@ def uninterrupted(tmp_path_factory):
     return Training().fit(path), load_state(path)
 
 
-@pytest.mark.parametrize("stop_at", [6, 8])  # the last checkpoint is after the iterations 0 … 5
+@pytest.mark.parametrize("stop_at", [6, 8])  # the last checkpoint is after the rounds 0 … 5
 def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(stop_at, uninterrupted, tmp_path):
     whole, final = uninterrupted
     path = tmp_path / "checkpoint.safetensors"
@@ -179,10 +180,10 @@ import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
-from test_fit_and_run import CONFIG, FitSettings, RunFolder, Training
+from test_fit_and_run import CONFIG, Training, RunFolder, Training
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(int(sys.argv[3]))
-slow = FitSettings(12, learning_rate=1e-2, updates=2, minibatch=50, checkpoint_every=1)
+slow = Training(rounds=12, learning_rate=1e-2, gradient_steps=2, minibatch=50, checkpoint_every=1)
 def tell(row):
     print(row["iteration"], flush=True)
     if row["iteration"] == 7:
@@ -255,7 +256,7 @@ def test_resume_misuse(tmp_path):
     with pytest.raises(TiltflowError, match="nothing to resume"):
         Training().fit(None, resume=True)
     path = tmp_path / "checkpoint.safetensors"
-    Training().fit(path, settings=FitSettings(1))
+    Training().fit(path, settings=Training(rounds=1))
     with pytest.raises(TiltflowError, match="another network"):
         Training(net=lambda: MLP(4, 2, 9, 2)).fit(path, resume=True)
 

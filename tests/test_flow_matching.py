@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.interpolant import Cosine, Linear
 from tiltflow.core.process import Process, expand
-from tiltflow.train.fit import FitSettings
 from tiltflow.train.flow_matching import FlowMatching, drop_labels, flow_matching_loss, pretrain
+from tiltflow.train.settings import Training
 
 MEAN, STD = torch.tensor([1.0, -0.5], dtype=torch.float64), torch.tensor([0.5, 1.5], dtype=torch.float64)
 
@@ -90,7 +90,7 @@ def regress(kind: type[FlowMatching], seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
     model = AffinePredictor()
     method = kind(Process(Linear(), model, "velocity", (2,)), lambda n, g: (data(n, g), {}), 1024)
-    pretrain(method, FitSettings(600, learning_rate=2e-2, ema=0.98), generator)
+    pretrain(method, Training(rounds=600, learning_rate=2e-2, ema=0.98), generator)
     t = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
     t = t.repeat_interleave(500)
     x1 = data(len(t), generator)
@@ -134,7 +134,7 @@ def test_conditions_reach_the_model():
             return super().forward(x, t)
 
     method = FlowMatching(Process(Linear(), Labelled(), "velocity", (2,)), draw, 5)
-    pretrain(method, FitSettings(1), torch.Generator())
+    pretrain(method, Training(rounds=1), torch.Generator())
     assert seen[0].tolist() == [0, 1, 2, 3, 4]
 
 
@@ -152,7 +152,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
                 raise Killed
 
         generator = torch.Generator().manual_seed(7)
-        settings = FitSettings(40, checkpoint_every=10)
+        settings = Training(rounds=40, checkpoint_every=10)
         pretrain(method, settings, generator, checkpoint=checkpoint, resume=resume, callback=callback)
         return [model.table.detach(), generator.get_state()]
 

@@ -187,7 +187,7 @@ def test_recipe_runs_end_to_end_on_a_random_model(tmp_path, capsys):
     weights = write(tmp_path / "w.eqx", tiny_arrays(size=16))
     out = tmp_path / "run"
     galaxies.main(
-        f"--weights {weights} --seeds 0 1 --iterations 2 --steps 8 --batch 4 --samples 24 --strength 1 "
+        f"--weights {weights} --seeds 0 1 --rounds 2 --steps 8 --batch 4 --samples 24 --strength 1 "
         f"--out {out} --results {tmp_path / 'rows.json'}".split()
     )
     document = json.loads((out / "metrics.json").read_text())

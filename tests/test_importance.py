@@ -14,7 +14,9 @@ from tiltflow.core.simulate import sample
 from tiltflow.core.weights import ess, normalised, tempered
 from tiltflow.methods.adjoint_matching import AdjointMatching, endpoint_share
 from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem, mixture2d, mixture32d
-from tiltflow.tilting.finetune import FinetuneSettings, finetune, tuned_process
+from tiltflow.tilting.settings import FinetuneSettings
+from tiltflow.tilting.train import finetune
+from tiltflow.tilting.chain import tuned_process
 from tiltflow.train.method import State
 
 
@@ -120,7 +122,7 @@ def test_where_the_reward_saturates_unweighted_paths_reach_it(seed):
         return torch.nn.functional.logsigmoid(8 * (x[:, 0] - 0.25))
 
     def reached(importance):
-        settings = FinetuneSettings(iterations=60, batch=48, updates=2, steps=20, learning_rate=1e-2, importance=importance)
+        settings = FinetuneSettings(rounds=60, batch=48, gradient_steps=2, steps=20, learning_rate=1e-2, importance=importance)
         torch.manual_seed(seed)
         tuned = finetune(models.process(), reward, 40.0, settings, generator=torch.Generator().manual_seed(seed))
         generator = torch.Generator().manual_seed(5)

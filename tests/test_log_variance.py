@@ -17,8 +17,9 @@ from tiltflow.methods.log_variance import LogVariance
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem
 from tiltflow.train.buffer import Buffer
-from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.fit import fit
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 
 
 def gaussian(steps=12):
@@ -152,7 +153,7 @@ def graded(sign=1.0):
     return float(density[x[:, 0] > 0.5].sum())
 
 
-def trained(reward, seed, method=LogVariance, iterations=150):
+def trained(reward, seed, method=LogVariance, rounds=150):
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     problem = TiltProblem("gaussian", GaussianMixture.gaussian([0.5], [[0.25]]), QuadraticReward.of_direction([1.0]))
@@ -162,7 +163,7 @@ def trained(reward, seed, method=LogVariance, iterations=150):
     history = fit(
         method(chain, RewardCost(reward), batch=128),
         State(control, generator),
-        FitSettings(iterations, learning_rate=1e-2, ema=0.95),
+        Training(rounds=rounds, learning_rate=1e-2, ema=0.95),
     )
     x = sample(chain, control, chain.source(8_000, generator), generator).x
     return float((x > 0.5).double().mean()), history
@@ -180,7 +181,7 @@ def test_a_reward_without_gradient_is_reached(seed):
 def test_the_sign_of_the_reward_and_what_adjoints_make_of_marks():
     share, _ = trained(lambda x: -grade(x), 0)
     assert share == pytest.approx(graded(-1.0), abs=0.04)
-    stuck, _ = trained(grade, 0, AdjointMatching, iterations=20)
+    stuck, _ = trained(grade, 0, AdjointMatching, rounds=20)
     assert stuck == pytest.approx(0.5, abs=0.03)  # ∇r = 0: Adjoint Matching learns nothing
 
 

@@ -28,8 +28,9 @@ from tiltflow.methods.registry import FREE, METHODS, TRAINED, chosen
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import mixture2d
 from tiltflow.train.buffer import Buffer
-from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.fit import fit
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 
 SMALL = TiltSettings(steps=6, budget=2, batch=32, sample_steps=8, samples=200, w2_samples=50, w2_draws=1, hidden=8, layers=2)
 
@@ -65,11 +66,11 @@ def test_a_trained_method_keeps_the_protocol(name):
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_resumed_run_equals_the_uninterrupted_one(name, tmp_path):
     preset = TRAINED[name]
-    settings = FitSettings(4, updates=preset.updates, minibatch=16 if preset.rounds else None, checkpoint_every=2)
+    settings = Training(rounds=4, gradient_steps=preset.gradient_steps, minibatch=16 if preset.rounds else None, checkpoint_every=2)
 
-    def run(iterations, resume, checkpoint):
+    def run(rounds, resume, checkpoint):
         method, control, generator = setting(name)
-        fit(method, State(control, generator), replace(settings, iterations=iterations, final_learning_rate=1.0),
+        fit(method, State(control, generator), replace(settings, rounds=rounds, final_learning_rate=1.0),
             Buffer(200) if preset.rounds else None, checkpoint, resume)  # fmt: skip
         return [p.detach().clone() for p in control.module.parameters()]
 
@@ -147,7 +148,7 @@ def test_row_of_the_digits_table(name):
 
 @pytest.mark.parametrize("method", ["adjoint_matching_plain", "log_variance", "socm"])
 def test_row_of_the_control_table(method):
-    settings = ControlSettings(steps=10, iterations=60, batch=64, hidden=16, layers=2, learning_rate=1e-2, paths=200)
+    settings = ControlSettings(steps=10, rounds=60, batch=64, hidden=16, layers=2, learning_rate=1e-2, paths=200)
     (row,) = bench_control_problem("linear-quadratic", method, 0, settings)
     assert row["control_error"] < 0.8  # without a control it is 1
     assert row["objective"] > row["objective_exact"] - 4 * row["objective_standard_error"] - 0.05

@@ -15,8 +15,9 @@ from tiltflow.core.simulate import event_sum, sample
 from tiltflow.methods.policy_gradient import PolicyGradient, flow_grpo, reinforce
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem
-from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.fit import fit
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 
 
 class Affine(nn.Module):
@@ -97,10 +98,10 @@ def test_reinforce_has_the_gradient_of_the_objective(seed, group, noiseless):
     assert z_scores(without_f, cost, control, generator, 20).abs().max() > 8
 
 
-def trained(method, problem, generator, iterations=120, updates=1):
+def trained(method, problem, generator, rounds=120, gradient_steps=1):
     torch.manual_seed(0)
     control = FineTuned(tilted(problem.process(), MLP(2, 1, 32, 2)))
-    settings = FitSettings(iterations, learning_rate=1e-2, ema=0.95, updates=updates)
+    settings = Training(rounds=rounds, learning_rate=1e-2, ema=0.95, gradient_steps=gradient_steps)
     history = fit(method, State(control, generator), settings)
     chain = method.chain
     return sample(chain, control, chain.source(8_000, generator), generator).x, history
@@ -130,7 +131,7 @@ def test_flow_grpo_raises_the_reward_with_a_strength_of_its_own(generator):
         for strength in (1.0, 3.0)
     ]
     assert torch.allclose(rows[0], rows[1], atol=1e-6)  # λ cancels
-    x, _ = trained(flow_grpo(chain, RewardCost(detached), 256, kl=0.5), problem, generator, 60, updates=4)
+    x, _ = trained(flow_grpo(chain, RewardCost(detached), 256, kl=0.5), problem, generator, 60, gradient_steps=4)
     assert float(x.mean()) > 0.9  # above the tilt's .75: 1/(β std) = 4 times the strength asked for
 
 

@@ -17,8 +17,9 @@ from tiltflow.core.simulate import sample
 from tiltflow.methods.preference import PreferencePairs
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem, mixture2d
-from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.fit import fit
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 
 C = 0.25
 
@@ -109,10 +110,10 @@ def test_stationary_point_on_a_gaussian_has_the_right_end_law(seed, beta, on_pol
     assert float((u**2).sum()) > 1.02 * float((u_star**2).sum())  # and its KL is the least
 
 
-def trained(method, problem, generator, iterations=150, **kw):
+def trained(method, problem, generator, rounds=150, **kw):
     torch.manual_seed(0)
     control = FineTuned(tilted(problem.process(), MLP(2, 1, 32, 2)))
-    fit(method, State(control, generator), FitSettings(iterations, learning_rate=5e-3, ema=0.95, **kw))
+    fit(method, State(control, generator), Training(rounds=rounds, learning_rate=5e-3, ema=0.95, **kw))
     chain = method.chain
     return float(sample(chain, control, chain.source(8_000, generator), generator).x.mean())
 

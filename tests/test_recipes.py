@@ -14,7 +14,7 @@ from tiltflow.core.chain import memoryless_chain, uniform_grid
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.interpolant import Linear
 from tiltflow.core.process import Process
-from tiltflow.tilting.finetune import Tuned
+from tiltflow.tilting.model import TiltedModel
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
@@ -157,7 +157,7 @@ def toy(rate=None):
 def options(tmp_path, *more):
     study = recipe("study")
     parser = study.arguments("A toy.", tmp_path / "base", base_steps=1, strength=10.0, out=tmp_path / "run")
-    quick = ["--seeds", "0", "1", "--iterations", "60", "--steps", "8", "--batch", "32", "--samples", "64"]
+    quick = ["--seeds", "0", "1", "--rounds", "60", "--steps", "8", "--batch", "32", "--samples", "64"]
     return parser.parse_args([*quick, "--learning-rate", "0.02", *more])
 
 

@@ -11,9 +11,11 @@ from tiltflow.core.weights import evidence
 from tiltflow.energies import ENERGY_PROBLEMS, EnergyProblem, Evaluator
 from tiltflow.metrics.distance import total_variation
 from tiltflow.metrics.sampling import mode_weights
-from tiltflow.sampling.sampler import METHODS, ON_POLICY, SamplerSettings, train_sampler
+from tiltflow.sampling.sampler import METHODS, ON_POLICY
+from tiltflow.sampling.settings import SamplerSettings
+from tiltflow.sampling.train import train_sampler
 
-TINY = SamplerSettings(iterations=3, batch=64, minibatch=64, updates=3, steps=8, hidden=16, layers=2)
+TINY = SamplerSettings(rounds=3, batch=64, minibatch=64, gradient_steps=3, steps=8, hidden=16, layers=2)
 
 
 def gaussian():
@@ -30,7 +32,7 @@ def gaussian():
 def test_a_gaussian_is_learned_with_its_exact_drift_and_log_z(method):
     """The Föllmer drift of N(m, s²I) over N(0, h²I): b = (m − x + …), linear; log Z = log 2πs²."""
     settings = SamplerSettings(
-        method=method, iterations=60, batch=256, minibatch=256, updates=30, steps=25, hidden=32, learning_rate=3e-3
+        method=method, rounds=60, batch=256, minibatch=256, gradient_steps=30, steps=25, hidden=32, learning_rate=3e-3
     )
     trained = train_sampler(gaussian(), settings)
     chain, s2, h2, m = trained.chain, 0.36, trained.chain.end_variance, torch.tensor([0.5, -0.3])
@@ -53,7 +55,7 @@ def test_a_gaussian_is_learned_with_its_exact_drift_and_log_z(method):
 def test_mode_weights_need_path_weights():
     """Modes 7.5 standard deviations apart, weights .7/.3: right with path weights, not without (the known-bad twin)."""
     problem = ENERGY_PROBLEMS["unequal2d"]()
-    settings = SamplerSettings(iterations=40, updates=50, steps=30)
+    settings = SamplerSettings(rounds=40, gradient_steps=50, steps=30)
     tv = {}
     for method in ("weighted_adjoint_sampling", "adjoint_sampling"):
         drawn = train_sampler(problem, replace(settings, method=method)).draw(10_000)
@@ -65,7 +67,7 @@ def test_mode_weights_need_path_weights():
 @pytest.mark.parametrize("seed", range(5))
 def test_unequal_mode_weights_on_five_seeds(seed):
     problem = ENERGY_PROBLEMS["unequal2d"]()
-    drawn = train_sampler(problem, SamplerSettings(iterations=100, steps=40), seed=seed).draw(10_000)
+    drawn = train_sampler(problem, SamplerSettings(rounds=100, steps=40), seed=seed).draw(10_000)
     assert total_variation(mode_weights(drawn.x, problem.modes.centres), problem.modes.weights) <= 0.03
     assert abs(evidence(drawn.log_weights).log_z) < 0.02
 
@@ -74,7 +76,7 @@ def test_unequal_mode_weights_on_five_seeds(seed):
 @pytest.mark.parametrize("name", ["gaussian2d", "dw4"])
 def test_every_method_runs_through_one_protocol(method, name):
     problem = ENERGY_PROBLEMS[name]()
-    before = train_sampler(problem, replace(TINY, method=method, iterations=0))
+    before = train_sampler(problem, replace(TINY, method=method, rounds=0))
     after = train_sampler(problem, replace(TINY, method=method))
     old, new = before.control.module.state_dict(), after.control.module.state_dict()
     assert old.keys() == new.keys() and any(not torch.equal(old[key], new[key]) for key in old)
@@ -86,7 +88,7 @@ def test_every_method_runs_through_one_protocol(method, name):
 
 @pytest.mark.parametrize("method", ["weighted_adjoint_sampling", "asbs", "bridge_matching", "idem", "pis", "log_variance"])
 def test_a_resumed_run_equals_an_uninterrupted_one(method, tmp_path):
-    problem, settings = gaussian(), replace(TINY, method=method, iterations=12)  # the checkpoint is written at 10
+    problem, settings = gaussian(), replace(TINY, method=method, rounds=12)  # the checkpoint is written at 10
     whole = train_sampler(problem, settings)
 
     def interrupt(row):
@@ -104,15 +106,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method, tmp_path):
 
 def test_energy_calls_per_gradient_step_are_few_and_counted_by_the_library():
     settings = SamplerSettings()
-    assert settings.batch / (settings.updates * settings.minibatch) <= 0.05  # rows of energy per row of training
-    trained = train_sampler(gaussian(), replace(TINY, updates=25))
+    assert settings.batch / (settings.gradient_steps * settings.minibatch) <= 0.05  # rows of energy per row of training
+    trained = train_sampler(gaussian(), replace(TINY, gradient_steps=25))
     assert trained.energy.calls / (3 * 25) <= 0.05 and trained.energy.evaluations == 3 * 64
 
 
 def test_the_sign_flipped_twin_climbs_the_energy():
     problem = gaussian()
     flipped = replace(problem, energy=lambda x: -problem.energy(x).clamp_max(8.0))
-    settings = replace(TINY, iterations=30, updates=20, method="adjoint_sampling")
+    settings = replace(TINY, rounds=30, gradient_steps=20, method="adjoint_sampling")
     right, wrong = (train_sampler(p, settings).draw(500).x for p in (problem, flipped))
     assert float(problem.energy(right).mean()) < 2.0 < float(problem.energy(wrong).mean())
 

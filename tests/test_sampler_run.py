@@ -15,13 +15,16 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import ENERGY_PROBLEMS
 from tiltflow.report.sampler import SamplerRecord, project, render_sampler
 from tiltflow.run.folder import RunFolder
-from tiltflow.sampling.job import SamplerConfig, assess_all, load_sampler, run_sampler
+from tiltflow.sampling.job import SamplerConfig, load_sampler, run_sampler
+from tiltflow.sampling.assess import assess_all
 from tiltflow.sampling.names import load_problem
-from tiltflow.sampling.sampler import DEFAULTS, Drawn, SamplerSettings
+from tiltflow.sampling.sampler import DEFAULTS
+from tiltflow.sampling.drawn import Drawn
+from tiltflow.sampling.settings import SamplerSettings
 from tiltflow.verdict.sampler import judge_sampler
 
 ENERGIES = str(Path(__file__).with_name("energies_by_name.py"))
-TINY = SamplerSettings(iterations=54, batch=32, updates=1, minibatch=32, steps=10, hidden=16, layers=2)
+TINY = SamplerSettings(rounds=54, batch=32, gradient_steps=1, minibatch=32, steps=10, hidden=16, layers=2)
 UNEQUAL = ENERGY_PROBLEMS["unequal2d"]()
 UNKNOWN = replace(UNEQUAL, sample=None, log_z=None, modes=None)
 
@@ -145,9 +148,9 @@ def test_what_a_run_leaves(finished):
     assert set(document) == {"command", "version", "seed", "device", "rows", "verdict"}
     assert json.loads((path / "metrics.json").read_text()) == document
     kinds = [row["kind"] for row in document["rows"]]
-    assert kinds[0] == "summary" and kinds.count("iteration") == TINY.iterations and "verdict" in kinds
+    assert kinds[0] == "summary" and kinds.count("iteration") == TINY.rounds and "verdict" in kinds
     summary = document["rows"][0]
-    assert summary["energy_calls"] == TINY.iterations and summary["energy_evaluations"] == TINY.iterations * TINY.batch
+    assert summary["energy_calls"] == TINY.rounds and summary["energy_evaluations"] == TINY.rounds * TINY.batch
     assert {"w2", "w2_floor", "w2_resampled", "energy_w2", "log_z_error", "log_z_forward", "ess"} <= set(summary)
     saved = load_file(path / "samples.safetensors")
     assert saved["x"].shape == (300, 2) and saved["energy"].shape == saved["log_weights"].shape == (300,)
@@ -195,7 +198,7 @@ def test_the_folder_is_refused(finished):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": replace(TINY, iterations=0)}, "iterations must be at least 1"),
+        ({"settings": replace(TINY, rounds=0)}, "rounds must be at least 1"),
         ({"settings": replace(TINY, method="magic")}, "unknown sampling method 'magic'"),
         ({"settings": replace(TINY, scale=-1.0)}, "scale is a length"),
         ({"settings": replace(TINY, finest=9.0)}, "finest < scale"),
@@ -289,7 +292,7 @@ def test_projection_sees_what_rotation_cannot_hide(generator):
 
 @pytest.mark.parametrize(("method", "expected"), [("pis", 2 * 3 * 8 * 4), ("idem", 3 * 8 * 4 + 3 * (8 + 16 + 16))])
 def test_every_row_through_the_network_counts(method, expected, monkeypatch):
-    settings = replace(TINY, method=method, iterations=3, batch=8, minibatch=20, buffer_rounds=2, updates=3, steps=4)
+    settings = replace(TINY, method=method, rounds=3, batch=8, minibatch=20, buffer_rounds=2, gradient_steps=3, steps=4)
     monkeypatch.setitem(DEFAULTS, "gaussian2d", settings)
     monkeypatch.setattr(bench_sampling, "COMPARED", 50)
     monkeypatch.setattr(bench_sampling, "SAMPLES", 100)
@@ -329,8 +332,8 @@ def test_minutes_become_rounds_by_processor_time(monkeypatch):
         pass
 
     def train(problem, settings, seed):
-        if settings.iterations != 4:
-            raise Planned(settings.iterations)
+        if settings.rounds != 4:
+            raise Planned(settings.rounds)
         return SimpleNamespace(history=[{"processor_seconds": s} for s in (9.0, 0.5, 0.5, 0.5)])
 
     monkeypatch.setattr(bench_sampling, "train_sampler", train)
@@ -342,7 +345,7 @@ def test_minutes_become_rounds_by_processor_time(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "method", "field", "value"),
-    [("gmm40", "idem", "updates", 20), ("gmm40", "weighted_adjoint_sampling", "updates", 100), ("lj13", "pis", "batch", 64)],
+    [("gmm40", "idem", "gradient_steps", 20), ("gmm40", "weighted_adjoint_sampling", "gradient_steps", 100), ("lj13", "pis", "batch", 64)],
 )
 def test_baselines_that_diverge_or_do_not_fit_are_treated_gently(monkeypatch, name, method, field, value):
     """Only they, and in the pilot too."""

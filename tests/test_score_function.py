@@ -16,8 +16,9 @@ from tiltflow.methods.ends import renoise
 from tiltflow.methods.reciprocal import linear_drift
 from tiltflow.methods.score_function import ReinforceAdjointMatching, advantage, score_function_adjoint
 from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem, quadratic2d
-from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.fit import fit
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 
 VARIANCE = 0.4
 REWARDS = {
@@ -205,7 +206,7 @@ def test_training_reaches_the_tilt_of_a_quadratic_reward_without_its_gradient(ad
         cost = RewardCost(lambda x: sign * problem.reward(x.detach()))  # no gradient
         method = ReinforceAdjointMatching(chain, cost, batch=512, steps=10, adjoint=adjoint)
         model = Gaussian([0.5], VARIANCE)
-        fit(method, State(tuned(problem, model), generator), FitSettings(80, 0.04, ema=0.95))
+        fit(method, State(tuned(problem, model), generator), Training(rounds=80, learning_rate=0.04, ema=0.95))
         return model.mean.item(), model.log_variance.exp().item()
 
     mean, variance = train(1.0, 40)

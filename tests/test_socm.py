@@ -20,8 +20,9 @@ from tiltflow.methods.socm import SOCM, LearnedMatrices, reparametrised, stein_t
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.control import DoubleWell, ExactControl, LinearQuadraticProblem, control_error
 from tiltflow.problems.tilt import LinearQuadratic, mixture2d
-from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.fit import fit
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 
 
 def problem():
@@ -166,7 +167,7 @@ def test_training_reaches_the_optimal_control(seed):
         method = SOCM(chain, cost, LearnedMatrices(2), batch=128)
         assert set(method.auxiliary) == {"matrices"}
         before = [p.detach().clone() for p in method.matrices.parameters()]
-        history = fit(method, State(control, generator), FitSettings(150, learning_rate=1e-2, ema=0.95))
+        history = fit(method, State(control, generator), Training(rounds=150, learning_rate=1e-2, ema=0.95))
         assert any(not torch.equal(a, b) for a, b in zip(before, method.matrices.parameters()))
         errors[sign] = control_error(chain, control, lq.control, 1_000, generator).optimal
         if sign > 0:

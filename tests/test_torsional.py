@@ -23,10 +23,11 @@ from tiltflow.molecules.templates import embed, templates
 from tiltflow.molecules.torsional import TorsionalSettings, torsion_chain, train_torsional
 from tiltflow.molecules.torsions import dihedrals, place, rotatable_torsions
 from tiltflow.nn.mlp import SystemMLP
-from tiltflow.sampling.sampler import draw
+from tiltflow.sampling.drawn import draw
 from tiltflow.train.buffer import Buffer
-from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.fit import fit
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 
 SMILES = ["CC(=O)Oc1ccccc1C(=O)O", "OCC(N)C(=O)NCc1ccccc1C", "C#CCOc1ccccc1", "F/C=C/C[C@H](O)CS"]
 
@@ -83,7 +84,7 @@ def worst_tv(angles, weights, grid, exact):
     return max(float(one.abs().sum()) / 2 for one in apart)
 
 
-QUICK = TorsionalSettings(iterations=16, updates=25, minibatch=256)
+QUICK = TorsionalSettings(rounds=16, gradient_steps=25, minibatch=256)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_templates_are_weighted_by_their_partition_functions():
     def energy_of(c, a):
         return lambda x: c - a * x[:, 0].cos()
 
-    settings = TorsionalSettings(iterations=15, updates=20, batch=128, minibatch=256, steps=15)
+    settings = TorsionalSettings(rounds=15, gradient_steps=20, batch=128, minibatch=256, steps=15)
     chain = torsion_chain(settings, 1, settings.steps)
     evaluators = [Evaluator(energy_of(*target)) for target in targets]
     samplers = [AdjointSampling(chain, EnergyCost(e, chain), settings.batch, "least_variance", 0.2) for e in evaluators]
@@ -129,7 +130,7 @@ def test_templates_are_weighted_by_their_partition_functions():
     control = DriftControl(StepVariance(SystemMLP(2, 1, 32, 2), settings.steps), settings.finest)
     state = State(control, torch.Generator().manual_seed(0))
     method = SeveralAdjointSampling(samplers, 2)
-    fit(method, state, FitSettings(15, 3e-3, ema=0.5, updates=20, minibatch=256), Buffer(1024))
+    fit(method, state, Training(rounds=15, learning_rate=3e-3, ema=0.5, gradient_steps=20, minibatch=256), Buffer(1024))
     for i, (c, a) in enumerate(targets):
         rows, other = (
             draw(chain, control, evaluators[i], 4000, state.generator, condition=partial(told, j)) for j in (i, 1 - i)
@@ -173,7 +174,7 @@ def test_targets_of_different_sizes_share_a_round():
 def test_generate_weights_at_another_temperature():
     """Trained at 600 K, weighted at 300 K: the mean energy is that of quadrature at 300 K, not at 600 K."""
     mol = molecule("OCc1ccccc1")
-    sampler = TorsionalSettings(iterations=12, updates=20, minibatch=256)
+    sampler = TorsionalSettings(rounds=12, gradient_steps=20, minibatch=256)
     settings = ConformerSettings(temperature=300.0, sampling_temperature=600.0, n=3000, templates=1, sampler=sampler)
     made = generate(mol, settings, seed=0)
     again = generate(mol, settings, seed=0)
@@ -222,7 +223,7 @@ class Softer:
 def test_another_energy_weights_the_same_samples():
     """Samples of MMFF94 at 600 K, rescored at 600 K with half of it, have the mean of quadrature at 1200 K."""
     mol = molecule("OCc1ccccc1")
-    sampler = TorsionalSettings(iterations=12, updates=20, minibatch=256)
+    sampler = TorsionalSettings(rounds=12, gradient_steps=20, minibatch=256)
     settings = ConformerSettings(temperature=600.0, n=3000, templates=1, sampler=sampler)
     made = generate(mol, settings, seed=0)
     again = rescored(made, open_energy("mmff94", mol), Softer(mol))
@@ -251,7 +252,7 @@ def test_shares_of_draws_do_not_change_the_weights():
     line = torch.linspace(-math.pi, math.pi, 361, dtype=torch.float64)[:-1, None]
     on_grid = torch.stack([energy.energy_and_forces(place(x, torsions, line))[0] for x in rigid])
     exact = torch.softmax(torch.logsumexp(-on_grid / (0.0019872043 * 300), 1), 0)
-    sampler = TorsionalSettings(iterations=8, updates=15, minibatch=256)
+    sampler = TorsionalSettings(rounds=8, gradient_steps=15, minibatch=256)
     made = generate(mol, ConformerSettings(n=2000, templates=2, sampler=sampler), seed=0)
     heavy = [a.GetIdx() for a in mol.mol.GetAtoms() if a.GetAtomicNum() > 1]
     sites = made.positions[:, heavy]

@@ -15,7 +15,8 @@ from tiltflow.core.simulate import sample
 from tiltflow.core.weights import normalised
 from tiltflow.methods.best_of_n import BestOfN
 from tiltflow.methods.guidance import GradientGuidance
-from tiltflow.methods.smc import PathSMC, feynman_kac, systematic, urge
+from tiltflow.methods.smc import PathSMC, feynman_kac, urge
+from tiltflow.core.weights import systematic
 from tiltflow.problems.tilt import GaussianMixture, LinearQuadratic, QuadraticReward, TiltProblem, mixture2d
 from tiltflow.train.method import smc
 

@@ -80,17 +80,18 @@ def cases(chain):
     }
 
 
-def train_twin(cost, iterations, generator, chain):
+def train_twin(cost, rounds, generator, chain):
     from tiltflow.core.control import tilted
     from tiltflow.methods.adjoint_matching import AdjointMatching
     from tiltflow.nn.mlp import MLP
-    from tiltflow.train.fit import FitSettings, fit
+    from tiltflow.train.fit import fit
     from tiltflow.train.method import State
+    from tiltflow.train.settings import Training
 
     torch.manual_seed(0)
     control = FineTuned(tilted(PROBLEM.process(), MLP(4, 2, 32, 2)))
     method = AdjointMatching(chain, cost, batch=128)
-    fit(method, State(control, generator), FitSettings(iterations, learning_rate=8e-3, ema=0.9))
+    fit(method, State(control, generator), Training(rounds=rounds, learning_rate=8e-3, ema=0.9))
     return control
 
 

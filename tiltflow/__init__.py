@@ -7,8 +7,12 @@ from tiltflow.core.interpolant import VP, Cosine, Follmer, Linear
 from tiltflow.core.ode import ode
 from tiltflow.core.process import Process
 from tiltflow.energies import EnergyProblem, Evaluator
-from tiltflow.sampling.sampler import SamplerSettings, TrainedSampler, train_sampler
-from tiltflow.tilting.finetune import FinetuneSettings, Tuned, finetune
+from tiltflow.sampling.settings import SamplerSettings
+from tiltflow.sampling.model import Sampler
+from tiltflow.sampling.train import train_sampler
+from tiltflow.tilting.settings import FinetuneSettings
+from tiltflow.tilting.model import TiltedModel
+from tiltflow.tilting.train import finetune
 from tiltflow.verdict.check_energy import check_energy
 from tiltflow.verdict.check_reward import check_reward
 

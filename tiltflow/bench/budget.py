@@ -16,8 +16,9 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process
 from tiltflow.methods.registry import Trained
 from tiltflow.train.buffer import Buffer
-from tiltflow.train.fit import FitSettings, History, fit
+from tiltflow.train.fit import History, fit
 from tiltflow.train.method import Method, State
+from tiltflow.train.settings import Training
 
 
 @dataclass
@@ -73,7 +74,7 @@ def fit_within(
     method: Method,
     preset: Trained,
     control: FineTuned,
-    settings: FitSettings,
+    settings: Training,
     generator: torch.Generator,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> History:
@@ -90,7 +91,7 @@ def fit_within(
     before = replace(counter)
     material = method.collect(pilot).material
     rows = len(next(iter(material.values())))
-    settings = replace(settings, updates=preset.updates, learning_rate=settings.learning_rate * preset.rate)
+    settings = replace(settings, gradient_steps=preset.gradient_steps, learning_rate=settings.learning_rate * preset.rate)
     if preset.rounds is None:
         settings, buffer = replace(settings, minibatch=None), Buffer()
     else:
@@ -98,8 +99,8 @@ def fit_within(
     collected = replace(counter)
     for batch in _full(material, preset, rows, settings.minibatch).batches(settings.minibatch, 1, pilot.generator):
         method.loss(pilot.control, batch, pilot.generator)
-    base = collected.base - before.base + settings.updates * (counter.base - collected.base)
-    reward = collected.reward - before.reward + settings.updates * (counter.reward - collected.reward)
+    base = collected.base - before.base + settings.gradient_steps * (counter.base - collected.base)
+    reward = collected.reward - before.reward + settings.gradient_steps * (counter.reward - collected.reward)
     if isinstance(budget, int):
         budget = Budget(budget * max(base, 1), budget * max(reward, 1))
     rounds = min(budget.base_evaluations // max(base, 1), budget.reward_calls // max(reward, 1))
@@ -110,7 +111,7 @@ def fit_within(
         )
     counter.base = counter.reward = 0
     state = State(control, generator)
-    return fit(method, state, replace(settings, iterations=rounds), buffer, callback=callback)
+    return fit(method, state, replace(settings, rounds=rounds), buffer, callback=callback)
 
 
 def _full(material: dict[str, Tensor], preset: Trained, rows: int, minibatch: int | None) -> Buffer:

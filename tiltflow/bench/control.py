@@ -29,8 +29,9 @@ from tiltflow.methods.socm import SOCM, LearnedMatrices
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.control import ControlProblem, control_error, double_well, linear_quadratic
 from tiltflow.train.buffer import Buffer
-from tiltflow.train.fit import FitSettings, fit
+from tiltflow.train.fit import fit
 from tiltflow.train.method import Method, State
+from tiltflow.train.settings import Training
 
 PROBLEMS: dict[str, Callable[[], ControlProblem]] = {
     "linear-quadratic": lambda: linear_quadratic(4),
@@ -53,7 +54,7 @@ class ControlSettings:
     """Steps of the chain, rounds, paths per round, Adam's rate, the network, and paths of the evaluation."""
 
     steps: int = 40
-    iterations: int = 300
+    rounds: int = 300
     batch: int = 128
     learning_rate: float = 5e-3
     hidden: int = 64
@@ -74,7 +75,7 @@ def bench_problem(problem: str, method: str, seed: int, settings: ControlSetting
     fit(
         METHODS[method](chain, exact.cost, settings.batch, dim),
         State(control, generator),
-        FitSettings(settings.iterations, learning_rate=settings.learning_rate),
+        Training(rounds=settings.rounds, learning_rate=settings.learning_rate),
         Buffer(),
     )
     seconds = time.perf_counter() - started
@@ -91,7 +92,7 @@ def bench_problem(problem: str, method: str, seed: int, settings: ControlSetting
             "objective": float(found.value),
             "objective_standard_error": float(found.error),
             "objective_exact": float(exact.value(chain.source(settings.paths, generator), 0.0).mean()),
-            "paths": settings.iterations * settings.batch,
+            "paths": settings.rounds * settings.batch,
             "seconds": seconds,
             "peak_memory_mb": peak_memory_mb(),
         }
@@ -101,7 +102,7 @@ def bench_problem(problem: str, method: str, seed: int, settings: ControlSetting
 def bench_control(
     methods: str,
     seed: int,
-    iterations: int | None = None,
+    rounds: int | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[Row]:
     """One row per problem and method; ``methods``: all, or names with commas.
@@ -113,6 +114,6 @@ def bench_control(
     for name in wanted:
         if name not in METHODS:
             raise TiltflowError(f"unknown method {name!r} here: use all, or some of {', '.join(METHODS)}.")
-    settings = ControlSettings() if iterations is None else ControlSettings(iterations=iterations)
+    settings = ControlSettings() if rounds is None else ControlSettings(rounds=rounds)
     jobs: list[Any] = [(problem, method, seed, settings) for problem in PROBLEMS for method in wanted]
     return run_apart(bench_problem, jobs, progress)

@@ -24,13 +24,13 @@ STEPS, SAMPLES, SHOWN = 60, 20_000, 1_500
 def memoryless_demo(
     out: Path,
     seed: int,
-    iterations: int,
+    rounds: int,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     overwrite: bool = False,
     command: str = "",
 ) -> dict[str, Any]:
     """Fine-tune `mixture2d` with three noise schedules; the document that metrics.json holds, beside memoryless.png."""
-    config = {"command": "demo memoryless", "seed": seed, "iterations": iterations}
+    config = {"command": "demo memoryless", "seed": seed, "rounds": rounds}
     with RunFolder(out, config, overwrite=overwrite) as folder:
         problem = mixture2d()
         schedules: dict[str, NoiseSchedule] = {
@@ -51,9 +51,9 @@ def memoryless_demo(
                 chain = euler_maruyama(problem.process(), uniform_grid(STEPS), schedule)
 
             def advance(row: dict[str, Any], name: str = name) -> None:
-                progress(name, row["iteration"] + 1, iterations)
+                progress(name, row["iteration"] + 1, rounds)
 
-            settings = TiltSettings(steps=STEPS, budget=iterations)
+            settings = TiltSettings(steps=STEPS, budget=rounds)
             method = "adjoint_matching" if chain.memoryless else "adjoint_matching_weighted"  # no end-point rows elsewhere
             control = FineTuned(train(problem, seed, settings, advance, chain, method))
             x = sample(chain, control, chain.source(SAMPLES, generator), generator).x

@@ -26,14 +26,15 @@ from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.weights import ess, evidence, log_mean_exp, normalised
 from tiltflow.methods.registry import FREE, METHODS, TRAINED
-from tiltflow.methods.smc import systematic
+from tiltflow.core.weights import systematic
 from tiltflow.metrics.distance import mean_w2, pairwise_mean
 from tiltflow.nn.lora import merge_low_rank
 from tiltflow.rewards.spec import RewardSpec
-from tiltflow.tilting.finetune import FinetuneSettings, trainable_copy, training_chain, tuned_process
-from tiltflow.tilting.job import draw
+from tiltflow.tilting.settings import FinetuneSettings
+from tiltflow.tilting.chain import trainable_copy, training_chain, tuned_process
+from tiltflow.tilting.draw import draw_paths
 from tiltflow.tilting.names import load_base, load_reward
-from tiltflow.train.fit import FitSettings
+from tiltflow.train.settings import Training
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def train(method: str, seed: int, settings: DigitsSettings, counter: Counter) ->
         preset.build(replace(chain, base=meter), cost, settings.batch, generator),
         preset,
         control,
-        FitSettings(1, learning_rate=settings.learning_rate, minibatch=settings.minibatch, warmup=5, ema=0.97),
+        Training(rounds=1, learning_rate=settings.learning_rate, minibatch=settings.minibatch, warmup=5, ema=0.97),
         generator,
     )
     merge_low_rank(net)
@@ -162,14 +163,14 @@ def bench_method(
 def bench_digits(
     methods: tuple[str, ...],
     seed: int,
-    iterations: int | None = None,
+    rounds: int | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     settings: DigitsSettings | None = None,
 ) -> list[Row]:
     """One row per method; the reference is drawn once."""
     settings = settings or DigitsSettings()
-    if iterations is not None:
-        settings = replace(settings, budget=iterations)
+    if rounds is not None:
+        settings = replace(settings, budget=rounds)
     generator = torch.Generator().manual_seed(20_000 + seed)
     base, reward = load_base("digits"), load_reward(settings.reward).reward
     chain = training_chain(base, FinetuneSettings(steps=settings.steps, noiseless_last=True), generator)

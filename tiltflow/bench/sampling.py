@@ -29,9 +29,13 @@ from tiltflow.core.cost import clip_rows
 from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import EnergyProblem, Evaluator
 from tiltflow.energies.mcmc import parallel_tempering
-from tiltflow.sampling.job import EVALUATION_SEED, assess_all, base_draws, default_settings
+from tiltflow.sampling.job import EVALUATION_SEED, base_draws, default_settings
+from tiltflow.sampling.assess import assess_all
 from tiltflow.sampling.names import load_problem
-from tiltflow.sampling.sampler import METHODS, ON_POLICY, Drawn, TrainedSampler, network, train_sampler
+from tiltflow.sampling.sampler import METHODS, ON_POLICY
+from tiltflow.sampling.drawn import Drawn
+from tiltflow.sampling.model import Sampler
+from tiltflow.sampling.train import network, train_sampler
 
 Row = dict[str, Any]
 TEMPERING = "parallel_tempering"
@@ -73,7 +77,7 @@ LADDERS = {
 }
 """Others: the default. The replicas grow with √d, so that neighbours overlap."""
 GENTLER: dict[tuple[str, str], dict[str, Any]] = {
-    ("gmm40", "idem"): {"updates": 20},
+    ("gmm40", "idem"): {"gradient_steps": 20},
     ("lj13", "pis"): {"batch": 64},
     ("lj13", "dds"): {"batch": 64},
 }
@@ -95,7 +99,7 @@ def bench_sampling(
     problems: tuple[str, ...],
     methods: tuple[str, ...],
     seed: int,
-    iterations: int | None = None,
+    rounds: int | None = None,
     minutes: float | None = None,
     reference: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -104,8 +108,8 @@ def bench_sampling(
 
     Args:
         problems: names, or module:function giving an EnergyProblem. methods: of :data:`NAMES`.
-        iterations: rounds of training (parallel tempering: kept moves) instead of the default.
-        minutes: instead of ``iterations``: as many rounds (moves) as fit this time on the threads in use, judged by the
+        rounds: rounds of training (parallel tempering: kept moves) instead of the default.
+        minutes: instead of ``rounds``: as many rounds (moves) as fit this time on the threads in use, judged by the
             processor time of a pilot of a few.
         reference: a NumPy file (N, *event) to compare with instead of the problem's own samples; one problem only.
 
@@ -114,28 +118,28 @@ def bench_sampling(
     """
     if reference is not None and len(problems) != 1:
         raise TiltflowError(f"--reference is for one --problem, got {len(problems)}.")
-    if iterations is not None and iterations < 1:
-        raise TiltflowError(f"--iterations must be at least 1, got {iterations}.")
+    if rounds is not None and rounds < 1:
+        raise TiltflowError(f"--rounds must be at least 1, got {rounds}.")
     for name in problems:
         _problem(name, reference)
-    if minutes is not None and (iterations is not None or not minutes > 0):
-        raise TiltflowError(f"give --iterations, or --minutes above 0, not both; got {iterations} and {minutes}.")
-    jobs = [(name, method, seed, iterations, minutes, reference) for name in problems for method in methods]
+    if minutes is not None and (rounds is not None or not minutes > 0):
+        raise TiltflowError(f"give --rounds, or --minutes above 0, not both; got {rounds} and {minutes}.")
+    jobs = [(name, method, seed, rounds, minutes, reference) for name in problems for method in methods]
     return run_apart(_bench_apart, jobs, progress)
 
 
 def _bench_apart(
-    name: str, method: str, seed: int, iterations: int | None, minutes: float | None, reference: Path | None, threads: int
+    name: str, method: str, seed: int, rounds: int | None, minutes: float | None, reference: Path | None, threads: int
 ) -> list[Row]:
     torch.set_num_threads(threads)
     try:
-        return [bench_one(_problem(name, reference), name, method, seed, iterations, minutes)]
+        return [bench_one(_problem(name, reference), name, method, seed, rounds, minutes)]
     except TiltflowError as error:  # a method that diverges is a result, and must not cost the others theirs
         return [dict.fromkeys(COLUMNS) | {"problem": name, "method": method, "seed": seed, "error": str(error)}]
 
 
 def bench_one(
-    problem: EnergyProblem, name: str, method: str, seed: int, iterations: int | None = None, minutes: float | None = None
+    problem: EnergyProblem, name: str, method: str, seed: int, rounds: int | None = None, minutes: float | None = None
 ) -> Row:
     """The row of one method on one problem."""
     row: Row = dict.fromkeys(COLUMNS) | {"problem": name, "method": method, "seed": seed}
@@ -146,15 +150,15 @@ def bench_one(
         plan = LADDERS.get(name, Tempering())
         if budget is not None:
             _, pilot = temper(problem, replace(plan, steps=PILOT, burn_in=0), seed, samples)
-            iterations = max(1, int(budget * PILOT / (1.5 * pilot["processor_seconds"])))
-        plan = plan if iterations is None else replace(plan, steps=iterations, burn_in=iterations // 2)
+            rounds = max(1, int(budget * PILOT / (1.5 * pilot["processor_seconds"])))
+        plan = plan if rounds is None else replace(plan, steps=rounds, burn_in=rounds // 2)
         drawn, spent = temper(problem, plan, seed, samples)
     else:
         settings = replace(default_settings(name), method=method, **GENTLER.get((name, method), {}))
         if budget is not None:
-            pilot_rounds = train_sampler(problem, replace(settings, iterations=4), seed=seed).history[1:]
-            iterations = max(1, int(budget / median(r["processor_seconds"] for r in pilot_rounds)))
-        settings = settings if iterations is None else replace(settings, iterations=iterations)
+            pilot_rounds = train_sampler(problem, replace(settings, rounds=4), seed=seed).history[1:]
+            rounds = max(1, int(budget / median(r["processor_seconds"] for r in pilot_rounds)))
+        settings = settings if rounds is None else replace(settings, rounds=rounds)
         with counted_rows(type(network(problem, settings)[0])) as through:
             started, busy = time.perf_counter(), time.process_time()
             trained = train_sampler(problem, settings, seed=seed)
@@ -163,8 +167,8 @@ def bench_one(
             "energy_calls": trained.energy.calls,
             "energy_evaluations": trained.energy.evaluations,
             "network_evaluations": through["rows"],
-            "gradient_steps": settings.iterations * (1 if method in ON_POLICY else settings.updates),
-            "iterations": settings.iterations,
+            "gradient_steps": settings.rounds * (1 if method in ON_POLICY else settings.gradient_steps),
+            "rounds": settings.rounds,
             "steps": settings.steps,
         }
         started = time.perf_counter()

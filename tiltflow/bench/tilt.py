@@ -35,11 +35,11 @@ from tiltflow.core.process import Process
 from tiltflow.core.simulate import Samples, sample
 from tiltflow.core.weights import ess, evidence
 from tiltflow.methods.registry import FREE, METHODS, TRAINED
-from tiltflow.methods.smc import systematic
+from tiltflow.core.weights import systematic
 from tiltflow.metrics.distance import mean_w2, total_variation
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import TILT_PROBLEMS, TiltProblem
-from tiltflow.train.fit import FitSettings
+from tiltflow.train.settings import Training
 from tiltflow.train.store import write_text
 
 Row = dict[str, Any]
@@ -108,8 +108,8 @@ def train(
         preset.build(chain, cost, settings.batch, generator),
         preset,
         control,
-        FitSettings(
-            1,
+        Training(
+            rounds=1,
             learning_rate=settings.learning_rate,
             minibatch=settings.minibatch,
             gradient_clip=float("inf"),  # rare large gradients carry the mode weights: clipping them would bias the tilt
@@ -250,7 +250,7 @@ def failed_row(method: str, seed: int, error: TiltflowError) -> Row:
 def bench_tilt(
     names: tuple[str, ...],
     seed: int,
-    iterations: int | None = None,
+    rounds: int | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     methods: tuple[str, ...] | None = None,
 ) -> list[Row]:
@@ -266,8 +266,8 @@ def bench_tilt(
         settings, jobs = TiltSettings(), [(n, "adjoint_matching") for n in names or tuple(TILT_PROBLEMS)]
     else:
         settings, jobs = COMPARISON, [(n, m) for n in names or ("mixture2d",) for m in methods]
-    if iterations is not None:
-        settings = replace(settings, budget=iterations)
+    if rounds is not None:
+        settings = replace(settings, budget=rounds)
     return run_apart(_bench_named, [(*job, seed, settings) for job in jobs], progress)
 
 

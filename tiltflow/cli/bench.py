@@ -26,7 +26,7 @@ def result_options(function: Any) -> Any:
 
 def bench_options(function: Any) -> Any:
     """Rounds of training, on top of :func:`result_options`."""
-    function = click.option("--iterations", type=int, help="Rounds of training (default: the protocol's).")(function)
+    function = click.option("--rounds", type=int, help="Rounds of training (default: the protocol's).")(function)
     return result_options(function)
 
 
@@ -51,52 +51,52 @@ def measure(
 @click.option("--problem", "problems", multiple=True, help="Only these (default: all; with --methods: mixture2d).")
 @click.option("--methods", help="all, or names with commas, at one budget (default: Adjoint Matching at its own).")
 @bench_options
-def tilt_command(problems: tuple[str, ...], methods: str | None, iterations: int | None, seed: int, **options: Any) -> None:
+def tilt_command(problems: tuple[str, ...], methods: str | None, rounds: int | None, seed: int, **options: Any) -> None:
     """Methods on the analytic problems, SDE and ODE sampling."""
     from tiltflow.bench.tilt import bench_tilt
     from tiltflow.methods.registry import chosen
 
     names = None if methods is None else chosen(methods, vectors=True)
     columns = "problem method sampler seed w2 w2_floor mode_tv mode_weight_error log_z_error ess chain_ess seconds"
-    measure(lambda bars: bench_tilt(problems, seed, iterations, bars, names), columns, seed=seed, **options)
+    measure(lambda bars: bench_tilt(problems, seed, rounds, bars, names), columns, seed=seed, **options)
 
 
 @bench.command("digits")
 @click.option("--methods", default="all", show_default=True, help="all, or names with commas.")
 @bench_options
-def digits_command(methods: str, iterations: int | None, seed: int, **options: Any) -> None:
+def digits_command(methods: str, rounds: int | None, seed: int, **options: Any) -> None:
     """Every method on the digits base, at one budget."""
     from tiltflow.bench.digits import bench_digits
     from tiltflow.methods.registry import chosen
 
     names = chosen(methods, vectors=False)
     columns = "method reward judge_thickness kl diversity w2 ess base_evaluations reward_calls seconds"
-    measure(lambda bars: bench_digits(names, seed, iterations, bars), columns, seed=seed, **options)
+    measure(lambda bars: bench_digits(names, seed, rounds, bars), columns, seed=seed, **options)
 
 
 @bench.command("control")
 @click.option("--methods", default="all", show_default=True, help="all, or names with commas.")
 @bench_options
-def control_command(methods: str, iterations: int | None, seed: int, **options: Any) -> None:
+def control_command(methods: str, rounds: int | None, seed: int, **options: Any) -> None:
     """Optimal-control methods on problems whose exact control is known."""
     from tiltflow.bench.control import bench_control
 
     columns = "problem method control_error control_error_own_paths objective objective_exact seconds"
-    measure(lambda bars: bench_control(methods, seed, iterations, bars), columns, seed=seed, **options)
+    measure(lambda bars: bench_control(methods, seed, rounds, bars), columns, seed=seed, **options)
 
 
 @bench.command("sampling")
 @click.option("--problem", "problems", multiple=True, required=True, help="gmm40, dw4, module:function, …; repeatable.")
 @click.option("--methods", default="all", show_default=True, help="all, or names with commas.")
 @click.option("--reference", type=click.Path(path_type=Path), help="FILE.npy of samples (N, *event) to compare with.")
-@click.option("--minutes", type=float, help="As many rounds as this time allows, instead of --iterations.")
+@click.option("--minutes", type=float, help="As many rounds as this time allows, instead of --rounds.")
 @bench_options
 def sampling_command(
     problems: tuple[str, ...],
     methods: str,
     reference: Path | None,
     minutes: float | None,
-    iterations: int | None,
+    rounds: int | None,
     seed: int,
     **options: Any,
 ) -> None:
@@ -106,7 +106,7 @@ def sampling_command(
     names = chosen_samplers(methods)
 
     def run(bars: Bars) -> list[dict[str, Any]]:
-        return bench_sampling(problems, names, seed, iterations, minutes, reference, bars)
+        return bench_sampling(problems, names, seed, rounds, minutes, reference, bars)
 
     measure(run, " ".join(COLUMNS), seed=seed, **options)
 

@@ -99,12 +99,12 @@ def conformers_command(
 @click.option("--energy", default="mmff94", show_default=True, help="Name of the energy; see docs/energies.md.")
 @click.option("--temperature", default="700K", show_default=True, help="Of training, in kelvin.")
 @click.option("--max-atoms", default=60, show_default=True, help="Most atoms of a molecule, with hydrogens.")
-@click.option("--iterations", type=click.IntRange(1), default=400, show_default=True, help="Rounds.")
+@click.option("--rounds", type=click.IntRange(1), default=400, show_default=True, help="Rounds.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run, exactly.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
 @common
 def train_conformers_command(
-    source: Path, out: Path, molecules: int, energy: str, temperature: str, max_atoms: int, iterations: int,
+    source: Path, out: Path, molecules: int, energy: str, temperature: str, max_atoms: int, rounds: int,
     resume: bool, overwrite: bool, seed: int, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Train one torsional sampler for many molecules; leave OUT/model.safetensors for `tiltflow conformers --model`.
@@ -121,7 +121,7 @@ def train_conformers_command(
 
     if check_device(device) != "cpu":
         raise TiltflowError(f"--device {device}: conformers are computed on the CPU; leave --device out.")
-    config = ConformerTraining(str(source), molecules, energy, parse_temperature(temperature), max_atoms, iterations, seed)
+    config = ConformerTraining(str(source), molecules, energy, parse_temperature(temperature), max_atoms, rounds, seed)
     chosen = config.choose()  # misuse is found before the folder is touched
     bars = Bars()
     with RunFolder(out, asdict(config), resume, overwrite) as folder:

@@ -33,19 +33,19 @@ from tiltflow.run.folder import RunFolder
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run, exactly.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
-@click.option("--iterations", default=80, show_default=True, help="Rounds of Adjoint Matching.")
+@click.option("--rounds", default=80, show_default=True, help="Rounds of Adjoint Matching.")
 @click.option("--batch", default=96, show_default=True, help="Paths per round.")
 @click.option("--steps", default=25, show_default=True, help="Simulation steps K.")
 @click.option("--learning-rate", default=2e-3, show_default=True)
 @click.option("--rank", default=32, show_default=True, help="Rank of the trained updates; 0 trains all weights.")
-@click.option("--updates", default=4, show_default=True, help="Gradient steps per round.")
+@click.option("--gradient-steps", default=4, show_default=True, help="Gradient steps per round.")
 @click.option("--buffer-rounds", default=8, show_default=True, help="Rounds of paths to train on.")
 @click.option("--importance/--no-importance", default=True, show_default=True,
               help="Weight paths by their path weights; not where the reward saturates.")  # fmt: skip
 @click.option("--last-steps", type=int, help="Regress on the last N steps only (default: on all) …")
 @click.option("--random-steps", default=0, help="… and on N others drawn each round.")
 @click.option("--clip", type=float, help="Per-term clip of the loss (the paper: 1.6 λ²).")
-@click.option("--max-reward-grad", type=float, help="Bound on the norm of λ∇r.")
+@click.option("--max-cost-gradient", type=float, help="Bound on the norm of λ∇r.")
 @click.option("--sigma", type=float, help="Constant noise instead of the memoryless one: biased, needs --allow-biased.")
 @click.option("--allow-biased", is_flag=True, help="Accept a schedule that is not memoryless.")
 @click.option("--chi", default=0.0, help="σ² = 2η + χ.")
@@ -58,7 +58,7 @@ def finetune_command(
     reference_samples: int, samples: int, seed: int, device: str, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Fine-tune a base towards a reward; leave a run folder with weights, samples, metrics, report and verdict."""
-    from tiltflow.tilting.finetune import FinetuneSettings
+    from tiltflow.tilting.settings import FinetuneSettings
     from tiltflow.tilting.job import RunConfig, run_finetune
 
     options["rank"] = options["rank"] or None
@@ -162,17 +162,17 @@ def demo() -> None:
 
 @demo.command("memoryless")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/memoryless"), show_default=True)
-@click.option("--iterations", default=250, show_default=True)
+@click.option("--rounds", default=250, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
 @common
-def memoryless_command(out: Path, iterations: int, overwrite: bool, seed: int, device: str, as_json: bool) -> None:
+def memoryless_command(out: Path, rounds: int, overwrite: bool, seed: int, device: str, as_json: bool) -> None:
     """The same 2-D problem fine-tuned with σ = 0.2, σ = 1 and the memoryless noise, beside the exact tilt."""
     if device != "cpu":
         raise TiltflowError("this demo is for the CPU; leave --device out.")
     from tiltflow.bench.demo import memoryless_demo
 
     bars = Bars()
-    result = memoryless_demo(out, seed, iterations, bars, overwrite, command_line())
+    result = memoryless_demo(out, seed, rounds, bars, overwrite, command_line())
     bars.close()
     text = table(result["rows"], ["noise", "residual_correlation", "mode_tv", "w2", "w2_floor"])
     finish(result, as_json, f"{text}\npicture: {out / 'memoryless.png'}")

@@ -27,7 +27,7 @@ PLACES = ("rollout", "control", "adjoint")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run, exactly.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
-@click.option("--iterations", default=100, show_default=True, help="Rounds of Adjoint Matching.")
+@click.option("--rounds", default=100, show_default=True, help="Rounds of Adjoint Matching.")
 @click.option("--batch", default=32, show_default=True, help="Paths per round.")
 @click.option("--per-prompt", default=4, show_default=True, help="Consecutive paths of one prompt.")
 @click.option("--micro-batch", help="Rows that a network sees at a time, or fit (measured); the result is the same.")
@@ -36,11 +36,11 @@ PLACES = ("rollout", "control", "adjoint")
 @click.option("--rank", default=16, show_default=True, help="Of the adapter.")
 @click.option("--all-weights", is_flag=True, help="Train all weights instead of an adapter, in a float32 copy.")
 @click.option("--learning-rate", default=1e-4, show_default=True)
-@click.option("--updates", default=1, show_default=True, help="Gradient steps per round.")
+@click.option("--gradient-steps", default=1, show_default=True, help="Gradient steps per round.")
 @click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance scale.")
 @click.option("--guidance-in", default=",".join(PLACES), show_default=True, help="Where guidance stands.")
 @click.option("--dropout", default=0.0, show_default=True, help="Share of paths without a prompt.")
-@click.option("--max-reward-grad", type=float, help="Bound on the norm of λ∇r.")
+@click.option("--max-cost-gradient", type=float, help="Bound on the norm of λ∇r.")
 @click.option("--samples", default=64, show_default=True, help="Samples to judge, before and after.")
 @click.option("--monitor", default=0, show_default=True, help="Rounds between looks at the judges; stops when one falls.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
@@ -48,9 +48,9 @@ PLACES = ("rollout", "control", "adjoint")
 @common
 def finetune_pipeline_command(
     pipeline: str, reward: str, judges: tuple[str, ...], prompts: Path, negative: str | None, strength: float, out: Path,
-    resume: bool, overwrite: bool, iterations: int, batch: int, per_prompt: int, micro_batch: str | None, offload: bool,
-    steps: int, rank: int, all_weights: bool, learning_rate: float, updates: int, guidance: float, guidance_in: str,
-    dropout: float, max_reward_grad: float | None, samples: int, monitor: int, dtype: str, seed: int, device: str,
+    resume: bool, overwrite: bool, rounds: int, batch: int, per_prompt: int, micro_batch: str | None, offload: bool,
+    steps: int, rank: int, all_weights: bool, learning_rate: float, gradient_steps: int, guidance: float, guidance_in: str,
+    dropout: float, max_cost_gradient: float | None, samples: int, monitor: int, dtype: str, seed: int, device: str,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Fine-tune a diffusers PIPELINE (a folder) towards a reward; OUT/adapter holds a LoRA for stock diffusers.
@@ -71,8 +71,8 @@ def finetune_pipeline_command(
         raise TiltflowError(f"--guidance-in {guidance_in}: {unknown[0]!r} is none of {', '.join(PLACES)}.")
     join()
     settings = PipelineSettings(
-        iterations=iterations, batch=batch, per_prompt=per_prompt, steps=steps, learning_rate=learning_rate,
-        rank=None if all_weights else rank, updates=updates, dropout=dropout, max_reward_grad=max_reward_grad,
+        rounds=rounds, batch=batch, per_prompt=per_prompt, steps=steps, learning_rate=learning_rate,
+        rank=None if all_weights else rank, gradient_steps=gradient_steps, dropout=dropout, max_cost_gradient=max_cost_gradient,
         guidance=Guidance(guidance, *(place in places for place in PLACES)), micro_batch=_micro_batch(micro_batch),
         offload=offload,
     )  # fmt: skip

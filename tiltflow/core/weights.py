@@ -62,3 +62,11 @@ def evidence(log_w: Tensor) -> Evidence:
     fraction = ess(log_w)
     error = math.sqrt(max(1 / fraction - 1, 0.0) / len(log_w))
     return Evidence(log_mean_exp(log_w), error, fraction, float(log_w.double().mean()))
+
+
+def systematic(log_w: Tensor, generator: torch.Generator, n: int | None = None) -> Tensor:
+    """Rows of n (None: N) draws ∝ w by systematic resampling: a row of weight w is drawn ⌊nw⌋ or ⌈nw⌉ times, in order."""
+    n = len(log_w) if n is None else n
+    start = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device).to(log_w.device)
+    points = (torch.arange(n, dtype=torch.float64, device=log_w.device) + start) / n
+    return torch.searchsorted(torch.softmax(log_w.double(), 0).cumsum(0), points).clamp_max(len(log_w) - 1)

@@ -13,12 +13,13 @@ from tiltflow.digits.nets import Labelled, ObservationAdapter
 from tiltflow.digits.weights import load_base, load_digits_base
 from tiltflow.rewards.spec import RewardSpec
 
+BASE = "digits"
 REWARDS = ("thickness", *(f"digit-{d}" for d in range(10)), "inpainting")
 
 
 def digits_base(name: str, label: int | None = None, guidance: float = 1.0) -> Process:
     """The shipped base ("digits") or a file of ``tiltflow pretrain``; with a class, guided to it."""
-    process = load_digits_base() if name == "digits" else load_base(Path(name))
+    process = load_digits_base() if name == BASE else load_base(Path(name))
     if label is None:
         return process
     assert isinstance(process.model, nn.Module)

@@ -14,8 +14,8 @@ from tiltflow.core.process import Process
 from tiltflow.digits.data import augment, load_digits
 from tiltflow.digits.nets import DigitNet
 from tiltflow.digits.weights import save_network
-from tiltflow.train.fit import FitSettings
 from tiltflow.train.flow_matching import FlowMatching, drop_labels, pretrain
+from tiltflow.train.settings import Training
 
 __all__ = ["pretrain_digits"]
 
@@ -53,8 +53,8 @@ def pretrain_digits(
         return augment(digits.images[index], generator), {"label": label}
 
     method = FlowMatching(process, draw, batch, floor=0.15, precision=torch.bfloat16)
-    settings = FitSettings(
-        iterations=steps,
+    settings = Training(
+        rounds=steps,
         learning_rate=learning_rate,
         betas=(0.9, 0.99),
         warmup=300,

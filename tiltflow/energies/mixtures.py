@@ -11,12 +11,13 @@ r"""Gaussian mixtures as energies: E(x) = −log Σ_i w_i N(x; m_i, s² I), so t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tiltflow.energies.problem import EnergyProblem, Modes
+from tiltflow.energies.tempering import Tempering
 from tiltflow.problems.tilt import GaussianMixture
 
 
@@ -44,7 +45,7 @@ class IsotropicMixture:
         return (self.means[i] + self.std * z).to(torch.get_default_dtype())
 
 
-def _mixture(name: str, energy: IsotropicMixture, scale: float) -> EnergyProblem:
+def _mixture(name: str, energy: IsotropicMixture, scale: float, top: float = 10.0, replicas: int = 8) -> EnergyProblem:
     dim = energy.means.shape[1]
     return EnergyProblem(
         name=name,
@@ -55,6 +56,7 @@ def _mixture(name: str, energy: IsotropicMixture, scale: float) -> EnergyProblem
         sample=energy.sample,
         log_z=0.0,
         modes=Modes(energy.means, energy.weights),
+        tempering=Tempering(top=top, replicas=replicas),
     )
 
 
@@ -62,24 +64,26 @@ def gmm9() -> EnergyProblem:
     """Nine modes on a grid, the rarest with 1/45 of the mass, the commonest with 9/45."""
     line = torch.tensor([-5.0, 0.0, 5.0], dtype=torch.float64)
     weights = torch.arange(1, 10, dtype=torch.float64) / 45
-    return _mixture("gmm9", IsotropicMixture(weights, torch.cartesian_prod(line, line), 0.5), scale=5.0)
+    return _mixture("gmm9", IsotropicMixture(weights, torch.cartesian_prod(line, line), 0.5), 5.0, 30.0, 6)
 
 
-def _gmm40(name: str, dim: int) -> EnergyProblem:
+def _gmm40(name: str, dim: int, top: float, replicas: int) -> EnergyProblem:
     uniform = torch.rand((40, dim), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     means = ((uniform - 0.5) * 2 * 40).double()
     std = math.log1p(math.e)
-    return _mixture(name, IsotropicMixture(torch.full((40,), 1 / 40, dtype=torch.float64), means, std), scale=30.0)
+    weights = torch.full((40,), 1 / 40, dtype=torch.float64)
+    return _mixture(name, IsotropicMixture(weights, means, std), 30.0, top, replicas)
 
 
 def gmm40() -> EnergyProblem:
     """Forty equal modes in 2-D. Two pairs are about one s apart; still every centre is the nearest of 1/40, to 7e-4."""
-    return _gmm40("gmm40", 2)
+    settings = {"rounds": 120, "batch": 1024, "minibatch": 1024, "steps": 40, "hidden": 128}
+    return replace(_gmm40("gmm40", 2, 200.0, 10), settings=settings)
 
 
 def gmm40_50d() -> EnergyProblem:
     """Forty equal modes in 50-D, all more than 120 standard deviations apart."""
-    return _gmm40("gmm40-50d", 50)
+    return _gmm40("gmm40-50d", 50, 1000.0, 40)
 
 
 def unequal2d() -> EnergyProblem:

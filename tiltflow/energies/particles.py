@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tiltflow.core.geometry import Centred
 from tiltflow.energies.problem import EnergyProblem
+from tiltflow.energies.tempering import Tempering
 from tiltflow.energies.reference import load_reference
 
 
@@ -76,10 +78,14 @@ def dw4() -> EnergyProblem:
         scale=2.0,
         finest=0.025,
         reference=partial(load_reference, "dw4"),
-    )
+        settings={
+            "rounds": 400, "minibatch": 256, "buffer_rounds": 20, "steps": 60, "draw_steps": 400, "sigma_min": 0.1,
+            "learning_rate": 2e-3,
+        },
+    )  # fmt: skip
 
 
-def _lennard_jones(particles: int, scale: float) -> EnergyProblem:
+def _lennard_jones(particles: int, scale: float, replicas: int, settings: dict[str, Any]) -> EnergyProblem:
     name = f"lj{particles}"
     return EnergyProblem(
         name=name,
@@ -89,14 +95,18 @@ def _lennard_jones(particles: int, scale: float) -> EnergyProblem:
         scale=scale,
         finest=0.01,
         reference=partial(load_reference, name),
+        tempering=Tempering(replicas=replicas),
+        settings={"sigma_min": 0.03, "learning_rate": 2e-3, "minimum_ess": 0.2, **settings},
     )
 
 
 def lj13() -> EnergyProblem:
     """Thirteen particles, an icosahedron when cold; 10,000 reference samples."""
-    return _lennard_jones(13, 1.0)
+    settings = {"rounds": 140, "gradient_steps": 75, "minibatch": 256, "buffer_rounds": 20}
+    return _lennard_jones(13, 1.0, 14, settings | {"steps": 60, "draw_steps": 400, "layers": 4})
 
 
 def lj55() -> EnergyProblem:
     """Fifty-five particles, two icosahedral shells when cold."""
-    return _lennard_jones(55, 1.5)
+    settings = {"rounds": 100, "batch": 64, "gradient_steps": 60, "minibatch": 32, "buffer_rounds": 30}
+    return _lennard_jones(55, 1.5, 28, settings | {"steps": 40, "draw_steps": 100})

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tiltflow.core.geometry import Euclidean, Geometry
+from tiltflow.energies.tempering import Tempering
 
 
 class Modes(NamedTuple):
@@ -35,6 +36,8 @@ class EnergyProblem:
         reference: → stored samples (N, *event), wrapped by the geometry, float32. Raises TiltflowError if they are missing.
         log_z: log ∫ e^{−E}, where it is known.
         modes: where mode weights are known.
+        settings: of a sampler's settings those that suit it and are not the defaults; chosen on seed 0.
+        tempering: a plan of parallel tempering that reaches all of it.
     """
 
     name: str
@@ -48,3 +51,5 @@ class EnergyProblem:
     reference: Callable[[], Tensor] | None = None
     log_z: float | None = None
     modes: Modes | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tempering: Tempering = field(default_factory=Tempering)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.energies.problem import EnergyProblem
+from tiltflow.energies.tempering import Tempering
 
 PAIRS, FUNNEL_DIMENSION, FUNNEL_STD = 16, 10, 3.0
 RADII, RING_STD = (1.0, 3.0, 5.0), 0.2
@@ -85,6 +86,7 @@ def many_well() -> EnergyProblem:
         finest=0.02,
         sample=sample,
         log_z=log_z,
+        tempering=Tempering(replicas=12),
     )
 
 
@@ -143,4 +145,5 @@ def ring() -> EnergyProblem:
         finest=0.02,
         sample=sample,
         log_z=radius.log_z + math.log(2 * math.pi),
+        tempering=Tempering(top=30.0),
     )

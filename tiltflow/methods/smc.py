@@ -26,6 +26,7 @@ from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import event_sum
+from tiltflow.core.weights import systematic
 from tiltflow.core.weights import ess, log_mean_exp
 from tiltflow.methods.guidance import look_ahead
 from tiltflow.train.method import Sampler, Weighted
@@ -36,14 +37,6 @@ Potential = Callable[..., Tensor]
 def log_ratio(u: Tensor, noise: Tensor) -> Tensor:
     """log N(x; mean_base, s²) − log N(x; mean_base + s u, s²) at x = mean_base + s (u + noise), (B,)."""
     return -event_sum(u * (0.5 * u + noise)).double()
-
-
-def systematic(log_w: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows (n,) in which row i appears ⌊n w_i⌋ or ⌈n w_i⌉ times, n w_i on average (one uniform draw)."""
-    n = len(log_w)
-    start = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device).to(log_w.device)
-    points = (torch.arange(n, dtype=torch.float64, device=log_w.device) + start) / n
-    return torch.searchsorted(torch.softmax(log_w, 0).cumsum(0), points).clamp_max(n - 1)
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,11 @@ from tiltflow.molecules.systems import systems
 from tiltflow.molecules.templates import templates
 from tiltflow.molecules.torsional import TorsionalSampler, TorsionalSettings, target, torsion_energies
 from tiltflow.molecules.torsions import Torsions, rotatable_torsions
-from tiltflow.sampling.sampler import noise_left
+from tiltflow.sampling.train import noise_left
 from tiltflow.train.buffer import Buffer
-from tiltflow.train.fit import FitSettings, History, fit
+from tiltflow.train.fit import History, fit
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 from tiltflow.train.store import load_weights, save_weights
 
 SHIPPED = Path(str(files("tiltflow.molecules") / "assets" / "torsions-spice.safetensors"))
@@ -62,7 +63,7 @@ class AmortisedSettings:
     visited: int = 8
     sampler: TorsionalSettings = field(
         default_factory=lambda: TorsionalSettings(
-            iterations=400, batch=64, updates=20, buffer_rounds=30, steps=12, learning_rate=2e-3, minimum_ess=0.2
+            rounds=400, batch=64, gradient_steps=20, buffer_rounds=30, steps=12, learning_rate=2e-3, minimum_ess=0.2
         )
     )
 
@@ -135,11 +136,11 @@ def train_amortised(
     """Train on all templates of all molecules; the last three as in :func:`~tiltflow.train.fit.fit`.
 
     Raises:
-        TiltflowError: ``iterations`` is None, divergence, an energy that is not finite on most draws.
+        TiltflowError: ``rounds`` is None, divergence, an energy that is not finite on most draws.
     """
     s = settings.sampler
-    if s.iterations is None:
-        raise TiltflowError("an amortised sampler needs a number of iterations: TorsionalSettings(iterations=…).")
+    if s.rounds is None:
+        raise TiltflowError("an amortised sampler needs a number of rounds: TorsionalSettings(rounds=…).")
     samplers = []
     for one in prepared:
         _, evaluators = torsion_energies(one.energy, settings.temperature, one.templates, one.torsions)
@@ -149,8 +150,8 @@ def train_amortised(
         torch.manual_seed(seed)
         control = _control(TorsionNet(table, s.hidden, s.layers, noise=_noise(s)), s)
     method = SeveralAdjointSampling(samplers, min(settings.visited, len(samplers)))
-    fit_settings = FitSettings(
-        s.iterations, s.learning_rate, ema=0.95, updates=s.updates, minibatch=s.minibatch, checkpoint_every=10
+    fit_settings = Training(
+        rounds=s.rounds, learning_rate=s.learning_rate, ema=0.95, gradient_steps=s.gradient_steps, minibatch=s.minibatch, checkpoint_every=10
     )
     buffer = Buffer(s.buffer_rounds * s.batch * method.visited)
     state = State(control, torch.Generator().manual_seed(seed))

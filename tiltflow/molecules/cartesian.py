@@ -33,10 +33,12 @@ from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.nn.molecule import MoleculeNet
 from tiltflow.molecules.regular import Regulariser, regulariser
 from tiltflow.molecules.templates import embed
-from tiltflow.sampling.sampler import Drawn, draw, noise_left
+from tiltflow.sampling.drawn import Drawn, draw
+from tiltflow.sampling.train import noise_left
 from tiltflow.train.buffer import Buffer
-from tiltflow.train.fit import FitSettings, History, fit
+from tiltflow.train.fit import History, fit
 from tiltflow.train.method import Method, State
+from tiltflow.train.settings import Training
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class CartesianSettings:
         pretrain, pretrain_rounds: conformers of RDKit for bridge matching (0: none), and rounds of it.
         rounds: of the adjoint target. bounds: on ‖∇(E/kT + U)‖ of an atom, per Å, at their beginning and end.
         fine_rounds, fine_rate: rounds with the target of least variance, and their share of the learning rate.
-        batch: end points per round. updates, minibatch: gradient steps per round, and their rows.
+        batch: end points per round. gradient_steps, minibatch: gradient steps per round, and their rows.
         kept: rounds in the buffer.
         steps, draw_steps: simulation steps K in training, and of finished samples.
         scale, finest: σ_max and σ_min of the geometric noise. hidden, layers: of the network.
@@ -63,7 +65,7 @@ class CartesianSettings:
     fine_rounds: int = 0
     fine_rate: float = 0.5
     batch: int = 64
-    updates: int = 40
+    gradient_steps: int = 40
     minibatch: int = 32
     kept: int = 6
     steps: int = 20
@@ -185,6 +187,6 @@ def train_cartesian(
     ]
     history: History = []
     for stage, rounds, rate, kept in stages:
-        how = FitSettings(rounds, rate, ema=0.9, updates=s.updates, minibatch=s.minibatch)
+        how = Training(rounds=rounds, learning_rate=rate, ema=0.9, gradient_steps=s.gradient_steps, minibatch=s.minibatch)
         history += fit(stage, State(control, generator), how, Buffer(kept * s.batch), callback=callback)
     return CartesianSampler(s, zero, cartesian_chain(s, regular, atoms, s.draw_steps), control, evaluator, history)

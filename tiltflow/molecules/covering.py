@@ -57,7 +57,7 @@ def covering(
     Raises:
         UnsupportedMolecule: MMFF94 does not take it. TiltflowError: no geometry, a model that does not fit.
     """
-    sampler = TorsionalSettings(iterations=ROUNDS, batch=BATCH, draw_steps=STEPS if model is None else STEPS_OF_MODEL)
+    sampler = TorsionalSettings(rounds=ROUNDS, batch=BATCH, draw_steps=STEPS if model is None else STEPS_OF_MODEL)
     settings = ConformerSettings(
         temperature=HOT, n=n + EXTRA, templates=8, conjugated=True, sampler=sampler, model=model
     )

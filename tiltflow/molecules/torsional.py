@@ -29,10 +29,11 @@ from tiltflow.methods.several import SeveralAdjointSampling
 from tiltflow.molecules.energies import MolecularEnergy, Reduced
 from tiltflow.molecules.torsions import Torsions, place
 from tiltflow.nn.mlp import SystemMLP
-from tiltflow.sampling.sampler import Drawn, draw
+from tiltflow.sampling.drawn import Drawn, draw
 from tiltflow.train.buffer import Buffer
-from tiltflow.train.fit import FitSettings, History, fit
+from tiltflow.train.fit import History, fit
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,16 @@ class TorsionalSettings:
     """How to train a torsional sampler; angles in radians.
 
     Args:
-        iterations: rounds (None: 20 + 10 D). batch: end points per template and round.
-        updates, minibatch: gradient steps per round, and their rows.
+        rounds: rounds (None: 20 + 10 D). batch: end points per template and round.
+        gradient_steps, minibatch: gradient steps per round, and their rows.
         buffer_rounds: rounds kept. steps, draw_steps: simulation steps K in training, and of finished samples.
         scale, finest: σ_max and σ_min of the geometric noise. hidden, layers: of the network.
         max_grad_norm: bound on ‖∇E/kT‖. minimum_ess: path weights are tempered to this ESS fraction.
     """
 
-    iterations: int | None = None
+    rounds: int | None = None
     batch: int = 256
-    updates: int = 60
+    gradient_steps: int = 60
     minibatch: int = 256
     buffer_rounds: int = 10
     steps: int = 25
@@ -64,7 +65,7 @@ class TorsionalSettings:
 
     def rounds(self, dim: int) -> int:
         """Rounds for D torsions."""
-        return 20 + 10 * dim if self.iterations is None else self.iterations
+        return 20 + 10 * dim if self.rounds is None else self.rounds
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def train_torsional(
         torch.manual_seed(seed)
         control = DriftControl(StepVariance(SystemMLP(len(templates), dim, s.hidden, s.layers), s.steps), s.finest)
     method = SeveralAdjointSampling(samplers, len(samplers))
-    fit_settings = FitSettings(s.rounds(dim), s.learning_rate, ema=0.9, updates=s.updates, minibatch=s.minibatch)
+    fit_settings = Training(rounds=s.rounds(dim), learning_rate=s.learning_rate, ema=0.9, gradient_steps=s.gradient_steps, minibatch=s.minibatch)
     buffer = Buffer(s.buffer_rounds * s.batch * len(samplers))
     state = State(control, torch.Generator().manual_seed(seed))
     history = fit(method, state, fit_settings, buffer, callback=callback)

@@ -32,13 +32,13 @@ class ConformerTraining:
     energy: str
     temperature: float
     max_atoms: int
-    iterations: int
+    rounds: int
     seed: int
 
     def settings(self) -> AmortisedSettings:
         """Of the training."""
         defaults = AmortisedSettings(energy=self.energy, temperature=self.temperature)
-        return replace(defaults, sampler=replace(defaults.sampler, iterations=self.iterations))
+        return replace(defaults, sampler=replace(defaults.sampler, rounds=self.rounds))
 
     def choose(self) -> list[Molecule]:
         """``molecules`` good ones of the source, in random order by the seed; what read_molecules refuses is passed over.
@@ -71,7 +71,7 @@ def run_training(
 
     def report(row: dict[str, Any]) -> None:
         said = f"energy {row['energy']:.1f} kT, ESS {row['ess']:.3f}"
-        progress("training", row["iteration"] + 1, config.iterations, said)
+        progress("training", row["iteration"] + 1, config.rounds, said)
 
     resume = folder.checkpoint.is_file()
     model = train_amortised(prepared, settings, config.seed, folder.checkpoint, resume, report)

@@ -30,8 +30,9 @@ from tiltflow.pipelines.prompts import DrawnConditions
 from tiltflow.rewards.combine import Score
 from tiltflow.train.buffer import Buffer
 from tiltflow.train.distributed import world
-from tiltflow.train.fit import FitSettings, History, fit
+from tiltflow.train.fit import History, fit
 from tiltflow.train.method import State
+from tiltflow.train.settings import Training
 from tiltflow.verdict.check_reward import RewardReport, check_reward
 from tiltflow.verdict.paired import Judged
 
@@ -46,28 +47,28 @@ class PipelineSettings:
     """Settings of :func:`finetune_pipeline`.
 
     Args:
-        iterations, batch: rounds, and paths per round. per_prompt: consecutive paths of one prompt.
+        rounds, batch: rounds, and paths per round. per_prompt: consecutive paths of one prompt.
         steps: of the scheduler. rank, targets: of the adapter; rank None trains all weights, beside a frozen copy.
-        learning_rate: Adam's. updates, minibatch: gradient steps per round, and rows of each (None: all).
+        learning_rate: Adam's. gradient_steps, minibatch: gradient steps per round, and rows of each (None: all).
         buffer_rounds: rounds whose rows are drawn from.
         last_steps, random_steps: steps regressed on (None: of 20 steps or more a quarter and a quarter, as in the paper).
         guidance: classifier-free, and where it stands. dropout: share of paths without a prompt.
         importance: weight paths by their tempered path weights.
-        clip: per-term bound of the loss, in units of λ² (paper: 1.6; None: none). max_reward_grad: bound on ‖λ∇r‖.
+        clip: per-term bound of the loss, in units of λ² (paper: 1.6; None: none). max_cost_gradient: bound on ‖λ∇r‖.
         micro_batch: rows that a network sees at a time (:class:`~tiltflow.pipelines.chain.PipelineChain`). "fit": as
             many as memory has room for, after one row was run and measured.
         offload: keep paths, adjoints and the rows made of them in the host's memory: 4 latents a step and path.
-        ema, gradient_clip, checkpoint_every: see :class:`tiltflow.train.fit.FitSettings`.
+        ema, gradient_clip, checkpoint_every: see :class:`tiltflow.train.settings.Training`.
     """
 
-    iterations: int = 100
+    rounds: int = 100
     batch: int = 32
     per_prompt: int = 4
     steps: int = 40
     rank: int | None = 16
     targets: tuple[str, ...] = TARGETS
     learning_rate: float = 1e-4
-    updates: int = 1
+    gradient_steps: int = 1
     minibatch: int | None = None
     buffer_rounds: int = 1
     last_steps: int | None = None
@@ -76,7 +77,7 @@ class PipelineSettings:
     dropout: float = 0.0
     importance: bool = False
     clip: float | None = 1.6
-    max_reward_grad: float | None = None
+    max_cost_gradient: float | None = None
     micro_batch: int | Literal["fit"] | None = None
     offload: bool = False
     ema: float = 0.97
@@ -174,7 +175,7 @@ def _train(
     chain = pipeline_chain(pipe, rows, s.steps, w.scale if w.adjoint else 1.0, micro)
     control = Adapted(network, w.scale if w.control else 1.0, relative=w.control != w.adjoint)
     rollout = Adapted(network, w.scale if w.rollout else 1.0)
-    cost = RewardCost(DecodedReward(chain, reward, texts), strength, s.max_reward_grad)
+    cost = RewardCost(DecodedReward(chain, reward, texts), strength, s.max_cost_gradient)
     draw = DrawnConditions(len(texts) - 1, s.per_prompt, {"prompt": s.dropout})
     cost.grad(chain.source(2, generator), **draw(2, generator))  # fail before the work starts
     if s.micro_batch == "fit":
@@ -196,11 +197,11 @@ def _train(
         keep=torch.device("cpu") if s.offload else None,
     )
     per_round = s.batch * (int((chain.std > 0).sum()) if last is None else last + random)
-    training = FitSettings(
-        s.iterations,
+    training = Training(
+        rounds=s.rounds,
         learning_rate=s.learning_rate,
         warmup=5,
-        updates=s.updates,
+        gradient_steps=s.gradient_steps,
         minibatch=s.minibatch,
         accumulate=micro or s.batch,  # of K steps' rows: memory must not grow with K
         gradient_clip=s.gradient_clip,

@@ -28,7 +28,8 @@ from tiltflow.run.names import import_function
 from tiltflow.train.distributed import world
 from tiltflow.train.store import write_bytes, write_text
 from tiltflow.verdict.line import SIGMAS, Line, overall
-from tiltflow.verdict.paired import REWARD, Judged, against_base
+from tiltflow.verdict.line import REWARD
+from tiltflow.verdict.paired import Judged, against_base
 
 Progress = Callable[[str, int, int], None]
 ADAPTER, PIPELINE, CARD = "adapter", "pipeline", "README.md"
@@ -191,7 +192,7 @@ def _train(
     watch = Watch(config, {name: score for name, score in scores.items() if name != REWARD})
 
     def advance(row: dict[str, Any], tuned: TunedPipeline) -> bool:
-        progress("fine-tuning", row["iteration"] + 1, config.settings.iterations)
+        progress("fine-tuning", row["iteration"] + 1, config.settings.rounds)
         return watch(tuned, row)
 
     tuned = finetune_pipeline(

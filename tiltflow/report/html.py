@@ -168,7 +168,7 @@ def inlined(figures: Sequence[tuple[str, str, bytes]]) -> list[dict[str, str]]:
 
 
 def _series(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
-    """(iterations, values) of the rows that have ``key``; rows without "iteration" are counted from 0."""
+    """(rounds, values) of the rows that have ``key``; rows without "iteration" are counted from 0."""
     rows = [(index, row) for index, row in enumerate(history) if row.get(key) is not None]
     return [float(row.get("iteration", index)) for index, row in rows], [float(row[key]) for _, row in rows]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -13,10 +14,17 @@ from tiltflow._version import __version__
 from tiltflow.core.errors import TiltflowError
 from tiltflow.train.store import write_text
 
+FORMAT = 1
+"""Of run folders; config.json says which."""
+CONFIG, METRICS = "config.json", "metrics.json"
 CHECKPOINT = "checkpoint.safetensors"
 LOCK = ".tiltflow.lock"
 SUFFIXES = {".json", ".safetensors", ".html", ".png", ".csv", ".sdf", ".wav", ".md", ".part", ".lock"}
 """Of the files that a run leaves; ``overwrite`` removes no others."""
+LOGS = "log"
+"""Folder of a logger's files, whatever they are called."""
+MORE = "rounds"
+"""The one setting that may grow when a run is resumed."""
 
 
 class RunFolder:
@@ -37,7 +45,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise TiltflowError(f"{self.path} is a file; give a folder for the run.")
         ours = (self.path / LOCK).is_file()  # a config.json alone may be anybody's
-        others = [p for p in self.path.rglob("*") if p.is_file() and not (ours and p.suffix in SUFFIXES)]
+        others = [p for p in self.path.rglob("*") if p.is_file() and not (ours and _left_by_a_run(p.relative_to(self.path)))]
         if others and not (ours and self.resume):
             named = ", ".join(sorted(str(p.relative_to(self.path)) for p in others)[:3])
             raise TiltflowError(f"{self.path} holds files that are not a run's ({named}); give a new folder.")
@@ -62,14 +70,12 @@ class RunFolder:
         config = self.path / "config.json"
         wanted = json.loads(json.dumps(finite(self.config)))
         if self.resume:
-            try:
-                saved = json.loads(config.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise TiltflowError(f"{config} is damaged: {error}.") from error
-            differing = sorted(k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k))
+            saved = read_json(config)
+            differing = sorted(_differing(saved, wanted))
             if differing:
-                was = ", ".join(f"{k}: {saved.get(k)!r} then, {wanted.get(k)!r} now" for k in differing)
+                was = ", ".join(f"{k}: {a!r} then, {b!r} now" for k, a, b in differing)
                 raise TiltflowError(f"cannot resume {self.path} with other settings ({was}). Give the original ones.")
+            self.write_json(CONFIG, self.config)
             return
         if config.is_file() and not self.overwrite:
             raise TiltflowError(
@@ -90,9 +96,50 @@ class RunFolder:
         """Where training state is kept."""
         return self.path / CHECKPOINT
 
+    def rounds(self) -> list[dict[str, Any]]:
+        """The rounds of training that metrics.json holds so far."""
+        path = self.path / METRICS
+        rows = read_json(path)["rows"] if path.is_file() else []
+        return [{k: v for k, v in row.items() if k != "kind"} for row in rows if row.get("kind") == "iteration"]
+
     def write_json(self, name: str, document: Any) -> None:
         """Write a JSON file into the folder, atomically; NaN and infinities become null."""
         write_text(self.path / name, json.dumps(finite(document), indent=1) + "\n")
+
+
+def _left_by_a_run(path: Path) -> bool:
+    return path.parts[0] == LOGS or path.suffix in SUFFIXES
+
+
+def _differing(saved: dict[str, Any], wanted: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The fields that differ, (name, then, now); a number of rounds that grew does not."""
+    for key in saved.keys() | wanted.keys():
+        then, now = saved.get(key), wanted.get(key)
+        if isinstance(then, dict) and isinstance(now, dict):
+            yield from _differing(then, now, f"{where}{key}.")
+        elif then != now and not (key == MORE and isinstance(then, int) and isinstance(now, int) and then < now):
+            yield f"{where}{key}", then, now
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises TiltflowError if there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TiltflowError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(found, dict):
+        raise TiltflowError(f"{path} holds no JSON object.")
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a run folder. Raises TiltflowError if it is none, or of another format."""
+    if not (folder / CONFIG).is_file():
+        raise TiltflowError(f"{folder} is not a run folder: it has no {CONFIG}.")
+    config = read_json(folder / CONFIG)
+    if not isinstance(config.get("job"), str) or config.get("format") != FORMAT:
+        raise TiltflowError(f"{folder / CONFIG} is not that of a run of this tiltflow: it names no job of format {FORMAT}.")
+    return config
 
 
 def document(command: str, seed: Any, device: str, rows: list[dict[str, Any]], verdict: Any) -> dict[str, Any]:

@@ -6,21 +6,22 @@ The floor of a distance is the same statistic between two independent reference 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tiltflow.core.brownian import BrownianChain
+from tiltflow.core.brownian import BrownianChain, NoiseChain
+from tiltflow.core.control import DriftControl
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.geometry import Centred
+from tiltflow.core.geometry import Centred, Torus
 from tiltflow.core.value import reversed_log_ratio
 from tiltflow.core.weights import ess, evidence
-from tiltflow.energies import EnergyProblem
+from tiltflow.energies import EnergyProblem, virial
 from tiltflow.metrics.distance import total_variation, w2
 from tiltflow.metrics.particles import distance_wasserstein, particle_w2
 from tiltflow.metrics.sampling import energy_w2, mode_weights
-from tiltflow.sampling.sampler import Drawn, TrainedSampler
+from tiltflow.sampling.drawn import Drawn
 
 PARTICLE_POINTS, PARTICLE_EXACT = 500, 4
 
@@ -83,13 +84,15 @@ def assess(
     return row
 
 
-def from_both_sides(trained: TrainedSampler, reference: Tensor, generator: torch.Generator) -> dict[str, float]:
+def from_both_sides(
+    problem: EnergyProblem, chain: NoiseChain, control: DriftControl, reference: Tensor, generator: torch.Generator
+) -> dict[str, float]:
     """What paths drawn backwards from reference samples add: log Z with its standard error, EUBO, forward ESS."""
-    if not isinstance(trained.chain, BrownianChain) or trained.chain.initial is not None:
+    if not isinstance(chain, BrownianChain) or chain.initial is not None:
         return {}
     x1 = reference[:2_000]
-    base = trained.chain.geometry.log_normal(x1, trained.chain.end_variance)
-    log_w = reversed_log_ratio(trained.chain, trained.control, x1, generator) - trained.problem.energy(x1) - base
+    base = chain.geometry.log_normal(x1, chain.end_variance)
+    log_w = reversed_log_ratio(chain, control, x1, generator) - problem.energy(x1) - base
     fraction = ess(-log_w)
     return {
         "log_z_forward": -evidence(-log_w).log_z,
@@ -107,3 +110,39 @@ def polished(
         return {}
     pick = torch.multinomial(torch.softmax(drawn.log_weights.double(), 0), n, replacement=True, generator=generator)
     return distances(problem, drawn.x[pick], reference[:n], "_resampled")
+
+
+class Assessed(NamedTuple):
+    """The row of numbers, and the reference samples they were compared with (None: there are none)."""
+
+    row: dict[str, Any]
+    reference: Tensor | None
+
+
+def assess_all(
+    problem: EnergyProblem,
+    drawn: Drawn,
+    chain: NoiseChain | None,
+    control: DriftControl | None,
+    generator: torch.Generator,
+    compared: int,
+) -> Assessed:
+    """All that can be said of drawn samples: distances, path weights from both sides, and without a reference the virial.
+
+    ``compared`` is lowered to what the samples and the reference suffice for; without chain and control there are no paths.
+    Raises what the problem's reference raises.
+    """
+    n = min(compared, len(drawn.x))
+    reference = reference_samples(problem, 2 * n, generator)
+    if reference is not None:
+        reference = reference.to(drawn.x)
+        n = min(n, len(reference) // 2)
+    row = {"compared": n if reference is not None else 0} | assess(problem, drawn, reference, generator, n)
+    if reference is not None and chain is not None and control is not None:
+        row |= from_both_sides(problem, chain, control, reference, generator)
+        row |= polished(problem, drawn, reference, generator, n)
+    if reference is None and not isinstance(problem.geometry, Torus):
+        found = virial(problem.energy, drawn.x[torch.isfinite(drawn.energy)])
+        row |= {"virial": found.mean, "virial_std": found.standard_error}
+        row["dimension"] = problem.geometry.dimension(problem.event_shape)
+    return Assessed(row, reference)

@@ -25,7 +25,11 @@ from tiltflow.report.sampler import SamplerRecord, write_sampler_report
 from tiltflow.run.folder import RunFolder, document
 from tiltflow.sampling.assess import assess, from_both_sides, polished, reference_samples
 from tiltflow.sampling.names import load_problem
-from tiltflow.sampling.sampler import DEFAULTS, Drawn, SamplerSettings, TrainedSampler, train_sampler
+from tiltflow.sampling.sampler import DEFAULTS
+from tiltflow.sampling.drawn import Drawn
+from tiltflow.sampling.settings import SamplerSettings
+from tiltflow.sampling.model import Sampler
+from tiltflow.sampling.train import train_sampler
 from tiltflow.train.store import load_weights, save_weights
 from tiltflow.verdict.check_energy import check_energy
 from tiltflow.verdict.line import Verdict
@@ -44,7 +48,7 @@ class SamplerConfig:
         problem, shape, space: see :func:`tiltflow.sampling.names.load_problem`; scale and finest are those of the settings.
         seed, device: as usual.
         samples: drawn from the result. compared: rows of them that distances to the reference are computed on.
-        settings: of :func:`tiltflow.sampling.sampler.train_sampler`.
+        settings: of :func:`tiltflow.sampling.train.train_sampler`.
     """
 
     problem: str
@@ -62,7 +66,7 @@ class SamplerConfig:
 
     def untrained(self, problem: EnergyProblem) -> TrainedSampler:
         """The sampler before training: its chain and a network with the initial weights; no energy is evaluated."""
-        built = train_sampler(problem, replace(self.settings, iterations=0), seed=self.seed)
+        built = train_sampler(problem, replace(self.settings, rounds=0), seed=self.seed)
         return replace(built, settings=self.settings)
 
     def check(self, problem: EnergyProblem) -> None:
@@ -209,7 +213,7 @@ def run_sampler(
     ``progress(what, done, total, note)`` is called as the stages advance. Raises what :func:`train_sampler` raises.
     """
     started = time.perf_counter()
-    problem, total = config.load_problem(), config.settings.iterations
+    problem, total = config.load_problem(), config.settings.rounds
     problem, notes = _present(problem)
     trained = train_sampler(
         problem,

@@ -1,74 +1,103 @@
 """The main job, from names to a run folder: fine-tune, sample, judge, report.
 
-A run folder holds config.json, checkpoint.safetensors, weights.safetensors, samples.safetensors, metrics.json, report.html.
+A run folder holds config.json, checkpoint.safetensors, weights.safetensors, chain.safetensors, samples.safetensors,
+metrics.json and report.html.
 """
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tiltflow._version import __version__
 from tiltflow.core.chain import InterpolantChain
-from tiltflow.core.control import Control, FineTuned
 from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.ode import ode
 from tiltflow.core.process import Process
-from tiltflow.core.simulate import Samples, sample
+from tiltflow.core.settings import NonNegative, Positive, Range, Seed, as_json, from_json, settings
 from tiltflow.core.weights import ess, evidence, normalised
-from tiltflow.report import RunRecord, SummaryRow, write_report
+from tiltflow.methods.registry import row_of
+from tiltflow.report import gallery, scores_table, training_blocks
+from tiltflow.report.figures import TILTING
+from tiltflow.report.page import Block
+from tiltflow.report.samples import SAME_NOISE
 from tiltflow.rewards.spec import RewardSpec
-from tiltflow.run.folder import RunFolder, document
-from tiltflow.tilting.finetune import FinetuneSettings, Tuned, finetune, require_memoryless, trainable_copy, tuned_process
+from tiltflow.run.job import Outcome, Work
+from tiltflow.run.names import anchored
+from tiltflow.tilting.chain import ends_noiselessly, require_memoryless, trainable_copy, tuned_process
+from tiltflow.tilting.model import TiltedModel
 from tiltflow.tilting.names import load_base, load_reward
-from tiltflow.train.store import load_weights, save_weights
-from tiltflow.verdict.line import Line, Verdict, overall
-from tiltflow.verdict.tilt import judge_samples
+from tiltflow.tilting.settings import FinetuneSettings
+from tiltflow.tilting.train import finetune, require_applies, with_gradient
+from tiltflow.tilting.weights import load_chain, load_network
+from tiltflow.verdict.line import Line, Score, Verdict, overall
 
-Progress = Callable[[str, int, int], None]
-UNSEEN, GRID, TRIAL = 8, 64, 8
-WEIGHTS = "weights.safetensors"
+UNSEEN, GRID, TRIAL, FLOWED = 8, 64, 8, 1_000
+"""Conditions that a conditional reward is judged on; samples that are shown; rows of the check; ODE samples."""
+Samples = Annotated[int, Range(100, 10_000_000)]
+Cases = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything a run depends on; the run folder's config.json.
+@settings
+class TiltJob:
+    """Everything a fine-tuning run depends on; the run folder's config.json.
 
     Args:
-        base, predicts, interpolant, shape, label, guidance: see :func:`tiltflow.tilting.names.load_base`.
-        reward, judge: see :func:`tiltflow.tilting.names.load_reward`.
-        strength: λ. seed, device: as usual.
-        settings: of :func:`tiltflow.tilting.finetune.finetune`.
-        reference_samples: base samples that, weighted by e^{λr}, stand for the exact tilt.
-        samples: samples drawn from the result.
+        base: The base, by name: digits, a file of tiltflow pretrain, a finished run, or module:function.
+        reward: The reward, by name: thickness, digit-0 … digit-9, inpainting, or module:function (x) → (B,).
+        strength: λ ≥ 0; see tiltflow check-reward.
+        judges: Held-out judges, module:function (x) → (B,).
+        conditions: What draws conditions for base, reward and judges, module:function (n, generator) → {name: (n, …)}.
+        predicts: Output of a foreign model: velocity, eps, x1 or score.
+        interpolant: Path of a foreign model: linear, cosine or vp.
+        shape: Shape of one sample of a foreign model.
+        label: Class of a class-conditional digits base.
+        guidance: Classifier-free guidance scale.
+        method: The method; see tiltflow list methods.
+        seed: Seed of every random number.
+        device: torch device.
+        reference_samples: Base samples that, weighted by e^{λr}, stand for the exact tilt.
+        samples: Samples of the model that are judged.
+        settings: Of the training.
     """
 
-    base: str
-    reward: str
-    strength: float
-    judge: str | None = None
-    predicts: Any = None
-    interpolant: str = "linear"
+    name: ClassVar[str] = "finetune"
+    base: str | None
+    reward: str | None
+    strength: NonNegative
+    judges: tuple[str, ...] = ()
+    conditions: str | None = None
+    predicts: Literal["velocity", "eps", "x1", "score"] | None = None
+    interpolant: Literal["linear", "cosine", "vp"] = "linear"
     shape: tuple[int, ...] | None = None
     label: int | None = None
-    guidance: float = 1.0
-    seed: int = 0
+    guidance: Positive = 1.0
+    method: str = "adjoint_matching"
+    seed: Seed = 0
     device: str = "cpu"
-    reference_samples: int = 20_000
-    samples: int = 4_000
-    settings: FinetuneSettings = field(default_factory=FinetuneSettings)
+    reference_samples: Samples = 20_000
+    samples: Samples = 4_000
+    settings: FinetuneSettings = FinetuneSettings()  # noqa: RUF009 - frozen
+
+    def config(self) -> dict[str, Any]:
+        """The fields as JSON; files and folders by their absolute paths."""
+        named = {name: anchored(value) for name in ("base", "reward", "conditions") if (value := getattr(self, name))}
+        return as_json(self) | named | {"judges": [anchored(judge) for judge in self.judges]}
+
+    @classmethod
+    def read(cls, config: dict[str, Any], folder: Path) -> Self:
+        """The job of a config.json."""
+        fields = {k: v for k, v in config.items() if k not in ("job", "format")}
+        return from_json(cls, fields, str(folder / "config.json"))
 
     def load_base(self) -> Process:
         """The base process, its weights on the device."""
+        if self.base is None:
+            raise TiltflowError("this run was saved from Python: give its base, load(folder, base=…, reward=…).")
         process = load_base(self.base, self.predicts, self.interpolant, self.shape, self.label, self.guidance)
         if isinstance(process.model, torch.nn.Module):
             process.model.to(self.device)
@@ -76,52 +105,86 @@ class RunConfig:
 
     def load_reward(self) -> RewardSpec:
         """The reward and its judges."""
-        return load_reward(self.reward, self.judge)
+        if self.reward is None:
+            raise TiltflowError("this run was saved from Python: give its reward, load(folder, base=…, reward=…).")
+        return load_reward(self.reward, self.judges, self.conditions)
 
-    def fit_to(self, process: Process) -> RunConfig:
-        """The config with what follows from the base: images end noiselessly, and no more steps than there are."""
-        noiseless = len(process.event_shape) > 1
-        s = replace(self.settings, noiseless_last=noiseless)
-        controlled = s.steps - int(noiseless)
-        if s.last_steps is not None and s.last_steps + s.random_steps >= controlled:
-            s = replace(s, last_steps=None, random_steps=0)
-        return replace(self, settings=s)
-
-    def check(self, base: Process, spec: RewardSpec) -> None:
-        """Find misuse before anything is written: λ, the schedule, and what base and reward return for a few samples."""
+    def check(self) -> None:
+        """Find misuse: λ, the schedule, the method, and what base and reward return for a few samples."""
+        row, spec, base = row_of(self.method, "finetune"), self.load_reward(), self.load_base()
+        require_applies(row, base, self.settings)
+        require_memoryless(base.interpolant, self.settings)
         generator = torch.Generator(self.device).manual_seed(self.seed)
-        RewardCost(spec.reward, self.strength)  # refuses λ < 0
         condition: dict[str, Any] = spec.conditions(TRIAL, generator) if spec.conditions else {}
+        seen = {} if spec.adapt is not None else condition
         x = base.source(TRIAL, generator, device=self.device)
         try:
             with torch.no_grad():
-                x1 = base.x1(x, torch.full((TRIAL,), 0.5, device=self.device))
-            slope = RewardCost(spec.reward).grad(x1, **condition)
+                x1 = base.x1(x, torch.full((TRIAL,), 0.5, device=self.device), **seen)
+            with_gradient(row, RewardCost(spec.reward), x1, condition)
         except TiltflowError:
             raise
         except Exception as error:
             raise TiltflowError(
                 f"the base or the reward raised {type(error).__name__} on a batch of shape {tuple(x.shape)}: {error}"
             ) from error
-        if not bool(slope.any()):
-            raise TiltflowError(
-                f"the reward is constant: its gradient is zero on all of {TRIAL} samples; there is nothing to tilt towards."
-            )
-        require_memoryless(base.interpolant, self.settings)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+    def load(
+        self, folder: Path, device: str = "cpu", base: Process | None = None, reward: Callable[..., Tensor] | None = None
+    ) -> TiltedModel:
+        """The model of a finished run folder; ``base`` and ``reward`` replace those that it names."""
+        spec = RewardSpec(reward, {}) if reward is not None else self.load_reward()
+        base, process = starting(replace(self, device=device), base or replace(self, device=device).load_base(), spec)
+        row = row_of(self.method, "finetune")
+        if row.trained:
+            load_network(folder, process)
+        cost = RewardCost(spec.reward, self.strength, self.settings.max_cost_gradient)
+        return TiltedModel(base, process, load_chain(folder, base), cost, row, self.settings, spec.conditions, [])
 
-    @classmethod
-    def read(cls, folder: Path) -> RunConfig:
-        """The config of a run folder. Raises TiltflowError if there is none."""
-        path = folder / "config.json"
-        if not path.is_file():
-            raise TiltflowError(f"{folder} is not a run folder: it has no config.json.")
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        shape = tuple(saved["shape"]) if saved["shape"] else None
-        return cls(**(saved | {"shape": shape, "settings": FinetuneSettings(**saved["settings"])}))
+    def perform(self, work: Work) -> Outcome:
+        """Train, save, judge."""
+        spec, base = self.load_reward(), self.load_base()
+        base, process = starting(self, base, spec, self.settings.rank)
+        model = finetune(
+            base,
+            spec.reward,
+            self.strength,
+            self.method,
+            self.settings,
+            seed=self.seed,
+            device=self.device,
+            tuned=process if row_of(self.method, "finetune").trained else None,
+            conditions=spec.conditions,
+            checkpoint=work.checkpoint,
+            resume=work.resume,
+            callback=lambda row: work.round(row, "fine-tuning", self.settings.rounds),
+        )
+        model.save_weights(work.path)
+        cases = self.cases(spec)
+        found = [assess(self, spec, model, case, judge, work) for case, judge in cases]
+        return conclude(self, spec, model, found, cases[0][0], work)
+
+    def cases(self, spec: RewardSpec) -> Cases:
+        """The conditions that the result is judged under, each with what only the judges see."""
+        if spec.unseen is None:
+            return [({}, {})]
+        rows, judged = spec.unseen(UNSEEN, torch.Generator(self.device).manual_seed(self.seed + 1))
+        return [
+            ({k: v[i : i + 1] for k, v in rows.items()}, {k: v[i : i + 1] for k, v in judged.items()})
+            for i in range(UNSEEN)
+        ]
+
+
+def starting(job: TiltJob, base: Process, spec: RewardSpec, rank: int | None = None) -> tuple[Process, Process]:
+    """The base as the reward needs it, and the process to train, which starts there (the base, if nothing is trained)."""
+    if not row_of(job.method, "finetune").trained:
+        return base, base
+    with torch.random.fork_rng():
+        torch.manual_seed(job.seed)  # initial weights of adapters
+        net = trainable_copy(base, rank, torch.Generator(job.device).manual_seed(job.seed))
+        if spec.adapt is not None:
+            base, net = ignoring_conditions(base), spec.adapt(net).to(job.device)
+    return base, tuned_process(base, net)
 
 
 def ignoring_conditions(base: Process) -> Process:
@@ -133,254 +196,131 @@ def ignoring_conditions(base: Process) -> Process:
     return Process(base.interpolant, model, base.predicts, base.event_shape)
 
 
-def load_tuned(folder: Path, device: str = "cpu") -> tuple[RunConfig, Process]:
-    """The config and the fine-tuned process of a finished run folder."""
-    config = RunConfig.read(folder)
-    spec, base = config.load_reward(), config.load_base()
-    net = trainable_copy(base)
-    if spec.adapt is not None:
-        base, net = ignoring_conditions(base), spec.adapt(net)
-    load_weights(folder / WEIGHTS, net)
-    process = tuned_process(base, net.to(device).requires_grad_(False))
-    return config, process
-
-
-def draw(
-    chain: InterpolantChain,
-    control: Control | None,
-    n: int,
-    generator: torch.Generator,
-    progress: Callable[[int], None] = lambda done: None,
-    batch: int = 1000,
-    **condition: Any,
-) -> Samples:
-    """n samples in batches, with their path log-ratios; ``condition`` holds one row for all samples."""
-    parts = []
-    for start in range(0, n, batch):
-        size = min(batch, n - start)
-        rows = {name: v.expand(size, *v.shape[1:]) for name, v in condition.items()}
-        parts.append(sample(chain, control, chain.source(size, generator), generator, **rows))
-        progress(start + size)
-    kernel = [p.log_kernel_ratio for p in parts if p.log_kernel_ratio is not None]
-    merged = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("x", "log_ratio", "kl", "running")}
-    return Samples(**merged, log_kernel_ratio=torch.cat(kernel) if kernel else None)
-
-
-class Evaluation(NamedTuple):
-    """What one target (one unseen observation, or the only one) came out as."""
+class Found(NamedTuple):
+    """What one condition (or the only one) came out as."""
 
     verdict: Verdict
     row: dict[str, Any]
-    tuned: Tensor
+    base: Tensor
+    log_forward: Tensor
+    drawn: Tensor
 
 
-def evaluate(
-    config: RunConfig,
-    spec: RewardSpec,
-    base_samples: Tensor,
-    tuned: Tuned,
-    n: int,
-    generator: torch.Generator,
-    progress: Callable[[int], None],
-    condition: dict[str, Any],
-    judge_rows: dict[str, Any],
-) -> Evaluation:
-    """Draw n samples of the fine-tuned process for one condition and hold them against the weighted base."""
-
-    def scored(score: Callable[..., Tensor], rows: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-        return lambda x: score(x, **{name: v.expand(len(x), *v.shape[1:]) for name, v in rows.items()})
-
-    reward = scored(spec.reward, condition)
-    cost = RewardCost(reward, config.strength)
-    judges = {name: scored(judge, condition | judge_rows) for name, judge in spec.judges.items()}
-    drawn = draw(tuned.chain, FineTuned(tuned.process), n, generator, progress, **condition)
-    own = generator if generator.device.type == "cpu" else torch.Generator().manual_seed(config.seed)
-    log_weights = -cost.value(drawn.x).detach() + drawn.log_ratio
-    verdict = judge_samples(drawn.x.cpu(), base_samples, cost, log_weights.cpu(), own, judges=judges)
-    log_forward = config.strength * reward(base_samples).detach()
-    weight = normalised(log_forward)
-    row: dict[str, Any] = {}
-    for name, score in {"reward": reward, **judges}.items():
-        values = score(base_samples).detach().double()
-        row[f"{name}_base"] = float(values.mean())
-        row[f"{name}_reference"] = float(weight @ values)
-        row[f"{name}_reached"] = float(score(drawn.x).detach().double().mean())
-    found = evidence(log_weights)
-    row |= {
+def assess(
+    job: TiltJob, spec: RewardSpec, model: TiltedModel, condition: dict[str, Any], judged: dict[str, Any], work: Work
+) -> Found:
+    """Draw under one condition, and hold it against the weighted base."""
+    base = model.base_samples(job.reference_samples, job.seed, work.tell, **condition)
+    n = job.samples
+    drawn = model.paths(n, job.seed + 1, lambda done: work.tell("samples of the model", done, n, ""), **condition)
+    judges = {name: _seeing(judge, judged) for name, judge in spec.judges.items()}
+    verdict, reached, log_forward = model.judge(drawn, base, judges, job.seed, tell=work.tell, **condition)
+    row = {
         "reference_ess": ess(log_forward),
         "log_z_reference": evidence(log_forward).log_z,
-        "log_z": found.log_z,
-        "path_ess": found.ess,
-        "kl": float(drawn.kl.mean()),
+        "log_z": None,
+        "path_ess": None,
+        "kl": float(drawn.kl.mean()) if model.row.trained else None,
     }
-    return Evaluation(verdict, row, drawn.x)
+    if model.row.trained:
+        own = evidence(reached + drawn.log_ratio.cpu())
+        row |= {"log_z": own.log_z, "path_ess": own.ess}
+    return Found(verdict, row, base, log_forward, drawn.x)
 
 
-def _same_noise(chain: InterpolantChain, control: Control | None, seed: int, condition: dict[str, Any]) -> Tensor:
-    generator = torch.Generator(chain_device(chain)).manual_seed(seed)
-    return draw(chain, control, GRID, generator, **condition).x.cpu()
+def _seeing(judge: Callable[..., Tensor], judged: dict[str, Any]) -> Callable[..., Tensor]:
+    """A judge that is told, besides the condition, what only judges see."""
+    return lambda x, **condition: judge(x, **condition, **{k: v.expand(len(x), *v.shape[1:]) for k, v in judged.items()})
 
 
-def chain_device(chain: InterpolantChain) -> str:
-    """Where the chain's base lives."""
-    model = chain.base.model
-    parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
-    return str(parameters[0].device) if parameters else "cpu"
-
-
-def run_finetune(
-    config: RunConfig, folder: RunFolder, command: str, progress: Progress = lambda what, done, total: None
-) -> dict[str, Any]:
-    """Run the whole job inside an opened run folder; returns the document that metrics.json holds.
-
-    ``progress(what, done, total)`` is called as the stages advance. Raises what :func:`finetune` raises.
-    """
-    started = time.perf_counter()
-    generator = torch.Generator(config.device).manual_seed(config.seed)
-    torch.manual_seed(config.seed)  # initial weights of adapters
-    spec, base = config.load_reward(), config.load_base()
-    net = trainable_copy(base, config.settings.rank, generator)
-    if spec.adapt is not None:
-        base, net = ignoring_conditions(base), spec.adapt(net).to(config.device)
-    total = config.settings.iterations
-    tuned = finetune(
-        base,
-        spec.reward,
-        config.strength,
-        config.settings,
-        generator=generator,
-        tuned=tuned_process(base, net),
-        conditions=spec.conditions,
-        checkpoint=folder.checkpoint,
-        resume=folder.resume,
-        callback=lambda row: progress("fine-tuning", row["iteration"] + 1, total),
-    )
-    trained = time.perf_counter() - started
-    save_weights(folder.path / WEIGHTS, net)
-
-    n = config.reference_samples
-    base_samples = draw(
-        tuned.chain, None, n, generator, lambda done: progress("reference: base samples", done, n)
-    ).x.cpu()
-    evaluations = []
-    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {})]
-    if spec.unseen is not None:
-        rows, judge_rows = spec.unseen(UNSEEN, generator)
-        cases = [
-            ({k: v[i : i + 1] for k, v in rows.items()}, {k: v[i : i + 1] for k, v in judge_rows.items()})
-            for i in range(UNSEEN)
-        ]
-    for i, (condition, judge_row) in enumerate(cases):
-        m = config.samples
-
-        def advance(done: int, i: int = i, m: int = m) -> None:
-            progress("fine-tuned samples", i * m + done, m * len(cases))
-
-        evaluations.append(
-            evaluate(config, spec, base_samples, tuned, m, generator, advance, condition, judge_row)
-        )
-    return _conclude(config, folder, command, tuned, base_samples, evaluations, cases[0][0], started, trained)
-
-
-def _conclude(
-    config: RunConfig,
-    folder: RunFolder,
-    command: str,
-    tuned: Tuned,
-    base_samples: Tensor,
-    evaluations: list[Evaluation],
-    condition: dict[str, Any],
-    started: float,
-    trained: float,
-) -> dict[str, Any]:
+def conclude(
+    job: TiltJob, spec: RewardSpec, model: TiltedModel, found: list[Found], condition: dict[str, Any], work: Work
+) -> Outcome:
+    """The outcome of all conditions: their lines, the means of their numbers, the pictures of the first."""
     lines: list[Line] = []
-    for i, e in enumerate(evaluations):
-        suffix = f" (unseen {i + 1})" if len(evaluations) > 1 else ""
-        lines += [line._replace(name=line.name + suffix) for line in e.verdict.lines]
-    verdict = Verdict(overall(lines), lines)
-    row = {k: sum(e.row[k] for e in evaluations) / len(evaluations) for k in evaluations[0].row}
-    control = FineTuned(tuned.process)
-    before = _same_noise(tuned.chain, None, config.seed, condition)
-    after = _same_noise(tuned.chain, control, config.seed, condition)
-    flow_start = tuned.chain.source(1000, torch.Generator(config.device).manual_seed(config.seed))
-    rows = {name: v.expand(1000, *v.shape[1:]) for name, v in condition.items()}
-    spec = config.load_reward()
-    flowed = ode(tuned.process, flow_start, config.settings.steps, **rows)
-    row["reward_reached_ode" if len(evaluations) == 1 else "reward_reached_ode_unseen_1"] = float(
-        spec.reward(flowed, **rows).detach().mean()
+    for i, one in enumerate(found):
+        suffix = f" (unseen {i + 1})" if len(found) > 1 else ""
+        lines += [line._replace(name=line.name + suffix) for line in one.verdict.lines]
+    scores = [
+        Score(parts[0].name, *(_mean([getattr(s, field) for s in parts]) for field in Score._fields[1:]))
+        for parts in zip(*(one.verdict.scores for one in found), strict=True)
+    ]
+    row = {name: _mean([one.row[name] for one in found]) for name in found[0].row}
+    tensors = {"samples": found[0].drawn}
+    shown = {"Before": model.base_samples(GRID, job.seed + 2, **condition)}
+    if model.row.trained:
+        shown["After"] = model.paths(GRID, job.seed + 2, **condition).x
+        tensors |= {"before": shown["Before"], "after": shown["After"]}
+        row["reward_reached_ode"] = _by_ode(job, spec, model, condition)
+    shown["Samples" if "After" not in shown else "Reference"] = (
+        found[0].drawn[:GRID] if "After" not in shown else _reference(job, found[0])
     )
-    save_file({"before": before, "after": after, "samples": evaluations[0].tuned.cpu().contiguous()},
-              folder.path / "samples.safetensors")  # fmt: skip
-    scalars = [
-        {k: v for k, v in h.items() if not isinstance(v, list)} | {"kind": "iteration"} for h in tuned.history
-    ]
-    seconds = time.perf_counter() - started
-    summary = {
-        "kind": "summary",
-        "base": config.base,
-        "reward": config.reward,
-        "strength": config.strength,
-        **row,
-        "train_seconds": trained,
-        "seconds": seconds,
-    }
-    said = [summary, *({"kind": "verdict", **line._asdict()} for line in lines), *scalars]
-    result = document(command, config.seed, config.device, said, verdict.status)
-    folder.write_json("metrics.json", result)
-    norms = [h["adjoint_norm"] for h in tuned.history[-10:]]
-    names = [k[: -len("_base")] for k in row if k.endswith("_base")]
-    table = [
-        SummaryRow(
-            "mean reward" if k == "reward" else f"judge: {k}",
-            row[f"{k}_base"],
-            row[f"{k}_reference"],
-            row[f"{k}_reached"],
-        )
-        for k in names
-    ]
+    return Outcome(
+        title=f"{job.base} tilted towards {job.reward}, λ = {job.strength:g}",
+        summary={"base": job.base, "reward": job.reward, "strength": job.strength, "method": job.method, **row,
+                 "train_seconds": sum(h["seconds"] for h in model.history)},
+        verdict=Verdict(overall(lines), lines, scores),
+        tensors=tensors,
+        history=model.history,
+        facts={"path ESS, of 1": row["path_ess"]},
+        notes=_notes(job, model, len(found)),
+        draw=lambda: _blocks(job, model, scores, row, shown),
+    )  # fmt: skip
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _by_ode(job: TiltJob, spec: RewardSpec, model: TiltedModel, condition: dict[str, Any]) -> float | None:
+    """The mean reward of ODE samples, where the training's schedule allows them."""
+    if job.settings.chi != 0 or job.settings.sigma is not None:
+        return None
+    rows = {name: v.expand(FLOWED, *v.shape[1:]) for name, v in condition.items()}
+    return float(spec.reward(model.sample(FLOWED, noise="ode", seed=job.seed, **condition), **rows).detach().mean())
+
+
+def _reference(job: TiltJob, found: Found) -> Tensor:
+    """Draws of the weighted base."""
+    generator = torch.Generator().manual_seed(job.seed)
+    chosen = torch.multinomial(normalised(found.log_forward), GRID, replacement=True, generator=generator)
+    return found.base[chosen.to(found.base.device)]
+
+
+def _blocks(
+    job: TiltJob, model: TiltedModel, scores: list[Score], row: dict[str, Any], shown: dict[str, Tensor]
+) -> tuple[list[Block], list[Block]]:
+    """What came out, and how it got there."""
+    reward = scores[0]
+    best = None if reward.reference is None else job.strength * reward.reference - row["log_z_reference"]
+    table = [("mean reward", *reward[1:]), *((f"judge: {s.name}", *s[1:]) for s in scores[1:])]
     table += [
-        SummaryRow("log Z", None, row["log_z_reference"], row["log_z"]),
-        SummaryRow("KL to the base", 0.0, config.strength * row["reward_reference"] - row["log_z_reference"], row["kl"]),
-        SummaryRow("effective sample size", None, row["reference_ess"], row["path_ess"]),
+        ("log Z", None, row["log_z_reference"], row["log_z"]),
+        ("KL to the base", 0.0, best, row["kl"]),
+        ("effective sample size", None, row["reference_ess"], row["path_ess"]),
     ]
-    weights = normalised(config.strength * _reward_of(spec, base_samples, condition))
-    chosen = torch.multinomial(weights, GRID, replacement=True, generator=torch.Generator().manual_seed(config.seed))
-    write_report(
-        folder.path,
-        RunRecord(
-            title=f"{config.base} tilted towards {config.reward}, λ = {config.strength:g}",
-            command=command,
-            status=verdict.status,
-            verdict=lines,
-            summary=table,
-            before=before,
-            after=after,
-            reference=base_samples[chosen],
-            history=[{k: v for k, v in h.items() if not isinstance(v, list)} for h in tuned.history],
-            adjoint_t=tuned.chain.t.tolist() if norms else [],
-            adjoint_norm=torch.tensor(norms).mean(0).tolist() if norms else [],
-            path_ess=row["path_ess"],
-            config=asdict(config) | asdict(config.settings),
-            notes=_notes(config, len(evaluations)),
-            version=__version__,
-        ),
-    )
-    return result
+    levels = {"reward": {"before": reward.base, "reference": reward.reference}}
+    caption = f"{SAME_NOISE} The reference follows the tilted law p_base · e^{{λr}} itself."
+    blocks: list[Block] = [gallery(shown, caption=caption if "After" in shown else ""), scores_table(table)]
+    return blocks, training_blocks(model.history, TILTING, levels, _times(model.chain))
 
 
-def _reward_of(spec: RewardSpec, x: Tensor, condition: dict[str, Any]) -> Tensor:
-    return spec.reward(x, **{name: v.expand(len(x), *v.shape[1:]) for name, v in condition.items()}).detach()
+def _times(chain: InterpolantChain) -> list[float]:
+    return chain.t.tolist()
 
 
-def _notes(config: RunConfig, targets: int) -> list[str]:
-    notes = [f"The exact tilt is {config.reference_samples} base samples weighted by exp(λ r): importance resampling."]
-    if config.settings.noiseless_last:
+def _notes(job: TiltJob, model: TiltedModel, targets: int) -> list[str]:
+    notes = [f"The exact tilt is {job.reference_samples} base samples weighted by exp(λ r): importance resampling."]
+    if model.row.bias:
+        notes.append(f"The method {job.method!r} does not reach that tilt: it {model.row.bias}.")
+    if ends_noiselessly(model.base, job.settings):
         notes.append(
             "Images are the noiseless last prediction of the base; path weights are exact for the law of that chain."
         )
     if targets > 1:
         notes.append(
-            f"Conditional reward: amortised over observations and checked on {targets} that training never saw; the table "
-            "averages over them, the pictures show the first."
+            f"Conditional: amortised over conditions and checked on {targets} that training never saw; the table averages "
+            "over them, the pictures show the first."
         )
     return notes

@@ -1,4 +1,4 @@
-"""A ring of training items: tensors that share their first axis, kept between rounds and saved with the run."""
+"""Training items of the last rounds: tensors that share their first axis, saved with the run."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def repeat_rows(rows: Material, times: int) -> Material:
 
 
 class Buffer:
-    """Holds the newest ``capacity`` items (None: the last round only).
+    """Holds the newest ``rounds`` rounds of training items, rounds as long as the last one.
 
     Every item is one row of each tensor of a :data:`Material`, e.g. x (n, *event), k (n,), a (n, *event).
 
     Raises:
-        TiltflowError: a capacity below 1.
+        TiltflowError: less than one round.
     """
 
-    def __init__(self, capacity: int | None = None) -> None:
-        if capacity is not None and capacity < 1:
-            raise TiltflowError(f"a buffer holds at least one item, not {capacity}; None keeps the last round only.")
-        self.capacity = capacity
+    def __init__(self, rounds: int = 1) -> None:
+        if rounds < 1:
+            raise TiltflowError(f"a buffer holds at least one round, not {rounds}.")
+        self.rounds = rounds
         self.items: Material = {}
 
     def __len__(self) -> int:
@@ -46,23 +46,23 @@ class Buffer:
 
     def add(self, material: Material) -> None:
         """Append a round. Raises TiltflowError if its names or row counts disagree."""
-        if len({len(v) for v in material.values()}) != 1 or (self.items and set(material) != set(self.items)):
+        lengths = {len(v) for v in material.values()}
+        if len(lengths) != 1 or (self.items and set(material) != set(self.items)):
             raise TiltflowError(
                 f"a round of material must have rows of equal number and the names {sorted(self.items)}; "
                 f"got { {name: len(v) for name, v in material.items()} }."
             )
-        if self.capacity is None or not self.items:
+        if self.rounds == 1 or not self.items:
             self.items = dict(material)
-        else:
-            self.items = {name: torch.cat([old, material[name]]) for name, old in self.items.items()}
-        if self.capacity is not None:
-            self.items = {name: v[-self.capacity :] for name, v in self.items.items()}
+            return
+        newest = self.rounds * lengths.pop()
+        self.items = {name: torch.cat([old, material[name]])[-newest:] for name, old in self.items.items()}
 
-    def batches(self, size: int | None, updates: int, generator: torch.Generator) -> list[Material]:
-        """``updates`` mini-batches of ``size`` rows without replacement (everything, once each, if size is None)."""
+    def batches(self, size: int | None, count: int, generator: torch.Generator) -> list[Material]:
+        """``count`` mini-batches of ``size`` rows without replacement (everything, once each, if size is None)."""
         if size is None or size >= len(self):
-            return [self.items] * updates
-        rows = [torch.randperm(len(self), generator=generator, device=generator.device)[:size].cpu() for _ in range(updates)]
+            return [self.items] * count
+        rows = [torch.randperm(len(self), generator=generator, device=generator.device)[:size].cpu() for _ in range(count)]
         return [{name: v[r] for name, v in self.items.items()} for r in rows]
 
     def state_dict(self) -> Material:

@@ -32,8 +32,9 @@ from tiltflow.core.control import Control, FineTuned
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process, expand
 from tiltflow.train.buffer import Material
-from tiltflow.train.fit import FitSettings, History, fit
+from tiltflow.train.fit import History, fit
 from tiltflow.train.method import Method, Round, State
+from tiltflow.train.settings import Training
 
 __all__ = ["FlowMatching", "drop_labels", "flow_matching_loss", "pretrain", "regression_loss"]
 
@@ -119,7 +120,7 @@ class FlowMatching(Method):
 
 def pretrain(
     method: FlowMatching,
-    settings: FitSettings,
+    settings: Training,
     generator: torch.Generator,
     *,
     checkpoint: Path | None = None,

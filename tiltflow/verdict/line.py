@@ -21,6 +21,8 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 SIGMAS = 3.0
+REWARD = "reward"
+"""The name of the score that is trained on; all others are held out."""
 
 
 class Line(NamedTuple):
@@ -35,11 +37,21 @@ class Line(NamedTuple):
     explanation: str
 
 
+class Score(NamedTuple):
+    """The mean of one quantity under the base, under the target (the reference), and as the sampler reached it."""
+
+    name: str
+    base: float | None
+    reference: float | None
+    reached: float | None
+
+
 class Verdict(NamedTuple):
-    """The answer and its lines."""
+    """The answer, its lines, and the scores that were compared."""
 
     status: Status
     lines: list[Line]
+    scores: list[Score] = []  # noqa: RUF012 - a NamedTuple's default is never changed
 
 
 def overall(lines: list[Line]) -> Status:

@@ -6,11 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tiltflow.verdict.line import SIGMAS, Line, Status
-
-REWARD = "reward"
-"""The name of the score that is trained on; all others are held out."""
-
+from tiltflow.verdict.line import REWARD, SIGMAS, Line, Status
 
 KEPT, LOST = 0.8, 0.5
 """Shares of the base's diversity: at least the first is good, less than the second is bad."""

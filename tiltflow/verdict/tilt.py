@@ -7,7 +7,7 @@ The reference is either exact samples of p*, where somebody has them, or the bas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,32 +16,56 @@ from tiltflow.core.cost import Cost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.weights import ess, evidence, normalised
 from tiltflow.metrics.distance import pairwise_mean
-from tiltflow.verdict.line import SIGMAS, Line, Status, Verdict, graded, overall
+from tiltflow.verdict.line import REWARD, SIGMAS, Line, Score, Status, Verdict, graded, overall
 
-RESAMPLES, REGIONS = 200, 10
+RESAMPLES, REGIONS, BATCH = 200, 10, 1_000
+Tell = Callable[[str, int, int, str], None]
+
+
+def scored(
+    cost: Cost, judges: Mapping[str, Callable[[Tensor], Tensor]], *sets: Tensor, tell: Tell = lambda *news: None
+) -> dict[str, list[Tensor]]:
+    """−g and every judge's scores, (n,) each on the CPU, of the samples of each set: every score is asked once per sample.
+
+    Args:
+        cost: g.
+        judges: Held-out scores by name, (x) → (B,).
+        sets: Samples of the sampler, of the base, and exact ones if there are any.
+        tell: Told what is going on: (what, done, total, note).
+    """
+    asked = {REWARD: lambda x: -cost.value(x), **judges}
+    return {name: [_scored(name, score, x, tell) for x in sets] for name, score in asked.items()}
+
+
+def _scored(name: str, score: Callable[[Tensor], Tensor], x: Tensor, tell: Tell) -> Tensor:
+    parts = []
+    for start in range(0, len(x), BATCH):
+        parts.append(score(x[start : start + BATCH]).detach().cpu())
+        tell(f"scores: {name}", min(start + BATCH, len(x)), len(x), "")
+    return torch.cat(parts)
 
 
 def judge_samples(
     samples: Tensor,
     base_samples: Tensor,
-    cost: Cost,
-    log_weights: Tensor | None,
+    values: Mapping[str, Sequence[Tensor]],
+    log_ratio: Tensor | None,
     generator: torch.Generator,
     truth: Tensor | None = None,
-    judges: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
+    strength: float = 1.0,
 ) -> Verdict:
     """Compare a sampler with p* ∝ p_base e^{−g}.
 
     Args:
         samples: (N, *event) of the sampler.
         base_samples: (M, *event) of the base, by the same kind of simulation as ``samples``.
-        cost: g; its value is called on both.
-        log_weights: (N,) log path weights, log w = −g + log dP_base/dP_u (None: no path evidence).
-        generator: for bootstrap, clustering and subsets.
-        truth: exact samples of p*, if there are any; then the base samples only give the regions and the scale.
-        judges: name → held-out scores (x) → (B,), compared as the reward is.
-        features: map in which regions and diversity are measured (default: the flattened sample).
+        values: :func:`scored` of samples, base samples, and truth if there is any.
+        log_ratio: (N,) log dP_base/dP_u of the paths that made the samples (None: no path evidence).
+        generator: For bootstrap, clustering and subsets.
+        truth: Exact samples of p*, if there are any; then the base samples only give the regions and the scale.
+        features: Map in which regions and diversity are measured (default: the flattened sample).
+        strength: λ, so that the scores state the reward itself.
 
     Raises:
         TiltflowError: empty or non-finite samples.
@@ -50,21 +74,22 @@ def judge_samples(
         bad = int((~torch.isfinite(x)).flatten(1).any(1).sum()) if len(x) else 0
         if not len(x) or bad:
             raise TiltflowError(f"{name}: {len(x)} rows, {bad} of them not finite; the verdict needs finite samples.")
-    log_forward = -cost.value(base_samples)
-    if truth is None:
-        reference, log_w = base_samples, log_forward.detach()
-    else:
-        reference, log_w = truth, torch.zeros(len(truth))
-    embed = features or (lambda x: x.flatten(1))
+    whole, reference = features or (lambda x: x.flatten(1)), base_samples if truth is None else truth
+    mine, base, exact = (whole(x).cpu() for x in (samples, base_samples, reference))
+    log_forward = values[REWARD][1]
+    log_w = log_forward if truth is None else torch.zeros(len(truth))
     lines = [] if truth is not None else [_forward_ess(log_w)]
-    lines.append(_mean_line("reward", lambda x: -cost.value(x).detach(), samples, base_samples, reference, log_w, generator))
-    for name, score in (judges or {}).items():
-        lines.append(_mean_line(f"held-out {name}", score, samples, base_samples, reference, log_w, generator))
-    lines += _region_lines(embed(samples), embed(base_samples), embed(reference), log_w, generator)
-    lines.append(_diversity_line(embed(samples), embed(reference), log_w, generator))
-    if log_weights is not None:
-        lines += _path_lines(log_weights, log_forward)
-    return Verdict(overall(lines), lines)
+    lines += [_mean_line(name, found, log_w, generator) for name, found in values.items()]
+    lines += _region_lines(mine, base, exact, log_w, generator)
+    lines.append(_diversity_line(mine, exact, log_w, generator))
+    if log_ratio is not None:
+        lines += _path_lines(values[REWARD][0] + log_ratio.cpu(), log_forward)
+    weight, scores = normalised(log_w), []
+    for name, found in values.items():
+        unit = (strength or 1.0) if name == REWARD else 1.0
+        reached, start, best = (v.double() / unit for v in (found[0], found[1], found[-1]))
+        scores.append(Score(name, float(start.mean()), float(weight @ best), float(reached.mean())))
+    return Verdict(overall(lines), lines, scores)
 
 
 def _poisson(n: int, generator: torch.Generator) -> Tensor:
@@ -89,36 +114,29 @@ def _forward_ess(log_w: Tensor) -> Line:
     return Line("reference effective size", size, None, None, "≥ 200", status, text)
 
 
-def _mean_line(
-    name: str,
-    score: Callable[[Tensor], Tensor],
-    samples: Tensor,
-    base_samples: Tensor,
-    reference: Tensor,
-    log_w: Tensor,
-    generator: torch.Generator,
-) -> Line:
+def _mean_line(name: str, values: Sequence[Tensor], log_w: Tensor, generator: torch.Generator) -> Line:
+    """The mean of a score: values of the sampler, of the base, and of exact samples (if the base stands for them: two)."""
+    reached_values, base, exact_values = values[0], values[1], values[-1]
     weight = normalised(log_w) * len(log_w)
-    base_scores = score(base_samples)
-    reached = _means(score(samples), torch.ones(len(samples)), _poisson(len(samples), generator))[:, 0]
-    shared = _poisson(len(reference), generator)
-    exact = _means(base_scores if reference is base_samples else score(reference), weight, shared)[:, 0]
-    start_counts = shared if reference is base_samples else _poisson(len(base_samples), generator)
-    start = _means(base_scores, torch.ones(len(base_samples)), start_counts)[:, 0]
+    reached = _means(reached_values, torch.ones(len(reached_values)), _poisson(len(reached_values), generator))[:, 0]
+    shared = _poisson(len(exact_values), generator)
+    exact = _means(exact_values, weight, shared)[:, 0]
+    start_counts = shared if len(values) == 2 else _poisson(len(base), generator)
+    start = _means(base, torch.ones(len(base)), start_counts)[:, 0]
     gap = exact - start
-    relative = (reached - exact) / gap
-    scale = "λ r: " if name == "reward" else ""
-    text = (
-        f"{scale}base {float(start[0]):.4g} → reached {float(reached[0]):.4g}, exact tilt {float(exact[0]):.4g}; "
-        "distance to the exact value as a fraction of the gap from the base"
-    )
-    if float(gap.std()) * SIGMAS > abs(float(gap[0])):  # this score barely moves under the exact tilt
-        spread = float(base_scores.double().std())
+    scale, shown = ("λ r: ", name) if name == REWARD else ("", f"held-out {name}")
+    text = f"{scale}base {float(start[0]):.4g} → reached {float(reached[0]):.4g}, exact tilt {float(exact[0]):.4g}"
+    if not float(gap.std()) * SIGMAS <= abs(float(gap[0])) or float(gap[0]) == 0:  # it barely moves under the exact tilt
+        spread = float(base.double().std())
+        if not spread > 0:
+            text += "; the score is the same for all of the base's samples, which tells nothing"
+            return Line(f"{shown} mean (in base std)", None, None, None, "the score varies", "cannot tell", text)
         difference = abs(float(reached[0] - exact[0])) / spread
         error = float((reached - exact)[1:].std()) / spread
-        text = text.split(";")[0] + "; the tilt hardly moves this score"
-        return graded(f"{name} mean (in base std)", difference, error, 0.1, 0.25, text)
-    return graded(f"{name} gap", abs(float(relative[0])), float(relative[1:].std()), 0.10, 0.25, text)
+        return graded(f"{shown} mean (in base std)", difference, error, 0.1, 0.25, f"{text}; the tilt hardly moves this score")
+    relative = (reached - exact) / gap
+    text += "; distance to the exact value as a fraction of the gap from the base"
+    return graded(f"{shown} gap", abs(float(relative[0])), float(relative[1:].std()), 0.10, 0.25, text)
 
 
 def _region_lines(

@@ -1,0 +1,200 @@
+"""The one flow of a job: check → claim the folder → train → judge → write what came out, then the page.
+
+A job says what it depends on (its config), how it trains, and how what it trained is judged. What can be known to go wrong is
+found before the folder is touched; a picture that fails never costs the verdict.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tiltflow._version import __version__
+from tiltflow.report.page import Block, Page, require_report, write_page
+from tiltflow.run.folder import FORMAT, RunFolder, document
+from tiltflow.run.log import Log
+from tiltflow.verdict.line import Score, Verdict
+
+SAMPLES = "samples.safetensors"
+EVERY = 5.0
+"""Seconds between two writings of metrics.json while training."""
+Tell = Callable[[str, int, int, str], None]
+Row = dict[str, Any]
+
+
+def silent(what: str, done: int, total: int, note: str = "") -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job came to.
+
+    Args:
+        title: Heading of the page.
+        summary: The numbers of the run, without kind and clock.
+        verdict: The answer, its lines and scores; None where there is nothing to judge.
+        rows: Further rows of metrics.json, each with its "kind".
+        tensors: What samples.safetensors holds; None of it: no such file.
+        history: One row per round of training.
+        facts: Numbers beside the answer of the page.
+        notes: Sentences that the reader should know.
+        draw: Makes the blocks of the page: what came out, and how it got there.
+    """
+
+    title: str
+    summary: Row
+    verdict: Verdict | None
+    rows: Sequence[Row] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    history: Sequence[Row] = ()
+    facts: Mapping[str, float | None] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    draw: Callable[[], tuple[Sequence[Block], Sequence[Block]]] = lambda: ((), ())
+
+
+class Work:
+    """What a job is given while it runs: its folder, whom to tell what is going on, and where rounds are written."""
+
+    def __init__(self, folder: RunFolder, tell: Tell, log: Log, head: Mapping[str, Any]) -> None:
+        self.folder, self.tell, self.log, self.head = folder, tell, log, head
+        self.path, self.resume = folder.path, folder.resume
+        self.rounds: list[Row] = folder.rounds() if folder.resume else []
+        self.written = time.monotonic()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where training state is kept; to be resumed from if ``resume``."""
+        return self.folder.checkpoint
+
+    def round(self, row: Row, what: str, total: int, note: str = "") -> None:
+        """A round of training is done: tell, log, and let metrics.json grow."""
+        done = row["iteration"] + 1
+        self.rounds = [r for r in self.rounds if r["iteration"] < row["iteration"]] + [scalars(row)]
+        self.tell(what, done, total, note)
+        self.log(scalars(row), done)
+        if done == total or time.monotonic() - self.written > EVERY:
+            rows = [{"kind": "iteration", **r} for r in self.rounds]
+            self.folder.write_json("metrics.json", document(**self.head, rows=rows, verdict=None))
+            self.written = time.monotonic()
+
+
+class Job(Protocol):
+    """Settings of a run (see :mod:`tiltflow.core.settings`); ``name`` is what its config.json calls it."""
+
+    name: ClassVar[str]
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def device(self) -> str: ...
+
+    def config(self) -> dict[str, Any]:
+        """Everything the run depends on, as JSON."""
+        ...
+
+    def check(self) -> None:
+        """Find misuse. Raises TiltflowError; nothing has been written."""
+        ...
+
+    def perform(self, work: Work) -> Outcome:
+        """Train, save the weights into the folder, judge."""
+        ...
+
+
+def run(
+    job: Job,
+    out: Path,
+    *,
+    command: str = "",
+    resume: bool = False,
+    overwrite: bool = False,
+    tell: Tell = silent,
+    log: str | None = None,
+) -> dict[str, Any]:
+    """Run a job in the folder ``out``; returns the document that metrics.json holds.
+
+    Args:
+        job: What to do.
+        out: The run folder.
+        command: The command line, for the record.
+        resume: Continue an interrupted run, exactly; or a finished one, with more rounds.
+        overwrite: Replace the run that the folder holds.
+        tell: Told what is going on: (what, done, total, note).
+        log: Where rounds are logged besides: tensorboard, wandb or trackio.
+
+    Raises:
+        TiltflowError: misuse, before anything is written; and whatever the job raises.
+    """
+    started = time.perf_counter()
+    require_report()
+    job.check()
+    config = {"job": job.name, "format": FORMAT, **job.config()}
+    head = {"command": command, "seed": job.seed, "device": job.device}
+    with RunFolder(out, config, resume, overwrite) as folder, Log(log, folder.path, config) as logged:
+        work = Work(folder, tell, logged, head)
+        outcome = job.perform(work)
+        tensors = {name: v.detach().cpu().contiguous() for name, v in outcome.tensors.items()}
+        if tensors:
+            save_file(tensors, folder.path / SAMPLES)
+        result = document(**head, rows=rows_of(outcome, time.perf_counter() - started), verdict=status(outcome.verdict))
+        folder.write_json("metrics.json", result)
+        tell("report", 0, 1, "")
+        try:
+            write_page(folder.path, page_of(outcome, command, config))
+        except Exception as error:  # the numbers are safe; what went wrong with the page is said in them
+            result["rows"].append({"kind": "note", "report_error": f"{type(error).__name__}: {error}"})
+            folder.write_json("metrics.json", result)
+        tell("report", 1, 1, "")
+    return result
+
+
+def rows_of(outcome: Outcome, seconds: float) -> list[Row]:
+    """The rows of metrics.json: the summary, the verdict's lines, the job's own, the rounds."""
+    verdict = outcome.verdict or Verdict("pass", [])
+    scores = {
+        f"{score.name}_{part}": getattr(score, part)
+        for score in verdict.scores
+        for part in Score._fields[1:]
+        if getattr(score, part) is not None
+    }
+    summary = {"kind": "summary", **outcome.summary, **scores, "seconds": seconds}
+    lines = [{"kind": "verdict", **line._asdict()} for line in verdict.lines]
+    return [summary, *lines, *outcome.rows, *({"kind": "iteration", **scalars(r)} for r in outcome.history)]
+
+
+def page_of(outcome: Outcome, command: str, config: Mapping[str, Any]) -> Page:
+    """The page of an outcome."""
+    blocks, training = outcome.draw()
+    flat = {k: v for k, v in config.items() if not isinstance(v, dict)}
+    for inner in config.values():
+        flat |= inner if isinstance(inner, dict) else {}
+    return Page(
+        title=outcome.title,
+        command=command,
+        verdict=outcome.verdict,
+        blocks=blocks,
+        config=flat,
+        notes=outcome.notes,
+        history=outcome.history,
+        version=__version__,
+        training=training,
+        facts=outcome.facts,
+    )
+
+
+def status(verdict: Verdict | None) -> str | None:
+    """The answer, if there is one."""
+    return None if verdict is None else verdict.status
+
+
+def scalars(row: Row) -> Row:
+    """A row without its lists."""
+    return {k: v for k, v in row.items() if not isinstance(v, list)}

@@ -1,0 +1,45 @@
+"""A finished run, opened again: what it was, and the model that it left."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tiltflow.core.errors import TiltflowError
+from tiltflow.run.folder import read_config
+
+JOBS = {
+    "finetune": "tilting.job:TiltJob",
+    "train-sampler": "sampling.job:SamplerJob",
+    "finetune-pipeline": "pipelines.job:PipelineJob",
+}
+"""What config.json calls a job → where it is. Each has ``read(config)`` and ``load(folder, device, **given)``."""
+
+
+def open_run(folder: Path | str) -> Any:
+    """The job of a run folder, with its settings.
+
+    Raises:
+        TiltflowError: no run folder, one of another format, or of a job that leaves no model.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if config["job"] not in JOBS:
+        raise TiltflowError(f"{folder} is a run of {config['job']!r}, which leaves no model; jobs that do: {', '.join(JOBS)}.")
+    module, _, name = JOBS[config["job"]].partition(":")
+    return getattr(import_module(f"tiltflow.{module}"), name).read(config, folder)
+
+
+def load(folder: Path | str, device: str = "cpu", **given: Any) -> Any:
+    """The model of a finished run: a TiltedModel, a Sampler or a TiltedPipeline.
+
+    Args:
+        folder: The run folder, or what a model's ``save`` wrote; it may have been moved or copied.
+        device: Where to put it.
+        given: What its config cannot name: ``base=`` and ``reward=``, ``problem=``, ``pipe=`` and ``reward=``.
+
+    Raises:
+        TiltflowError: no such run, one that is not finished, or something that has to be given.
+    """
+    return open_run(folder).load(Path(folder), device, **given)

@@ -1,0 +1,60 @@
+"""A trained sampler of e^{−E}."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiltflow.core.brownian import NoiseChain
+from tiltflow.core.control import DriftControl
+from tiltflow.energies import EnergyProblem, Evaluator
+from tiltflow.sampling.assess import assess_all
+from tiltflow.sampling.drawn import Drawn, draw
+from tiltflow.sampling.settings import SamplerSettings
+from tiltflow.train.store import save_weights
+from tiltflow.verdict.line import Verdict
+from tiltflow.verdict.sampler import judge_sampler
+
+WEIGHTS = "weights.safetensors"
+EVALUATION_SEED = 10_000
+"""Added to the seed for the samples that are judged."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The learned control on the chain that it is drawn with.
+
+    Args:
+        problem: What it samples.
+        method: What it was trained by.
+        settings: How it was trained.
+        chain: The base, on the grid of finished samples.
+        control: What was learned.
+        energy: The evaluator, which counts every evaluation.
+        history: One dict per round of training.
+    """
+
+    problem: EnergyProblem
+    method: str
+    settings: SamplerSettings
+    chain: NoiseChain
+    control: DriftControl
+    energy: Evaluator
+    history: list[dict[str, Any]]
+
+    def sample(self, n: int, seed: int = 0, batch: int = 2_000) -> Drawn:
+        """n samples with energies, and with log path weights where the source is a point, or the base stationary."""
+        return draw(self.chain, self.control, self.energy, n, torch.Generator().manual_seed(seed), batch)
+
+    def verdict(self, samples: int = 10_000, compared: int = 2_000, seed: int = 0) -> Verdict:
+        """The verdict on so many samples, of which so many are compared with the problem's reference, if it has one."""
+        drawn = self.sample(samples, EVALUATION_SEED + seed)
+        generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
+        return judge_sampler(assess_all(self.problem, drawn, self.chain, self.control, generator, compared).row)
+
+    def save_weights(self, folder: Path) -> None:
+        """The network, as safetensors."""
+        save_weights(folder / WEIGHTS, self.control.module)

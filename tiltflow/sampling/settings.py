@@ -1,0 +1,68 @@
+"""Settings of training a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.settings import Count, Positive, Range, Share, Steps, settings
+from tiltflow.methods.registry import row_of, settings_of
+from tiltflow.train.settings import Decay, Training
+
+DEFAULT_METHOD = "weighted_adjoint_sampling"
+
+
+@settings
+class SamplerSettings(Training):
+    """Settings of :func:`tiltflow.train_sampler`.
+
+    Args:
+        batch: End points per round.
+        steps: Simulation steps in training.
+        draw_steps: Simulation steps of finished samples; the error of a step's variance falls as 1/K.
+        noise: Noise schedule of the base, geometric as in the paper or constant.
+        sigma_max: Largest noise; none: the problem's scale.
+        sigma_min: Smallest noise; none: the problem's finest detail.
+        hidden: Width of the network.
+        layers: Depth of the network.
+        max_cost_gradient: Bound on ‖∇E‖ of each particle, or of each sample for vectors; none: no bound.
+        minimum_ess: Path weights are tempered to this share of effective samples.
+        hot: Temperature of the first rounds.
+        cooling: Share of the rounds over which the temperature falls geometrically to 1.
+    """
+
+    gradient_steps: Count = 100
+    minibatch: Count | None = 512
+    buffer_rounds: Count = 10
+    ema: Decay = 0.9
+    checkpoint_every: Count = 10
+    batch: Annotated[int, Range(2, 2**53)] = 512
+    steps: Steps = 50
+    draw_steps: Steps = 200
+    noise: Literal["geometric", "constant"] = "geometric"
+    sigma_max: Positive | None = None
+    sigma_min: Positive | None = None
+    hidden: Count = 64
+    layers: Count = 3
+    max_cost_gradient: Positive | None = 100.0
+    minimum_ess: Annotated[float, Range(0, 1 - 1e-9, above=True)] = 0.3
+    hot: Annotated[float, Range(1)] = 1.0
+    cooling: Share = 0.5
+
+    def check(self) -> None:
+        """σ_min < σ_max."""
+        if self.sigma_max is not None and self.sigma_min is not None and not self.sigma_min < self.sigma_max:
+            raise TiltflowError(f"sigma_min must be below sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}.")
+
+    def temperature(self, iteration: int) -> float:
+        """T of a round."""
+        left = max(0.0, 1 - iteration / max(self.cooling * self.rounds, 1e-9))
+        return self.hot**left
+
+    @classmethod
+    def of(
+        cls, method: str | Callable[..., Any] = DEFAULT_METHOD, suited: Mapping[str, Any] | None = None, **given: Any
+    ) -> Self:
+        """The settings for a method: what is ``given`` over what suits the method over what suits the problem."""
+        return settings_of(cls, row_of(method, "sample"), suited or {}, given)

@@ -1,0 +1,230 @@
+"""A tilted model: what is judged, what is sampled and what is saved are the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tiltflow.core.chain import InterpolantChain
+from tiltflow.core.control import FineTuned
+from tiltflow.core.cost import RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.process import Process
+from tiltflow.core.simulate import Samples
+from tiltflow.core.weights import systematic
+from tiltflow.core.settings import as_json
+from tiltflow.methods.registry import METHODS, Row
+from tiltflow.run.folder import FORMAT, RunFolder
+from tiltflow.tilting.draw import CHAIN, draw_paths, draw_process
+from tiltflow.tilting.settings import FinetuneSettings
+from tiltflow.tilting.weights import save_chain, save_network
+from tiltflow.train.method import Conditions
+from tiltflow.verdict.line import REWARD, Verdict
+from tiltflow.verdict.tilt import Tell, judge_samples, scored
+
+class Judgement(NamedTuple):
+    """A verdict, and λr of the samples and of the base's that it rests on, (n,) each."""
+
+    verdict: Verdict
+    reached: Tensor
+    base: Tensor
+
+
+OVERSAMPLED = 4
+"""Paths that are weighted for each exact sample."""
+EVALUATION_SEED = 1_000
+"""Added to the seed for the samples that are judged."""
+
+
+@dataclass(frozen=True)
+class TiltedModel:
+    """A base and the model that samples p_base(x)·e^{λr(x)} in its place.
+
+    Args:
+        base: The pretrained process.
+        process: The fine-tuned one, which predicts what the base predicts; the base itself for a training-free method.
+        chain: The base on the grid that it was trained on.
+        cost: −λr.
+        row: The method.
+        settings: Of the training.
+        conditions: Draws condition rows, if the base has any.
+        history: One dict per round of training.
+    """
+
+    base: Process
+    process: Process
+    chain: InterpolantChain
+    cost: RewardCost
+    row: Row
+    settings: FinetuneSettings
+    conditions: Conditions | None
+    history: list[dict[str, Any]]
+
+    @property
+    def module(self) -> nn.Module:
+        """The fine-tuned network, ``(x, t, **condition)``, which predicts what the base predicts. None was trained: an error.
+
+        Raises:
+            TiltflowError: the method trains nothing.
+        """
+        if not self.row.trained:
+            raise TiltflowError(f"the method {self.row.name!r} trains no network; it samples from the base.")
+        return FineTuned(self.process).module
+
+    def sample(
+        self,
+        n: int,
+        noise: str | float = CHAIN,
+        steps: int | None = None,
+        exact: bool = False,
+        seed: int = 0,
+        method: str = "heun",
+        **condition: Any,
+    ) -> Tensor:
+        """n samples (n, *event).
+
+        Args:
+            n: How many.
+            noise: "chain" (the one it was trained on, which is also what a verdict judges), "ode", "memoryless", or σ ≥ 0.
+            steps: Simulation steps; None: those of the training.
+            exact: Weight paths of the chain by their path weights and resample: the chain's own tilt, whatever was learned.
+            seed: Of the draws.
+            method: Of the ODE: euler, heun, or an adaptive one of torchdiffeq.
+            condition: Condition rows, of one row or of n.
+
+        Raises:
+            TiltflowError: an unknown noise, or one that the model was not trained for.
+        """
+        generator = self._generator(seed)
+        if exact and (noise != CHAIN or steps is not None):
+            raise TiltflowError("exact samples are weighted paths of the training chain: leave out noise and steps.")
+        if exact and self.row.trained:
+            drawn = self.paths(OVERSAMPLED * n, seed, **condition)
+            picked = systematic(self.log_weights(drawn, **condition), generator, n)
+            return drawn.x[picked[torch.randperm(n, generator=generator, device=generator.device).to(picked.device)]]
+        if noise == CHAIN and steps is None:
+            return self.paths(n, seed, **condition).x
+        if not self.row.trained:
+            raise TiltflowError(f"the method {self.row.name!r} has one way of sampling: leave out noise and steps.")
+        rows = {name: v.expand(n, *v.shape[1:]) for name, v in condition.items()}
+        count = steps or self.settings.steps
+        return draw_process(self.process, n, str(noise), count, method, generator, self.settings, **rows)
+
+    def paths(
+        self, n: int, seed: int = 0, tell: Callable[[int], None] = lambda done: None, **condition: Any
+    ) -> Samples:
+        """n end points of the training chain with what their paths say (zeros for a training-free method)."""
+        generator = self._generator(seed)
+        if self.row.trained:
+            return draw_paths(self.chain, FineTuned(self.process), n, generator, tell, **condition)
+        rows = {name: v.expand(n, *v.shape[1:]) for name, v in condition.items()}
+        drawn = self.row.made(chain=self.chain, cost=self.cost).sample(None, n, generator, **rows)
+        order = torch.randperm(n, generator=generator, device=generator.device).to(drawn.x.device)
+        zeros = drawn.x.new_zeros(n)
+        tell(n)
+        return Samples(drawn.x[systematic(drawn.log_weights.double(), generator)[order]], zeros, zeros, zeros, None)
+
+    def log_weights(self, drawn: Samples, **condition: Any) -> Tensor:
+        """log w = λr + log dP_base/dP_u of paths, (n,)."""
+        rows = {name: v.expand(len(drawn.x), *v.shape[1:]) for name, v in condition.items()}
+        return -self.cost.value(drawn.x, **rows).detach() + drawn.log_ratio
+
+    def verdict(
+        self,
+        judges: Mapping[str, Callable[..., Tensor]] | None = None,
+        samples: int = 4_000,
+        reference_samples: int = 20_000,
+        seed: int = 0,
+        truth: Tensor | None = None,
+        tell: Tell = lambda *news: None,
+        **condition: Any,
+    ) -> Verdict:
+        """Is it right? Samples of the model against base samples weighted by e^{λr}.
+
+        Args:
+            judges: Held-out scores by name, ``(x, **condition) -> (B,)``.
+            samples: Samples of the model.
+            reference_samples: Samples of the base.
+            seed: Of both.
+            truth: Exact samples of the tilt, if there are any.
+            tell: Told what is going on: (what, done, total, note).
+            condition: One condition row for all samples.
+        """
+        base = self.base_samples(reference_samples, seed, tell, **condition)
+        drawn = self.paths(samples, seed + 1, lambda done: tell("samples of the model", done, samples, ""), **condition)
+        return self.judge(drawn, base, judges or {}, seed, truth, tell, **condition).verdict
+
+    def base_samples(self, n: int, seed: int = 0, tell: Tell = lambda *news: None, **condition: Any) -> Tensor:
+        """n samples of the base by the training chain."""
+        told = partial(tell, "samples of the base")
+        return draw_paths(self.chain, None, n, self._generator(seed), lambda done: told(done, n, ""), **condition).x
+
+    def judge(
+        self,
+        drawn: Samples,
+        base_samples: Tensor,
+        judges: Mapping[str, Callable[..., Tensor]],
+        seed: int = 0,
+        truth: Tensor | None = None,
+        tell: Tell = lambda *news: None,
+        **condition: Any,
+    ) -> Judgement:
+        """The verdict on paths that are drawn already."""
+
+        def given(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            return lambda x: score(x, **{name: v.expand(len(x), *v.shape[1:]) for name, v in condition.items()})
+
+        sets = [drawn.x, base_samples] if truth is None else [drawn.x, base_samples, truth]
+        cost = replace(self.cost, reward=given(self.cost.reward))
+        values = scored(cost, {name: given(judge) for name, judge in judges.items()}, *sets, tell=tell)
+        tell("verdict", 0, 1, "")
+        log_ratio = drawn.log_ratio if self.row.trained else None
+        own = torch.Generator().manual_seed(seed)
+        verdict = judge_samples(drawn.x, base_samples, values, log_ratio, own, truth, strength=cost.strength)
+        tell("verdict", 1, 1, "")
+        return Judgement(verdict, values[REWARD][0], values[REWARD][1])
+
+    def save_weights(self, folder: Path) -> None:
+        """The chain, and what was trained (:mod:`tiltflow.tilting.weights`), into a folder."""
+        save_chain(folder, self.chain)
+        if self.row.trained:
+            save_network(folder, self.process)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the model into a new folder, for :func:`tiltflow.load` with ``base=`` and ``reward=``.
+
+        Raises:
+            TiltflowError: the folder exists and is not empty, or the method is not one of the table.
+        """
+        target = Path(folder)
+        if self.row.name not in METHODS:
+            raise TiltflowError(f"the method {self.row.name!r} is not in the table: a file cannot name it.")
+        config = {
+            "job": "finetune",
+            "format": FORMAT,
+            "base": None,
+            "reward": None,
+            "strength": self.cost.strength,
+            "method": self.row.name,
+            "settings": as_json(self.settings),
+        }
+        with RunFolder(target, config):
+            self.save_weights(target)
+        return target
+
+    def _generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(EVALUATION_SEED + seed)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its network lives."""
+        model = self.process.model
+        found = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        return torch.device("cpu") if found is None else found.device
+

@@ -1,0 +1,69 @@
+"""Settings of fine-tuning towards a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Self
+
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.settings import Count, NonNegative, Positive, Range, Real, Steps, Whole, settings
+from tiltflow.methods.registry import row_of, settings_of
+from tiltflow.train.settings import Training
+
+DEFAULT_METHOD = "adjoint_matching"
+
+
+@settings
+class FinetuneSettings(Training):
+    """Settings of :func:`tiltflow.finetune`; all of them are in a run folder's config.json.
+
+    Args:
+        batch: Paths per round.
+        steps: Simulation steps of the training chain.
+        rank: Rank of trained low-rank updates of the linear layers, merged at the end; none: all weights are trained.
+        last_steps: Regress on so many last steps only; none: on all.
+        random_steps: With last_steps: and on so many others, drawn anew in each round.
+        clip: Bound on a term of the loss, or on the ratio of Flow-GRPO; none: no bound.
+        max_cost_gradient: Bound on the norm of λ∇r of a sample; none: the gradient itself.
+        noiseless_last: End paths with the noiseless prediction of the base; none: for images only.
+        variance_samples: Base samples that the chain's residual variances are measured on.
+        sigma: Constant noise instead of the memoryless one; biased, and refused without allow_biased.
+        allow_biased: Accept a noise schedule that is not memoryless.
+        chi: σ² = 2η + χ; the result may then be sampled with that schedule only.
+    """
+
+    rounds: Count = 100
+    batch: Annotated[int, Range(2, 2**53)] = 128
+    minibatch: Count | None = 1024
+    learning_rate: Positive = 3e-3
+    warmup: Whole = 5
+    steps: Steps = 25
+    rank: Count | None = None
+    last_steps: Whole | None = None
+    random_steps: Whole | None = None
+    clip: Positive | None = None
+    max_cost_gradient: Positive | None = None
+    noiseless_last: bool | None = None
+    variance_samples: Annotated[int, Range(2, 2**53)] = 512
+    sigma: NonNegative | None = None
+    allow_biased: bool = False
+    chi: Real = 0.0
+
+    def check(self) -> None:
+        """Settings that exclude or need each other."""
+        if self.random_steps is not None and self.last_steps is None:
+            raise TiltflowError("random_steps are drawn beside the last ones: give last_steps as well.")
+        if self.last_steps is not None and not 1 <= self.last_steps + (self.random_steps or 0) <= self.steps:
+            raise TiltflowError(
+                f"last_steps + random_steps must be from 1 to steps = {self.steps}, got "
+                f"{self.last_steps + (self.random_steps or 0)}."
+            )
+        if self.sigma is not None and self.chi != 0:
+            raise TiltflowError("sigma replaces the memoryless schedule that chi belongs to: leave one of them out.")
+
+    @classmethod
+    def of(
+        cls, method: str | Callable[..., Any] = DEFAULT_METHOD, suited: Mapping[str, Any] | None = None, **given: Any
+    ) -> Self:
+        """The settings for a method: what is ``given`` over what suits the method over what suits the base."""
+        return settings_of(cls, row_of(method, "finetune"), suited or {}, given)

@@ -1,0 +1,128 @@
+r"""Reward fine-tuning: from a base process and a reward to a model that samples p_base(x)·e^{λr(x)}.
+
+By default Adjoint Matching on the moment-matched memoryless chain of the base (Domingo-Enrich et al. 2025, arXiv:2409.08861).
+Because σ² = 2η is used in training, the fine-tuned process may be sampled with the ODE or with any noise schedule and step
+count. Any other method of :mod:`tiltflow.methods.registry` goes through the same door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltflow.core.chain import InterpolantChain
+from tiltflow.core.control import FineTuned
+from tiltflow.core.cost import Reward, RewardCost
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.process import Process
+from tiltflow.core.settings import Seed, check_value
+from tiltflow.methods.registry import Row, names, row_of
+from tiltflow.nn.lora import merge_low_rank
+from tiltflow.tilting.chain import require_memoryless, trainable_copy, training_chain, tuned_process
+from tiltflow.tilting.model import TiltedModel
+from tiltflow.tilting.settings import DEFAULT_METHOD, FinetuneSettings
+from tiltflow.train.fit import Callback, fit
+from tiltflow.train.method import Conditions, State
+
+SMALL = 64
+"""Most entries of a vector that methods for vectors take."""
+
+
+def finetune(
+    base: Process,
+    reward: Reward,
+    strength: float = 1.0,
+    method: str | Callable[..., Any] = DEFAULT_METHOD,
+    settings: FinetuneSettings | None = None,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    tuned: Process | None = None,
+    conditions: Conditions | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    callback: Callback | None = None,
+) -> TiltedModel:
+    """Fine-tune ``base`` so that it samples p_base(x)·exp(strength · reward(x)), normalised.
+
+    Args:
+        base: The pretrained process; its weights are not touched.
+        reward: ``(x (B, *event), **condition) -> (B,)``, differentiable unless the method needs values only.
+        strength: λ ≥ 0; 0 returns an exact copy.
+        method: A name of the table (``tiltflow list methods``), or a method class ``(chain, cost, …)`` of your own.
+        settings: Budget and options; None: the defaults that suit the method, :meth:`FinetuneSettings.of`.
+        seed: Of the initial weights and of every draw.
+        device: Where to simulate and train.
+        tuned: Process to train instead of a copy of the base; it must start at the base (:func:`tiltflow.tilted`).
+        conditions: Draws condition rows for base, tuned process and reward, ``(n, generator) -> {name: (n, …)}``.
+        checkpoint: File to save to while training.
+        resume: Start from that file.
+        callback: Called with each round's metrics; True makes it the last one.
+
+    Raises:
+        TiltflowError: λ < 0, a schedule that is not memoryless, a reward or base of the wrong shape, detached or
+            non-finite, a method that does not apply here, or diverging training.
+    """
+    check_value("seed", seed, Seed)
+    row = row_of(method, "finetune")
+    s = settings or FinetuneSettings.of(method)
+    cost = RewardCost(reward, strength, s.max_cost_gradient)
+    require_applies(row, base, s)
+    require_memoryless(base.interpolant, s)
+    generator = torch.Generator(device).manual_seed(seed)
+    probe: dict[str, Tensor] = conditions(2, generator) if conditions else {}
+    x = base.source(2, generator, torch.get_default_dtype(), generator.device)
+    with_gradient(row, cost, x, probe)  # fail before the work starts
+    if not row.trained or strength == 0:
+        process = (tuned or tuned_process(base, trainable_copy(base))) if row.trained else base
+        chain = training_chain(base, s, generator, conditions)
+        return TiltedModel(base, process, chain, cost, row, s, conditions, [])
+    process = tuned or tuned_process(base, trainable_copy(base, s.rank, generator))
+    chain = training_chain(base, s, generator, conditions)
+    trainer = made(row, chain, cost, s, generator, conditions)
+    history = fit(trainer, State(FineTuned(process), generator), s, checkpoint, resume, callback)
+    merge_low_rank(FineTuned(process).module)
+    return TiltedModel(base, process, chain, cost, row, s, conditions, history)
+
+
+def made(
+    row: Row,
+    chain: InterpolantChain,
+    cost: RewardCost,
+    s: FinetuneSettings,
+    generator: torch.Generator,
+    conditions: Conditions | None,
+) -> Any:
+    """The method of a row. Raises TiltflowError for a setting, or conditions, that it does not take."""
+    options = {"last_steps": s.last_steps, "random_steps": s.random_steps, "clip": s.clip, "conditions": conditions}
+    return row.made(chain=chain, cost=cost, batch=s.batch, generator=generator, **options)
+
+
+def require_applies(row: Row, base: Process, settings: FinetuneSettings) -> None:
+    """Raise TiltflowError, in one sentence, where a method does not apply to a base or a schedule."""
+    if "vectors" in row.needs and (len(base.event_shape) != 1 or base.event_shape[0] > SMALL):
+        raise TiltflowError(
+            f"the method {row.name!r} is for vectors of at most {SMALL} entries; events here are {base.event_shape}."
+        )
+    if "interpolant" in row.needs and (settings.sigma is not None or settings.chi != 0):
+        raise TiltflowError(f"the method {row.name!r} needs the memoryless schedule: leave out sigma and chi.")
+    if row.on_policy and settings.buffer_rounds != 1:
+        raise TiltflowError(f"the method {row.name!r} uses each round once: buffer_rounds must be 1 (FinetuneSettings.of).")
+
+
+def with_gradient(row: Row, cost: RewardCost, x: Tensor, condition: dict[str, Any]) -> None:
+    """Ask the reward once as the method will. Raises TiltflowError that names methods which need values only."""
+    if not row.needs_gradient:
+        cost.value(x, **condition)
+        return
+    try:
+        cost.grad(x, **condition)
+    except TiltflowError as error:
+        if "detached" not in str(error):
+            raise
+        others = ", ".join(names("finetune", without=("gradient",)))
+        raise TiltflowError(f"{error} Or use a method that needs its values only: {others}.") from error

@@ -1,0 +1,50 @@
+"""How to train: what every job's settings extend."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from tiltflow.core.settings import Count, Positive, Range, Share, Whole, settings
+
+Decay = Annotated[float, Range(0, 1 - 1e-9)]
+
+
+@settings
+class Training:
+    """How :func:`tiltflow.train.fit.fit` trains.
+
+    Args:
+        rounds: Rounds of simulation, each followed by gradient steps.
+        gradient_steps: Gradient steps per round.
+        minibatch: Rows of a gradient step; none: all that the buffer holds.
+        buffer_rounds: Rounds whose rows are kept and drawn from.
+        learning_rate: Adam's learning rate.
+        final_learning_rate: Share of the learning rate that is left at the end of its cosine decay; 1: constant.
+        warmup: Rounds of linear warm-up.
+        betas: Adam's decay rates.
+        gradient_clip: Bound on the norm of a gradient step; none: no bound.
+        ema: Decay of the averaged weights, which are the result; 0: none.
+        accumulate: Rows that the loss sees at a time, to save memory; the gradient is that of all rows.
+        checkpoint_every: Rounds between checkpoints.
+    """
+
+    rounds: Count = 200
+    gradient_steps: Count = 1
+    minibatch: Count | None = None
+    buffer_rounds: Count = 1
+    learning_rate: Positive = 1e-3
+    final_learning_rate: Share = 0.01
+    warmup: Whole = 0
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    gradient_clip: Positive | None = 1.0
+    ema: Decay = 0.97
+    accumulate: Count | None = None
+    checkpoint_every: Count = 25
+
+    def rate(self, iteration: int) -> float:
+        """Learning rate of a round."""
+        low = self.final_learning_rate
+        cosine = 0.5 * (1 + math.cos(math.pi * iteration / max(self.rounds, 1)))
+        ramp = min(1.0, (iteration + 1) / (self.warmup + 1))
+        return self.learning_rate * ramp * (low + (1 - low) * cosine)
