@@ -25,7 +25,9 @@ from tiltflow.core.ode import ode
 from tiltflow.core.process import Process
 from tiltflow.core.simulate import Samples, sample
 from tiltflow.core.weights import ess, evidence, normalised
-from tiltflow.report import RunRecord, SummaryRow, write_report
+from tiltflow.report import Page, gallery, scores_table, training_blocks, write_page
+from tiltflow.report.figures import TILTING
+from tiltflow.report.samples import SAME_NOISE
 from tiltflow.rewards.spec import RewardSpec
 from tiltflow.run.folder import RunFolder, document
 from tiltflow.tilting.finetune import FinetuneSettings, Tuned, finetune, require_memoryless, trainable_copy, tuned_process
@@ -327,45 +329,45 @@ def _conclude(
     said = [summary, *({"kind": "verdict", **line._asdict()} for line in lines), *scalars]
     result = document(command, config.seed, config.device, said, verdict.status)
     folder.write_json("metrics.json", result)
-    norms = [h["adjoint_norm"] for h in tuned.history[-10:]]
-    names = [k[: -len("_base")] for k in row if k.endswith("_base")]
-    table = [
-        SummaryRow(
-            "mean reward" if k == "reward" else f"judge: {k}",
-            row[f"{k}_base"],
-            row[f"{k}_reference"],
-            row[f"{k}_reached"],
-        )
-        for k in names
-    ]
-    table += [
-        SummaryRow("log Z", None, row["log_z_reference"], row["log_z"]),
-        SummaryRow("KL to the base", 0.0, config.strength * row["reward_reference"] - row["log_z_reference"], row["kl"]),
-        SummaryRow("effective sample size", None, row["reference_ess"], row["path_ess"]),
-    ]
     weights = normalised(config.strength * _reward_of(spec, base_samples, condition))
     chosen = torch.multinomial(weights, GRID, replacement=True, generator=torch.Generator().manual_seed(config.seed))
-    write_report(
-        folder.path,
-        RunRecord(
-            title=f"{config.base} tilted towards {config.reward}, λ = {config.strength:g}",
-            command=command,
-            status=verdict.status,
-            verdict=lines,
-            summary=table,
-            before=before,
-            after=after,
-            reference=base_samples[chosen],
-            history=[{k: v for k, v in h.items() if not isinstance(v, list)} for h in tuned.history],
-            adjoint_t=tuned.chain.t.tolist() if norms else [],
-            adjoint_norm=torch.tensor(norms).mean(0).tolist() if norms else [],
-            path_ess=row["path_ess"],
-            config=asdict(config) | asdict(config.settings),
-            notes=_notes(config, len(evaluations)),
-            version=__version__,
-        ),
-    )
+    sets = {"Before": before, "After": after, "Reference": base_samples[chosen]}
+    write_page(folder.path, _page(config, command, verdict, row, sets, tuned, len(evaluations)))
     return result
+
+
+def _page(
+    config: RunConfig,
+    command: str,
+    verdict: Verdict,
+    row: dict[str, Any],
+    sets: dict[str, Tensor],
+    tuned: Tuned,
+    targets: int,
+) -> Page:
+    scores = [
+        ("mean reward" if k == "reward" else f"judge: {k}", row[f"{k}_base"], row[f"{k}_reference"], row[f"{k}_reached"])
+        for k in (key.removesuffix("_base") for key in row if key.endswith("_base"))
+    ]
+    levels = {"reward": {"before": row["reward_base"], "reference": row["reward_reference"]}}
+    scores += [
+        ("log Z", None, row["log_z_reference"], row["log_z"]),
+        ("KL to the base", 0.0, config.strength * row["reward_reference"] - row["log_z_reference"], row["kl"]),
+        ("effective sample size", None, row["reference_ess"], row["path_ess"]),
+    ]
+    caption = f"{SAME_NOISE} The reference follows the tilted law p_base · e^{{λr}} itself."
+    return Page(
+        title=f"{config.base} tilted towards {config.reward}, λ = {config.strength:g}",
+        command=command,
+        verdict=verdict,
+        blocks=[gallery(sets, caption=caption), scores_table(scores)],
+        training=training_blocks(tuned.history, TILTING, levels, tuned.chain.t.tolist()),
+        facts={"path ESS, of 1": row["path_ess"]},
+        history=tuned.history,
+        config=asdict(config) | asdict(config.settings),
+        notes=_notes(config, targets),
+        version=__version__,
+    )
 
 
 def _reward_of(spec: RewardSpec, x: Tensor, condition: dict[str, Any]) -> Tensor:
