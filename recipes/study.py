@@ -30,7 +30,9 @@ from tiltflow.core.ode import ode
 from tiltflow.core.process import Process
 from tiltflow.core.simulate import sample
 from tiltflow.metrics.distance import pairwise_mean
-from tiltflow.report import RunRecord, SummaryRow, write_report
+from tiltflow.report import Page, gallery, scores_table, training_blocks, write_page
+from tiltflow.report.figures import TILTING
+from tiltflow.report.samples import SAME_NOISE
 from tiltflow.report.sounds import wav
 from tiltflow.rewards.combine import Score
 from tiltflow.run.folder import RunFolder, document
@@ -38,8 +40,7 @@ from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.tilting.model import TiltedModel
 from tiltflow.tilting.train import finetune
 from tiltflow.train.store import save_weights
-from tiltflow.verdict.line import overall
-from tiltflow.verdict.line import REWARD
+from tiltflow.verdict.line import REWARD, Verdict, overall
 from tiltflow.verdict.paired import Judged, against_base
 
 SHOWN, HEARD = 24, 6
@@ -167,15 +168,19 @@ def report(study: Study, folder: RunFolder, tuned: Tuned, pair: tuple[Judged, Ju
     with torch.no_grad():
         decoded = [study.decode(found.x[:SHOWN]) for found in pair]
     sounds = [[wav(sound, study.rate) for sound in made[:HEARD]] if study.rate else [] for made in decoded]
-    history = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in tuned.history]
-    table = [SummaryRow(k, float(v.mean()), None, float(after.scores[k].mean())) for k, v in before.scores.items()]
-    write_report(
+    pictures = {name: study.picture(made) for name, made in zip(("Before", "After"), decoded, strict=True)}
+    heard = dict(zip(("Before", "After"), sounds, strict=True))
+    scores = [(k, float(v.mean()), None, float(after.scores[k].mean())) for k, v in before.scores.items()]
+    scores.append(("diversity", before.diversity, None, after.diversity))
+    levels = {"reward": {"before": float(before.scores[REWARD].mean())}}
+    write_page(
         folder.path,
-        RunRecord(
-            title=f"{study.name}, seed {result['seed']}", command=result["command"], status=result["verdict"],
-            verdict=against_base(*pair), before=study.picture(decoded[0]), after=study.picture(decoded[1]),
-            summary=[*table, SummaryRow("diversity", before.diversity, None, after.diversity)], history=history,
-            config=folder.config, value_range=(0.0, 1.0), version=__version__, sounds=(sounds[0], sounds[1]),
+        Page(
+            title=f"{study.name}, seed {result['seed']}", command=result["command"],
+            verdict=Verdict(result["verdict"], against_base(*pair)),
+            blocks=[gallery(pictures, value_range=(0.0, 1.0), sounds=heard, caption=SAME_NOISE), scores_table(scores)],
+            training=training_blocks(tuned.history, TILTING, levels), history=tuned.history, config=folder.config,
+            version=__version__,
         ),
     )  # fmt: skip
 

@@ -84,7 +84,7 @@ def test_data_files_are_packaged():
     packaged = {path for pattern in patterns for path in package.glob(pattern)}
     present = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert present - packaged == set(), "not matched by [tool.setuptools.package-data]"
-    assert {"py.typed", "run.html.j2"} <= {path.name for path in packaged}
+    assert {"py.typed", "page.html.j2", "viewer.html.j2", "3Dmol-min.js"} <= {path.name for path in packaged}
     for folder in {path.parent for path in package.rglob("*.py")}:
         assert (folder / "__init__.py").is_file(), f"{folder.name} would be left out of the wheel"
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiltflow import bench_sampling
+from tiltflow.bench import sampling as bench_sampling
 from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import ENERGY_PROBLEMS
-from tiltflow.report.sampler import SamplerRecord, project, render_sampler
 from tiltflow.run.folder import RunFolder
 from tiltflow.sampling.job import SamplerConfig, load_sampler, run_sampler
 from tiltflow.sampling.assess import assess_all
@@ -256,35 +255,6 @@ def test_problems_by_name(generator):
         load_problem("nope")
     with pytest.raises(TiltflowError, match="leave out --shape"):
         load_problem("gmm9", (2,))
-
-
-# --- the report
-
-
-def record(x, **changes):
-    facts = {
-        "title": "t", "command": "c", "status": "cannot tell", "verdict": [], "row": {"rejected": 1},
-        "samples": x, "energy": torch.full((len(x),), torch.nan),
-    }  # fmt: skip
-    return SamplerRecord(**(facts | changes))
-
-
-def test_reports_of_other_shapes(generator):
-    x = torch.randn(40, 4, 2, generator=generator)
-    page = render_sampler(record(x, particles=True, reference=x, reference_energy=x.sum((1, 2))))
-    assert "Distances of particles" in page and "sorted distances of 4 particles" in page
-    assert "Reference" not in render_sampler(record(x[:, 0]))
-    assert "No sample is finite" in render_sampler(record(torch.full((5, 3), torch.nan)))
-    assert "Sorted path weights" in render_sampler(record(x[:, 0, :1], log_weights=torch.zeros(40)))
-
-
-def test_projection_sees_what_rotation_cannot_hide(generator):
-    x = torch.randn(500, 4, 2, generator=generator)
-    turn = torch.linalg.qr(torch.randn(2, 2, generator=generator)).Q
-    a, b = project([x, (x @ turn)[:, [2, 0, 3, 1]]], True)[0]
-    torch.testing.assert_close(a, b)
-    points, text = project([x.flatten(1) * torch.arange(1.0, 9.0)], False)
-    assert "principal" in text and points[0].std(0).tolist() == pytest.approx([8, 7], rel=0.1)
 
 
 # --- the benchmark

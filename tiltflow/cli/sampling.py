@@ -75,7 +75,7 @@ def train_sampler_command(
     PROBLEM is a name such as gmm40 or dw4, or module:function (file.py:function) that is or returns an EnergyProblem, or
     an energy (x) → (B,) in kT, then with --shape, --scale and --finest.
     """
-    from tiltflow.report.sampler import summary
+    from tiltflow.report.tables import sampler_numbers
     from tiltflow.run.folder import RunFolder
     from tiltflow.sampling.job import SamplerConfig, default_settings, run_sampler
 
@@ -91,7 +91,7 @@ def train_sampler_command(
         result = run_sampler(config, folder, command_line(), bars)
     bars.close()
     row = result["rows"][0]
-    numbers = [{"": r.name, **r._asdict()} for r in summary(row, loaded.log_z)]
+    numbers = [{"": r.name, **r._asdict()} for r in sampler_numbers(row, loaded.log_z)]
     finish_run(result, out, numbers, ["", "value", "floor", "resampled"], as_json)
 
 

@@ -6,9 +6,7 @@ It works offline: the viewer (3Dmol.js, N. Rego and D. Koes, Bioinformatics 31, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,52 +19,39 @@ from tiltflow.molecules.clusters import Clusters
 from tiltflow.molecules.ensemble import RELIABLE, Ensemble
 from tiltflow.molecules.molecule import with_positions
 from tiltflow.molecules.read import Reject
-from tiltflow.report import plots
-from tiltflow.report.html import inlined, render_template, write_page
+from tiltflow.report import Block, Figure, Figures, Markup, Page, Table, plots
+from tiltflow.report.figures import weight_figures
+from tiltflow.report.page import fill
+from tiltflow.verdict.line import Verdict
 
 DETAILED, SHAPES, TORSIONS, REJECTS = 20, 10, 12, 200
 """Most molecules with a section of their own; clusters, torsions of each; rejects. The files hold them all."""
 
 
-@dataclass(frozen=True)
-class ConformersRecord:
-    """What the page shows: clustered ensembles, rejects, the command, its settings and the version."""
-
-    found: Sequence[tuple[Ensemble, Clusters]]
-    rejects: Sequence[Reject]
-    command: str
-    config: Mapping[str, Any]
-    version: str
-    notes: Sequence[str] = ()
-    verdict: Sequence[Any] = ()
-    history: Sequence[Mapping[str, Any]] = ()
-
-    @property
-    def title(self) -> str:
-        """Of the page."""
-        conformers = sum(len(e) for e, _ in self.found)
-        return f"{conformers} conformers of {len(self.found)} molecule{'' if len(self.found) == 1 else 's'}"
-
-
-def write_conformers_report(folder: Path, record: ConformersRecord) -> Path:
-    """Write ``folder/report.html``, atomically, and return its path. Raises as ``write_report`` does."""
-    return write_page(folder, lambda: render_conformers(record))
-
-
-def render_conformers(record: ConformersRecord) -> str:
-    """The page as a string."""
-    detailed = [(e, c) for e, c in record.found if len(e)][:DETAILED]
-    return render_template(
-        "molecules/conformers.html.j2",
-        record,
-        molecules=[_line(e, c) for e, c in record.found],
-        sections=[_section(e, c) for e, c in detailed],
-        shapes=[shape for e, c in detailed for shape in _shapes(e, c)],
-        unreliable=sum(not e.reliable for e, _ in record.found if e.log_weights is not None),
-        least=RELIABLE,
-        rejects=record.rejects[:REJECTS],
-        figures=(),
-        viewer=resources.files("tiltflow.molecules").joinpath("3Dmol-min.js").read_text(encoding="utf-8"),
+def conformers_page(
+    found: Sequence[tuple[Ensemble, Clusters]],
+    rejects: Sequence[Reject],
+    command: str,
+    config: Mapping[str, Any],
+    version: str,
+) -> Page:
+    """What a run found: clustered ensembles, rejects, the command, its settings and the version."""
+    detailed = [(e, c) for e, c in found if len(e)][:DETAILED]
+    conformers, untold = sum(len(e) for e, _ in found), sum(_weights(e) == "cannot tell" for e, _ in found)
+    blocks = [_molecules(found, len(detailed)), *_viewer([shape for e, c in detailed for shape in _shapes(e, c)])]
+    for e, c in detailed:
+        blocks += _section(e, c, alone=len(detailed) == 1)
+    more = f"{REJECTS} of {len(rejects)}; all are in rejects.csv." if len(rejects) > REJECTS else ""
+    rows = [(r.line, r.name, r.input, r.reason) for r in rejects[:REJECTS]]
+    facts = {"rejected": len(rejects)} | ({f"weights that cannot be told (ESS below {RELIABLE})": untold} if untold else {})
+    return Page(
+        title=f"{conformers} conformers of {len(found)} molecule{'' if len(found) == 1 else 's'}",
+        command=command,
+        verdict=Verdict("cannot tell", []) if untold else None,
+        blocks=[*blocks, Table("Rejected", ("line", "name", "input", "reason"), rows, more)],
+        facts=facts,
+        config=config,
+        version=version,
     )
 
 
@@ -88,48 +73,54 @@ def torsions(mol: Chem.Mol) -> list[tuple[int, int, int, int]]:
     return found
 
 
-def _line(e: Ensemble, c: Clusters) -> dict[str, Any]:
-    finite = e.energy.tolist()
-    return {
-        "name": e.molecule.name,
-        "smiles": e.molecule.smiles,
-        "conformers": len(e),
-        "discarded": e.discarded,
-        "ess": e.ess,
-        "reliable": e.reliable,
-        "weighted": e.log_weights is not None,
-        "clusters": len(c.sizes),
-        "span": max(finite) - min(finite) if finite else None,
-        "unit": e.unit,
-    }
+def _weights(e: Ensemble) -> str:
+    return "none: chosen to cover" if e.log_weights is None else "reliable" if e.reliable else "cannot tell"
 
 
-def _section(e: Ensemble, c: Clusters) -> dict[str, Any]:
-    lowest = float(e.energy.min())
+def _molecules(found: Sequence[tuple[Ensemble, Clusters]], detailed: int) -> Table:
+    columns = ("name", "SMILES", "conformers", "left out", "ESS, of 1", "weights", "clusters", "energies span", "unit")
     rows = [
-        {
-            "number": k + 1,
-            "size": c.sizes[k],
-            "population": None if c.populations is None else c.populations[k],
-            "conformer": c.lowest[k] + 1,
-            "energy": float(e.energy[c.lowest[k]]) - lowest,
-        }
-        for k in range(len(c.sizes))
+        (e.molecule.name, e.molecule.smiles, len(e), e.discarded, e.ess, _weights(e), len(c.sizes),
+         float(e.energy.max() - e.energy.min()) if len(e) else None, e.unit)
+        for e, c in found
+    ]  # fmt: skip
+    caption = (
+        "A weight is the normalised path weight of a sample at the stated temperature. It does not tell of shapes that the "
+        "sampler never visits."
+    )
+    if len(found) > detailed:
+        caption += f" Sections: {detailed} of {len(found)} molecules. All are in conformers.csv and conformers.sdf."
+    return Table("Molecules", columns, rows, caption)
+
+
+def _viewer(shapes: Sequence[Mapping[str, str]]) -> list[Block]:
+    if not shapes:
+        return []
+    library = resources.files("tiltflow.molecules").joinpath("3Dmol-min.js").read_text(encoding="utf-8")
+    return [Markup("In 3-D", fill("molecules/viewer.html.j2", shapes=shapes, library=library))]
+
+
+def _section(e: Ensemble, c: Clusters, alone: bool) -> list[Block]:
+    """Plots of one molecule, and its clusters."""
+    lowest = float(e.energy.min())
+    populations = ["cannot tell"] * len(c.sizes) if c.populations is None else c.populations
+    rows = [
+        (k, c.sizes[k - 1], populations[k - 1], c.lowest[k - 1] + 1, float(e.energy[c.lowest[k - 1]]) - lowest)
+        for k in range(1, len(c.sizes) + 1)
     ]
     weights = e.weights.numpy() if e.reliable else None
     untold = "there are none" if e.log_weights is None else "they cannot be told"
     counted = "Counted by path weight." if e.reliable else f"Counted without weights: {untold}."
-    figures = [("Energies", f"Above the lowest. {counted}", _energies(e.energy.double() - lowest, e.unit, weights))]
+    energies = _energies(e.energy.double() - lowest, e.unit, weights)
+    figures = [Figure("Energies", f"Above the lowest. {counted}", energies)]
     bonds = torsions(e.molecule.mol)
     if bonds:
         shown = f"The first {TORSIONS} of {len(bonds)} torsions. " if len(bonds) > TORSIONS else ""
-        figures.append(("Torsions", shown + counted, _torsions(e, bonds[:TORSIONS], weights)))
-    if e.log_weights is not None:
-        sizes = (e.weights * len(e)).sort(descending=True).values.clamp(min=1e-6).tolist()
-        rank = [(i + 1) / len(e) for i in range(len(e))]
-        picture = plots.curve(rank, {"weight": sizes}, "share of conformers", "path weight (mean 1)", {"ideal": 1.0}, True)
-        figures.append(("Sorted path weights", "Flat at 1 if the sampler is exact.", picture))
-    return {**_line(e, c), "temperature": e.temperature, "rows": rows, "figures": inlined(figures)}
+        figures.append(Figure("Torsions", shown + counted, _torsions(e, bonds[:TORSIONS], weights)))
+    figures += weight_figures(None if e.log_weights is None else e.weights, "conformers")
+    said = f"{e.molecule.smiles} · {e.temperature:g} K · weights: {_weights(e)}"
+    columns = ("cluster", "conformers", "population", "lowest conformer", f"its energy above the lowest ({e.unit})")
+    return [Figures(e.molecule.name, figures, said), Table("Clusters", columns, rows, folded=not alone)]
 
 
 def _shapes(e: Ensemble, c: Clusters) -> list[dict[str, str]]:

@@ -20,9 +20,10 @@ from tiltflow.molecules.covering import covering_ensemble
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.generate import ConformerSettings, generate
 from tiltflow.molecules.molecule import Molecule
-from tiltflow.molecules.page import ConformersRecord, write_conformers_report
+from tiltflow.molecules.page import conformers_page
 from tiltflow.molecules.read import Read, Reject
 from tiltflow.molecules.write import Clustered, write_conformers, write_rejects
+from tiltflow.report import write_page
 from tiltflow.run.folder import RunFolder
 from tiltflow.train.store import load_state, save_state
 
@@ -74,7 +75,7 @@ def run_conformers(
     write_conformers(folder.path, found)
     write_rejects(folder.path, rejects)
     config = {**asdict(settings), "cover": cover, "seed": seed}
-    write_conformers_report(folder.path, ConformersRecord(found, rejects, command, config, __version__))
+    write_page(folder.path, conformers_page(found, rejects, command, config, __version__))
     return rows + [{"kind": "refused", **r._asdict()} for r in refused]
 
 

@@ -20,15 +20,16 @@ from tiltflow.pipelines.finetune import (
     finetune_pipeline,
     judge_pipeline,
 )
-from tiltflow.report import RunRecord, SummaryRow, write_report
+from tiltflow.report import Page, gallery, scores_table, training_blocks, write_page
+from tiltflow.report.figures import TILTING
+from tiltflow.report.samples import SAME_NOISE
 from tiltflow.report.sounds import DECIBELS, spectrograms, wav
 from tiltflow.rewards.combine import Score
 from tiltflow.run.folder import RunFolder, document
 from tiltflow.run.names import import_function
 from tiltflow.train.distributed import world
 from tiltflow.train.store import write_bytes, write_text
-from tiltflow.verdict.line import SIGMAS, Line, overall
-from tiltflow.verdict.line import REWARD
+from tiltflow.verdict.line import REWARD, SIGMAS, Line, Verdict, overall
 from tiltflow.verdict.paired import Judged, against_base
 
 Progress = Callable[[str, int, int], None]
@@ -236,39 +237,37 @@ def _report(
     after: Judged,
     history: list[dict[str, Any]],
 ) -> None:
-    row, norms = result["rows"][0], [h["adjoint_norm"] for h in tuned.history[-10:]]
+    row = result["rows"][0]
     with torch.no_grad():
         pictures = [tuned.chain.family.decode(tuned.pipe, found.x[:GRID]).cpu() for found in (before, after)]
     sounds: list[list[bytes]] = [[], []]
     if pictures[0].ndim == 3:
         sounds = [_sounds(folder.path, *made, tuned.pipe) for made in zip(("before", "after"), pictures, strict=True)]
         pictures = [spectrograms(made) for made in pictures]
-    table = [SummaryRow(name, row[f"{name}_base"], None, row[f"{name}_reached"]) for name in after.scores]
-    table += [
-        SummaryRow("diversity", before.diversity, None, after.diversity),
-        SummaryRow("KL to the base", 0.0, None, row["kl"]),
-    ]
+    scores = [(name, row[f"{name}_base"], None, row[f"{name}_reached"]) for name in after.scores]
+    levels = {"reward": {"before": row[f"{REWARD}_base"]}}
+    scores += [("diversity", before.diversity, None, after.diversity), ("KL to the base", 0.0, None, row["kl"])]
     notes = ["Samples before and after have the same noise and prompts, row by row."]
     if sounds[0]:
         notes.append(f"Audio is shown as spectrograms, low frequencies below, {DECIBELS} decibels deep.")
-    record = RunRecord(
+    shown = gallery(
+        dict(zip(("Before", "After"), pictures, strict=True)),
+        value_range=(0.0, 1.0),
+        sounds=dict(zip(("Before", "After"), sounds, strict=True)),
+        caption=SAME_NOISE,
+    )
+    page = Page(
         title=f"{Path(config.pipeline).name} tilted towards {config.reward}, λ = {config.strength:g}",
         command=result["command"],
-        status=result["verdict"],
-        verdict=lines,
-        summary=table,
-        before=pictures[0],
-        after=pictures[1],
+        verdict=Verdict(result["verdict"], lines),
+        blocks=[shown, scores_table(scores)],
+        training=training_blocks(tuned.history, TILTING, levels, tuned.chain.t.tolist()),
         history=history,
-        adjoint_t=tuned.chain.t.tolist() if norms else [],
-        adjoint_norm=torch.tensor(norms).mean(0).tolist() if norms else [],
         config={k: v for k, v in asdict(config).items() if k != "settings"} | asdict(config.settings),
         notes=notes,
-        sounds=(sounds[0], sounds[1]),
-        value_range=(0.0, 1.0),
         version=__version__,
     )
-    write_report(folder.path, record)
+    write_page(folder.path, page)
 
 
 def _sounds(folder: Path, name: str, made: Tensor, pipe: Any) -> list[bytes]:

@@ -1,7 +1,23 @@
 """What a run leaves for its reader: plots and one self-contained HTML page."""
 
-from tiltflow.report.html import write_report
-from tiltflow.report.record import RunRecord, SummaryRow
-from tiltflow.verdict.line import STATUSES, Line, Status
+from tiltflow.report.figures import history_figures, training_blocks
+from tiltflow.report.page import (
+    Block,
+    Figure,
+    Figures,
+    Gallery,
+    Markup,
+    Page,
+    Picture,
+    Table,
+    render,
+    require_report,
+    write_page,
+)
+from tiltflow.report.samples import gallery
+from tiltflow.report.tables import scores_table
 
-__all__ = ["STATUSES", "Line", "RunRecord", "Status", "SummaryRow", "write_report"]
+__all__ = [
+    "Block", "Figure", "Figures", "Gallery", "Markup", "Page", "Picture", "Table", "gallery", "history_figures",
+    "render", "require_report", "scores_table", "training_blocks", "write_page",
+]  # fmt: skip

@@ -17,13 +17,14 @@ import numpy as np
 from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
-from tiltflow.report.record import is_images, is_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BEFORE, REFERENCE, AFTER, INK = "#8b929c", "#d9822b", "#2b7fd4", "#80868f"
+COLORS = {"before": BEFORE, "base": BEFORE, "reference": REFERENCE, "after": AFTER, "samples": AFTER}
+"""Of sets of samples, by name."""
 _DPI = 170
 Limits = tuple[float, float, float, float]  # left, right, bottom, top
 
@@ -79,7 +80,7 @@ def image_grid(
         TiltflowError: for another shape or an empty value range.
     """
     low, high = value_range
-    if not is_images(images):
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise TiltflowError(f"image_grid needs (N, 1 or 3, H, W) with N > 0, got {tuple(images.shape)}.")
     if not low < high:
         raise TiltflowError(f"value_range={value_range} is empty; give (darkest, brightest).")
@@ -105,9 +106,9 @@ def image_grid(
 
 def scatter2d(points: Tensor, limits: Limits | None = None, color: str = AFTER) -> bytes:
     """Points (N, 2) in equal axes; shared ``limits`` make several plots comparable."""
-    if not is_points(points):
+    if points.dim() != 2 or points.shape[1] != 2 or not len(points):
         raise TiltflowError(f"scatter2d needs (N, 2) with N > 0, got {tuple(points.shape)}.")
-    xy = points.detach().float().cpu().numpy()
+    xy = points.detach().double().cpu().numpy()
     finite = np.isfinite(xy).all(axis=1)
     fig, axes = figure(3.6, 3.6)
     alpha = float(np.clip(60.0 / len(xy) ** 0.75, 0.08, 0.8))
@@ -139,7 +140,7 @@ def panels2d(panels: Mapping[str, Tensor]) -> bytes:
 
 def limits2d(*samples: Tensor) -> Limits | None:
     """Limits that hold the 0.1…99.9 % range of all point sets, with a margin; None if nothing is finite."""
-    xy = np.concatenate([s.detach().float().cpu().numpy() for s in samples])
+    xy = np.concatenate([s.detach().double().cpu().numpy() for s in samples])
     xy = xy[np.isfinite(xy).all(axis=1)]
     if not len(xy):
         return None
@@ -231,10 +232,9 @@ def running_mean(y: np.ndarray, half_width: int) -> np.ndarray:
 
 
 def _draw_levels(axes: Axes, levels: Mapping[str, float | None]) -> None:
-    colors = {"before": BEFORE, "reference": REFERENCE, "after": AFTER}
     for label, height in levels.items():
         if height is not None and math.isfinite(height):
-            color = colors.get(label, INK)
+            color = COLORS.get(label, INK)
             axes.axhline(height, color=color, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
 
 
@@ -310,13 +310,16 @@ def histogram(series: Mapping[str, Tensor], xlabel: str, bins: int = 80) -> byte
     fig, axes = figure()
     values = {label: v.detach().double().cpu().numpy().ravel() for label, v in series.items()}
     finite = {label: v[np.isfinite(v)] for label, v in values.items()}
+    others = itertools.cycle(("#3fa66b", "#9a62c7"))
     shown = [v for v in finite.values() if len(v)]
     if shown:
         low = min(float(np.quantile(v, 0.005)) for v in shown)
         high = max(float(np.quantile(v, 0.995)) for v in shown)
-        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
-        for color, (label, v) in zip((AFTER, REFERENCE, BEFORE), finite.items(), strict=False):
+        narrowest = max(1.0, abs(low)) * 1e-6
+        edges = np.linspace(low, high if high > low + narrowest else low + max(1.0, abs(low)), bins + 1)
+        for label, v in finite.items():
             density = np.histogram(v, edges)[0] / (max(len(v), 1) * np.diff(edges))
+            color = COLORS.get(label.lower()) or next(others)
             axes.stairs(density, edges, color=color, linewidth=1.5, label=label)
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel("density", color=INK)

@@ -19,9 +19,11 @@ from torch import Tensor
 from tiltflow._version import __version__
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Centred, Torus, noise
-from tiltflow.core.weights import ess
+from tiltflow.core.weights import ess, normalised
 from tiltflow.energies import EnergyProblem, virial
-from tiltflow.report.sampler import SamplerRecord, write_sampler_report
+from tiltflow.report import Figures, Page, gallery, training_blocks, write_page
+from tiltflow.report.figures import SAMPLING, distance_figures, energy_figures, weight_figures
+from tiltflow.report.tables import sampler_table
 from tiltflow.run.folder import RunFolder, document
 from tiltflow.sampling.assess import assess, from_both_sides, polished, reference_samples
 from tiltflow.sampling.names import load_problem
@@ -247,7 +249,7 @@ def run_sampler(
     rows = [summary, *lines, *({"kind": "iteration"} | h for h in history)]
     result = document(command, config.seed, config.device, rows, verdict.status)
     folder.write_json("metrics.json", result)
-    write_sampler_report(folder.path, _record(config, command, problem, drawn, assessed, verdict, history, notes))
+    write_page(folder.path, _page(config, command, problem, drawn, assessed, verdict, history, notes))
     return result
 
 
@@ -268,7 +270,7 @@ def _present(problem: EnergyProblem) -> tuple[EnergyProblem, list[str]]:
     return problem, []
 
 
-def _record(
+def _page(
     config: SamplerConfig,
     command: str,
     problem: EnergyProblem,
@@ -277,21 +279,22 @@ def _record(
     verdict: Verdict,
     history: list[dict[str, Any]],
     notes: list[str],
-) -> SamplerRecord:
-    reference = assessed.reference
-    return SamplerRecord(
+) -> Page:
+    row, reference = assessed
+    energy = None if reference is None else problem.energy(reference).detach()
+    particles = isinstance(problem.geometry, Centred)
+    sets, median = {"Samples": drawn.x, "Reference": reference}, None if energy is None else float(energy.median())
+    laws = energy_figures({"samples": drawn.energy, "reference": energy})
+    laws += distance_figures({"samples": drawn.x, "reference": reference}) if particles else []
+    laws += weight_figures(None if drawn.log_weights is None else normalised(drawn.log_weights))
+    levels = {"energy": {"reference": median}, "log_z": {"reference": problem.log_z}}
+    return Page(
         title=f"{problem.name}, sampled by {config.settings.method}",
         command=command,
-        status=verdict.status,
-        verdict=verdict.lines,
-        row=assessed.row,
-        samples=drawn.x,
-        energy=drawn.energy,
-        log_weights=drawn.log_weights,
-        reference=reference,
-        reference_energy=None if reference is None else problem.energy(reference).detach(),
-        particles=isinstance(problem.geometry, Centred),
-        log_z=problem.log_z,
+        verdict=verdict,
+        blocks=[gallery(sets, particles=particles), Figures("", laws), sampler_table(row, problem.log_z)],
+        training=training_blocks(history, SAMPLING, levels),
+        facts={"path ESS, of 1": row["ess"]} if row.get("ess") is not None else {},
         history=history,
         config=asdict(config) | asdict(config.settings),
         notes=notes,
