@@ -24,16 +24,14 @@ from tiltflow.core.chain import InterpolantChain
 from tiltflow.core.control import FineTuned
 from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.weights import ess, evidence, log_mean_exp, normalised
+from tiltflow.core.weights import ess, evidence, log_mean_exp, normalised, systematic
 from tiltflow.methods.registry import FREE, METHODS, TRAINED
-from tiltflow.core.weights import systematic
 from tiltflow.metrics.distance import mean_w2, pairwise_mean
 from tiltflow.nn.lora import merge_low_rank
 from tiltflow.rewards.spec import RewardSpec
-from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.tilting.chain import trainable_copy, training_chain, tuned_process
-from tiltflow.tilting.draw import draw_paths
 from tiltflow.tilting.names import load_base, load_reward
+from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.train.settings import Training
 
 

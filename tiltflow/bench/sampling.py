@@ -29,12 +29,11 @@ from tiltflow.core.cost import clip_rows
 from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import EnergyProblem, Evaluator
 from tiltflow.energies.mcmc import parallel_tempering
-from tiltflow.sampling.job import EVALUATION_SEED, base_draws, default_settings
 from tiltflow.sampling.assess import assess_all
+from tiltflow.sampling.drawn import Drawn
+from tiltflow.sampling.job import EVALUATION_SEED, base_draws, default_settings
 from tiltflow.sampling.names import load_problem
 from tiltflow.sampling.sampler import METHODS, ON_POLICY
-from tiltflow.sampling.drawn import Drawn
-from tiltflow.sampling.model import Sampler
 from tiltflow.sampling.train import network, train_sampler
 
 Row = dict[str, Any]

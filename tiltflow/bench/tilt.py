@@ -33,9 +33,8 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.ode import ode
 from tiltflow.core.process import Process
 from tiltflow.core.simulate import Samples, sample
-from tiltflow.core.weights import ess, evidence
+from tiltflow.core.weights import ess, evidence, systematic
 from tiltflow.methods.registry import FREE, METHODS, TRAINED
-from tiltflow.core.weights import systematic
 from tiltflow.metrics.distance import mean_w2, total_variation
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import TILT_PROBLEMS, TiltProblem

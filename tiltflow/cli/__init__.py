@@ -1,49 +1,59 @@
-"""The command line: ``tiltflow COMMAND``. Exit codes: 0 success, 2 misuse, 3 the verdict is FAIL.
+"""The command line: ``tiltflow COMMAND``. Exit codes: 0 success, 2 misuse, 3 the verdict is FAIL, 1 a defect of ours.
 
 Every command that measures prints one JSON document with ``--json`` (on standard output; everything else goes to standard
-error): {"command", "version", "seed", "device", "rows", "verdict"}.
+error): {"command", "version", "seed", "device", "rows", "verdict"}. Nothing here imports torch before a command works.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import NoReturn
 
 import click
 
 from tiltflow._version import __version__
-from tiltflow.cli.bench import bench
 from tiltflow.cli.common import EXIT_MISUSE
-from tiltflow.cli.compare import compare_command
-from tiltflow.cli.conformers import conformers_command, train_conformers_command
-from tiltflow.cli.finetune import check_reward_command, demo, finetune_command, pretrain_command
-from tiltflow.cli.pipeline import export_command, finetune_pipeline_command
-from tiltflow.cli.sampling import check_energy_command, sample_command, train_sampler_command
 from tiltflow.core.errors import TiltflowError
 
+COMMANDS = {
+    "finetune": "finetune:finetune_command",
+    "check-reward": "finetune:check_reward_command",
+    "finetune-pipeline": "pipeline:finetune_pipeline_command",
+    "export": "pipeline:export_command",
+    "compare": "compare:compare_command",
+    "train-sampler": "sampling:train_sampler_command",
+    "check-energy": "sampling:check_energy_command",
+    "sample": "sampling:sample_command",
+    "conformers": "conformers:conformers_command",
+    "train-conformers": "conformers:train_conformers_command",
+    "list": "list:list_command",
+    "pretrain": "finetune:pretrain_command",
+    "demo": "finetune:demo",
+    "bench": "bench:bench",
+}
+"""Command → where it is under :mod:`tiltflow.cli`; only the one that is called is imported."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+class Commands(click.Group):
+    """The group of all commands."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command, imported."""
+        if name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[name].partition(":")
+        return getattr(import_module(f"tiltflow.cli.{module}"), attribute)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def cli() -> None:
     """Tilt a flow or diffusion model towards a reward, sample from an energy or a molecule, and know whether it is right."""
-
-
-for command in (
-    finetune_command,
-    check_reward_command,
-    finetune_pipeline_command,
-    export_command,
-    compare_command,
-    train_sampler_command,
-    check_energy_command,
-    sample_command,
-    conformers_command,
-    train_conformers_command,
-    pretrain_command,
-    demo,
-    bench,
-):
-    cli.add_command(command)
 
 
 def main() -> NoReturn:

@@ -1,4 +1,4 @@
-"""What the commands share: options, progress bars, tables and the machine-readable answer."""
+"""What the commands share: progress bars, tables and the machine-readable answer."""
 
 from __future__ import annotations
 
@@ -10,55 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from tqdm import tqdm
 
-from tiltflow.core.errors import TiltflowError
-from tiltflow.run import folder as run
+from tiltflow.core.settings import Field, Seed
 
 EXIT_MISUSE, EXIT_FAIL = 2, 3
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """--seed, --device and --json, which every measuring command has."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output."),
-        click.option("--device", default="cpu", show_default=True, help="torch device."),
-        click.option("--seed", default=0, show_default=True, help="Seed of every random number."),
-    ):
-        command = option(command)
-    return command
+    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output")(command)
+    command = click.option("--device", default="cpu", help="torch device  [default: cpu]")(command)
+    return click.option("--seed", type=_seed(), default=0, help="Seed of every random number  [default: 0]")(command)
 
 
-def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How to name a base process."""
-    for option in (
-        click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance scale."),
-        click.option("--label", type=int, help="Class of a class-conditional digits base."),
-        click.option("--shape", help="Shape of one sample of a foreign model, e.g. 1,28,28."),
-        click.option("--interpolant", default="linear", show_default=True, help="linear, cosine or vp (foreign models)."),
-        click.option("--predicts", type=click.Choice(["velocity", "eps", "x1", "score"]), help="Output of a foreign model."),
-        click.option("--base", default="digits", show_default=True, help="digits, FILE.safetensors or module:function."),
-    ):
-        command = option(command)
-    return command
+def _seed() -> click.ParamType:
+    from tiltflow.cli.options import Value
 
-
-def parse_shape(text: str | None) -> tuple[int, ...] | None:
-    """ "1,28,28" → (1, 28, 28)."""
-    try:
-        return tuple(int(n) for n in text.split(",")) if text else None
-    except ValueError as error:
-        raise TiltflowError(f"--shape {text!r}: write integers with commas, e.g. 1,28,28.") from error
+    return Value(Field("seed", Seed, 0, ""))
 
 
 def check_device(device: str) -> str:
     """The device, if torch has it here."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise TiltflowError(f"--device {device}: not usable here ({str(error).splitlines()[0]}).") from error
-    return device
+    from tiltflow.run.device import check_device
+
+    return check_device(device)
 
 
 def command_line() -> str:
@@ -68,7 +43,9 @@ def command_line() -> str:
 
 def document(seed: int, device: str, rows: list[dict[str, Any]], verdict: str | None) -> dict[str, Any]:
     """The machine-readable answer of this command."""
-    return run.document(command_line(), seed, device, rows, verdict)
+    from tiltflow.run import folder
+
+    return folder.document(command_line(), seed, device, rows, verdict)
 
 
 def finish(result: dict[str, Any], as_json: bool, text: str) -> None:
@@ -81,14 +58,23 @@ def finish(result: dict[str, Any], as_json: bool, text: str) -> None:
 def finish_run(result: dict[str, Any], out: Path, numbers: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:
     """:func:`finish` for a run folder: its numbers, the verdict's lines, and where the report is."""
     lines = [r for r in result["rows"] if r["kind"] == "verdict"]
+    missing = next((r["report_error"] for r in result["rows"] if "report_error" in r), None)
+    report = f"report:  {out / 'report.html'}" if missing is None else f"report:  none ({missing})"
     text = "\n\n".join(
         [
             table(numbers, columns),
             table(lines, ["status", "name", "value", "low", "high", "threshold"]),
-            f"verdict: {result['verdict']}   ({result['rows'][0]['seconds']:.0f} s)\nreport:  {out / 'report.html'}",
+            f"verdict: {result['verdict']}   ({result['rows'][0]['seconds']:.0f} s)\n{report}",
         ]
     )
     finish(result, as_json, text)
+
+
+def scores_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The scores of a summary, one row each: base, reference, reached."""
+    names = [k.removesuffix("_base") for k in summary if k.endswith("_base")]
+    parts = ("base", "reference", "reached")
+    return [{"": name, **{part: summary.get(f"{name}_{part}") for part in parts}} for name in names]
 
 
 class Bars:
@@ -100,7 +86,9 @@ class Bars:
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         """Move the bar of stage ``what``; ``note`` is shown behind it."""
-        if what != self.what:
+        from tqdm import tqdm
+
+        if what != self.what or total != self.bar.total:
             self.close()
             self.what = what
             self.bar = tqdm(total=total, desc=what, file=sys.stderr, mininterval=1.0)
@@ -123,3 +111,4 @@ def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
 def cell(value: Any) -> str:
     """A value as text: a dash for None, four significant digits."""
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+

@@ -81,12 +81,12 @@ class Field(NamedTuple):
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings(cls: type[T]) -> type[T]:
-    """A frozen dataclass of keywords that checks its fields, and then itself by its method ``check``, if it has one."""
+    """A frozen dataclass of keywords that checks its fields, and then itself by its method ``validate``, if it has one."""
 
     def check_all(self: Any) -> None:
         for name, kind in hints(type(self)).items():
             check_value(name, getattr(self, name), kind)
-        getattr(self, "check", lambda: None)()
+        getattr(self, "validate", lambda: None)()
 
     cls.__post_init__ = check_all  # type: ignore[attr-defined]
     return dataclass(frozen=True, kw_only=True)(cls)

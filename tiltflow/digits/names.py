@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from tiltflow.core.process import Process
 from tiltflow.digits import rewards as digits
 from tiltflow.digits.nets import Labelled, ObservationAdapter
+from tiltflow.digits.settings import BASE
 from tiltflow.digits.weights import load_base, load_digits_base
 from tiltflow.rewards.spec import RewardSpec
-
-BASE = "digits"
-REWARDS = ("thickness", *(f"digit-{d}" for d in range(10)), "inpainting")
 
 
 def digits_base(name: str, label: int | None = None, guidance: float = 1.0) -> Process:

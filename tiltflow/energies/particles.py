@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tiltflow.core.geometry import Centred
 from tiltflow.energies.problem import EnergyProblem
-from tiltflow.energies.tempering import Tempering
 from tiltflow.energies.reference import load_reference
+from tiltflow.energies.tempering import Tempering
 
 
 @cache

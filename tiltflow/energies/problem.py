@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Euclidean, Geometry
+from tiltflow.core.settings import Positive, check_value
 from tiltflow.energies.tempering import Tempering
 
 
@@ -53,3 +55,9 @@ class EnergyProblem:
     modes: Modes | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     tempering: Tempering = field(default_factory=Tempering)
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "finest"):
+            check_value(f"{name} of {self.name}, a length,", getattr(self, name), Positive)
+        if not self.finest < self.scale:
+            raise TiltflowError(f"{self.name}: finest must be below scale, got {self.finest:g} and {self.scale:g}.")

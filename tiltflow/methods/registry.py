@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import hints
@@ -67,25 +67,39 @@ class Row:
         """The method, given those of the ``available`` arguments that it takes.
 
         Raises:
-            TiltflowError: An option of :data:`CHOICES` that the method does not take.
+            TiltflowError: One of :data:`CHOICES` that the method does not take.
         """
+        self.require(**available)
         make, taken = self._make()
         wanted = {n: v for n, v in available.items() if v is not None or n not in CHOICES}
-        given = {n: v for n, v in wanted.items() if n in taken and n not in self.options}
-        refused = [n for n in CHOICES if n in wanted and n not in given]
+        return make(**{n: v for n, v in wanted.items() if n in taken and n not in self.options}, **self.options)
+
+    def require(self, **asked: Any) -> None:
+        """Raise TiltflowError for one of :data:`CHOICES` that is asked for (not None) and that the method does not take."""
+        _, taken = self._make()
+        refused = [n for n in CHOICES if asked.get(n) is not None and (n not in taken or n in self.options)]
         if refused:
-            raise TiltflowError(f"the method {self.name!r} has no setting {refused[0]!r}: leave it out.")
-        return make(**given, **self.options)
+            raise TiltflowError(f"the method {self.name!r} takes no {refused[0]}: leave it out.")
 
     def _make(self) -> tuple[Callable[..., Any], set[str]]:
         make = self.build
         if isinstance(make, str):
             module, _, attribute = make.partition(":")
             make = getattr(import_module(f"tiltflow.methods.{module}"), attribute)
-        return make, set(inspect.signature(make).parameters)
+        return make, _parameters(make)
 
 
-CHOICES = ("last_steps", "random_steps", "clip")
+def _parameters(make: Callable[..., Any]) -> set[str]:
+    """The names that a function or class takes; of ``**settings``, those of what it returns."""
+    found = inspect.signature(make).parameters
+    names = {name for name, p in found.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    if len(names) < len(found):
+        made = get_type_hints(make)["return"]
+        names |= set(inspect.signature(made).parameters)
+    return names
+
+
+CHOICES = ("last_steps", "random_steps", "clip", "conditions")
 """Options that only some methods take, and that are refused by name by the others."""
 NO_KL = "ignores the base: its optimum is the reward's maximum"
 AM, DRAFT = "Domingo-Enrich et al. 2025, arXiv:2409.08861", "Clark et al. 2023, arXiv:2309.17400"

@@ -26,8 +26,7 @@ from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import event_sum
-from tiltflow.core.weights import systematic
-from tiltflow.core.weights import ess, log_mean_exp
+from tiltflow.core.weights import ess, log_mean_exp, systematic
 from tiltflow.methods.guidance import look_ahead
 from tiltflow.train.method import Sampler, Weighted
 

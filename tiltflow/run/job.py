@@ -17,8 +17,9 @@ from torch import Tensor
 
 from tiltflow._version import __version__
 from tiltflow.report.page import Block, Page, require_report, write_page
+from tiltflow.run.device import check_device
 from tiltflow.run.folder import FORMAT, RunFolder, document
-from tiltflow.run.log import Log
+from tiltflow.run.log import Log, require_logger
 from tiltflow.verdict.line import Score, Verdict
 
 SAMPLES = "samples.safetensors"
@@ -135,6 +136,8 @@ def run(
     """
     started = time.perf_counter()
     require_report()
+    require_logger(log)
+    check_device(job.device)
     job.check()
     config = {"job": job.name, "format": FORMAT, **job.config()}
     head = {"command": command, "seed": job.seed, "device": job.device}

@@ -10,7 +10,11 @@ import torch
 
 from tiltflow.core.brownian import NoiseChain
 from tiltflow.core.control import DriftControl
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.settings import as_json
 from tiltflow.energies import EnergyProblem, Evaluator
+from tiltflow.methods.registry import METHODS
+from tiltflow.run.folder import FORMAT, RunFolder
 from tiltflow.sampling.assess import assess_all
 from tiltflow.sampling.drawn import Drawn, draw
 from tiltflow.sampling.settings import SamplerSettings
@@ -54,6 +58,21 @@ class Sampler:
         drawn = self.sample(samples, EVALUATION_SEED + seed)
         generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
         return judge_sampler(assess_all(self.problem, drawn, self.chain, self.control, generator, compared).row)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the sampler into a new folder, for :func:`tiltflow.load` with ``problem=``.
+
+        Raises:
+            TiltflowError: the folder exists and is not empty, or the method is not one of the table.
+        """
+        target = Path(folder)
+        if self.method not in METHODS:
+            raise TiltflowError(f"the method {self.method!r} is not in the table: a file cannot name it.")
+        config = {"job": "train-sampler", "format": FORMAT, "problem": None, "method": self.method,
+                  "settings": as_json(self.settings)}  # fmt: skip
+        with RunFolder(target, config):
+            self.save_weights(target)
+        return target
 
     def save_weights(self, folder: Path) -> None:
         """The network, as safetensors."""

@@ -30,11 +30,13 @@ def load_problem(
     Args:
         name: a key of ``ENERGY_PROBLEMS``; or ``module:function`` that is or returns an :class:`EnergyProblem`, or that is
             or returns an energy in kT: a callable (B, *event) → (B,), or a ForceProvider. What takes no argument is called.
-        shape, space: of a plain energy: the shape of one x, and a key of :data:`SPACES`.
-        scale, finest: of a plain energy, see :class:`EnergyProblem`.
+        shape: Of a plain energy: the shape of one x.
+        space: Of a plain energy: a key of :data:`SPACES`.
+        scale: See :class:`EnergyProblem`; of a whole problem it replaces the problem's own.
+        finest: The same.
 
     Raises:
-        TiltflowError: an unknown name, a plain energy without shape, scale and finest, or these for a whole problem.
+        TiltflowError: an unknown name, a plain energy without shape, scale and finest, or a shape for a whole problem.
     """
     if name in ENERGY_PROBLEMS:
         made: Any = ENERGY_PROBLEMS[name]()
@@ -46,7 +48,8 @@ def load_problem(
     if isinstance(made, EnergyProblem):
         if shape is not None or space != "vectors":
             raise TiltflowError(f"{name!r} says itself what it lives on: leave out --shape, --particles and --torus.")
-        return replace(made, energy=_differentiable(made.energy))
+        given_lengths = {k: v for k, v in (("scale", scale), ("finest", finest)) if v is not None}
+        return replace(made, energy=_differentiable(made.energy), **given_lengths)
     given = {"--shape": shape, "--scale": scale, "--finest": finest}
     missing = [option for option, value in given.items() if value is None]
     if missing:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.settings import Count, Positive, Range, Share, Steps, settings
+from tiltflow.core.settings import Count, Positive, Range, Seed, Share, Steps, settings
 from tiltflow.methods.registry import row_of, settings_of
 from tiltflow.train.settings import Decay, Training
 
 DEFAULT_METHOD = "weighted_adjoint_sampling"
+Samples = Annotated[int, Range(2, 10_000_000)]
 
 
 @settings
@@ -50,7 +51,7 @@ class SamplerSettings(Training):
     hot: Annotated[float, Range(1)] = 1.0
     cooling: Share = 0.5
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """σ_min < σ_max."""
         if self.sigma_max is not None and self.sigma_min is not None and not self.sigma_min < self.sigma_max:
             raise TiltflowError(f"sigma_min must be below sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}.")
@@ -66,3 +67,34 @@ class SamplerSettings(Training):
     ) -> Self:
         """The settings for a method: what is ``given`` over what suits the method over what suits the problem."""
         return settings_of(cls, row_of(method, "sample"), suited or {}, given)
+
+
+@settings
+class SamplerConfig:
+    """Everything a sampler run depends on; the run folder's config.json.
+
+    Args:
+        problem: The energy, by name: gmm40, dw4, …, or module:function.
+        shape: Shape of one x of a plain energy.
+        space: State space of a plain energy: vectors, particles or torus.
+        scale: Spread of the target of a plain energy.
+        finest: Its finest detail.
+        method: The method; see tiltflow list methods.
+        seed: Seed of every random number.
+        device: torch device.
+        samples: Samples that are drawn from the result.
+        compared: Of them those that distances to the reference are computed on.
+        settings: Of the training.
+    """
+
+    problem: str | None
+    shape: tuple[int, ...] | None = None
+    space: Literal["vectors", "particles", "torus"] = "vectors"
+    scale: Positive | None = None
+    finest: Positive | None = None
+    method: str = DEFAULT_METHOD
+    seed: Seed = 0
+    device: str = "cpu"
+    samples: Samples = 10_000
+    compared: Samples = 2_000
+    settings: SamplerSettings = SamplerSettings()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from tiltflow.core.chain import InterpolantChain
 from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process
-from tiltflow.core.settings import NonNegative, Positive, Range, Seed, as_json, from_json, settings
+from tiltflow.core.settings import as_json, from_json, settings
 from tiltflow.core.weights import ess, evidence, normalised
 from tiltflow.methods.registry import row_of
 from tiltflow.report import gallery, scores_table, training_blocks
@@ -31,57 +31,21 @@ from tiltflow.run.names import anchored
 from tiltflow.tilting.chain import ends_noiselessly, require_memoryless, trainable_copy, tuned_process
 from tiltflow.tilting.model import TiltedModel
 from tiltflow.tilting.names import load_base, load_reward
-from tiltflow.tilting.settings import FinetuneSettings
+from tiltflow.tilting.settings import TiltConfig
 from tiltflow.tilting.train import finetune, require_applies, with_gradient
 from tiltflow.tilting.weights import load_chain, load_network
 from tiltflow.verdict.line import Line, Score, Verdict, overall
 
 UNSEEN, GRID, TRIAL, FLOWED = 8, 64, 8, 1_000
 """Conditions that a conditional reward is judged on; samples that are shown; rows of the check; ODE samples."""
-Samples = Annotated[int, Range(100, 10_000_000)]
 Cases = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 @settings
-class TiltJob:
-    """Everything a fine-tuning run depends on; the run folder's config.json.
-
-    Args:
-        base: The base, by name: digits, a file of tiltflow pretrain, a finished run, or module:function.
-        reward: The reward, by name: thickness, digit-0 … digit-9, inpainting, or module:function (x) → (B,).
-        strength: λ ≥ 0; see tiltflow check-reward.
-        judges: Held-out judges, module:function (x) → (B,).
-        conditions: What draws conditions for base, reward and judges, module:function (n, generator) → {name: (n, …)}.
-        predicts: Output of a foreign model: velocity, eps, x1 or score.
-        interpolant: Path of a foreign model: linear, cosine or vp.
-        shape: Shape of one sample of a foreign model.
-        label: Class of a class-conditional digits base.
-        guidance: Classifier-free guidance scale.
-        method: The method; see tiltflow list methods.
-        seed: Seed of every random number.
-        device: torch device.
-        reference_samples: Base samples that, weighted by e^{λr}, stand for the exact tilt.
-        samples: Samples of the model that are judged.
-        settings: Of the training.
-    """
+class TiltJob(TiltConfig):
+    """A fine-tuning run."""
 
     name: ClassVar[str] = "finetune"
-    base: str | None
-    reward: str | None
-    strength: NonNegative
-    judges: tuple[str, ...] = ()
-    conditions: str | None = None
-    predicts: Literal["velocity", "eps", "x1", "score"] | None = None
-    interpolant: Literal["linear", "cosine", "vp"] = "linear"
-    shape: tuple[int, ...] | None = None
-    label: int | None = None
-    guidance: Positive = 1.0
-    method: str = "adjoint_matching"
-    seed: Seed = 0
-    device: str = "cpu"
-    reference_samples: Samples = 20_000
-    samples: Samples = 4_000
-    settings: FinetuneSettings = FinetuneSettings()  # noqa: RUF009 - frozen
 
     def config(self) -> dict[str, Any]:
         """The fields as JSON; files and folders by their absolute paths."""
@@ -112,7 +76,7 @@ class TiltJob:
     def check(self) -> None:
         """Find misuse: λ, the schedule, the method, and what base and reward return for a few samples."""
         row, spec, base = row_of(self.method, "finetune"), self.load_reward(), self.load_base()
-        require_applies(row, base, self.settings)
+        require_applies(row, base, self.settings, spec.conditions)
         require_memoryless(base.interpolant, self.settings)
         generator = torch.Generator(self.device).manual_seed(self.seed)
         condition: dict[str, Any] = spec.conditions(TRIAL, generator) if spec.conditions else {}
@@ -141,6 +105,19 @@ class TiltJob:
         cost = RewardCost(spec.reward, self.strength, self.settings.max_cost_gradient)
         return TiltedModel(base, process, load_chain(folder, base), cost, row, self.settings, spec.conditions, [])
 
+    def draw(
+        self, folder: Path, n: int, asked: dict[str, Any], seed: int, device: str
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """n new samples, with their conditions, and their mean reward."""
+        model, spec = self.load(folder, device), self.load_reward()
+        condition: dict[str, Any] = {}
+        if spec.unseen is not None:
+            rows = spec.unseen(UNSEEN, torch.Generator(device).manual_seed(seed))[0]
+            condition = {k: v[torch.arange(n) % UNSEEN].to(device) for k, v in rows.items()}
+        x = model.sample(n, seed=seed, **asked, **condition)
+        reward = float(spec.reward(x, **condition).detach().mean())
+        return {"samples": x, **condition}, {"noise": asked.get("noise", "chain"), "reward": reward}
+
     def perform(self, work: Work) -> Outcome:
         """Train, save, judge."""
         spec, base = self.load_reward(), self.load_base()
@@ -161,7 +138,9 @@ class TiltJob:
         )
         model.save_weights(work.path)
         cases = self.cases(spec)
-        found = [assess(self, spec, model, case, judge, work) for case, judge in cases]
+        seen = cases[0][0] if spec.adapt is None else {}  # a base that does not see the condition is drawn once
+        base = model.base_samples(self.reference_samples, self.seed, work.tell, **seen) if not seen else None
+        found = [assess(self, spec, model, base, case, judge, work) for case, judge in cases]
         return conclude(self, spec, model, found, cases[0][0], work)
 
     def cases(self, spec: RewardSpec) -> Cases:
@@ -207,10 +186,17 @@ class Found(NamedTuple):
 
 
 def assess(
-    job: TiltJob, spec: RewardSpec, model: TiltedModel, condition: dict[str, Any], judged: dict[str, Any], work: Work
+    job: TiltJob,
+    spec: RewardSpec,
+    model: TiltedModel,
+    base: Tensor | None,
+    condition: dict[str, Any],
+    judged: dict[str, Any],
+    work: Work,
 ) -> Found:
-    """Draw under one condition, and hold it against the weighted base."""
-    base = model.base_samples(job.reference_samples, job.seed, work.tell, **condition)
+    """Draw under one condition, and hold it against the weighted base (None: drawn under the condition too)."""
+    if base is None:
+        base = model.base_samples(job.reference_samples, job.seed, work.tell, **condition)
     n = job.samples
     drawn = model.paths(n, job.seed + 1, lambda done: work.tell("samples of the model", done, n, ""), **condition)
     judges = {name: _seeing(judge, judged) for name, judge in spec.judges.items()}

@@ -16,9 +16,9 @@ from tiltflow.core.control import FineTuned
 from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process
+from tiltflow.core.settings import as_json
 from tiltflow.core.simulate import Samples
 from tiltflow.core.weights import systematic
-from tiltflow.core.settings import as_json
 from tiltflow.methods.registry import METHODS, Row
 from tiltflow.run.folder import FORMAT, RunFolder
 from tiltflow.tilting.draw import CHAIN, draw_paths, draw_process
@@ -27,6 +27,7 @@ from tiltflow.tilting.weights import save_chain, save_network
 from tiltflow.train.method import Conditions
 from tiltflow.verdict.line import REWARD, Verdict
 from tiltflow.verdict.tilt import Tell, judge_samples, scored
+
 
 class Judgement(NamedTuple):
     """A verdict, and λr of the samples and of the base's that it rests on, (n,) each."""

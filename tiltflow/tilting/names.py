@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.interpolant import VP, Cosine, Interpolant, Linear
 from tiltflow.core.process import Predicts, Process
-from tiltflow.digits.names import BASE, REWARDS, digits_base, digits_reward
-from tiltflow.digits.settings import SUITED
+from tiltflow.digits.names import digits_base, digits_reward
+from tiltflow.digits.settings import BASE, REWARDS
 from tiltflow.rewards.spec import RewardSpec
 from tiltflow.run.names import import_callable, import_function
 from tiltflow.run.open import load
@@ -67,11 +66,6 @@ def load_base(
     if interpolant not in INTERPOLANTS:
         raise TiltflowError(f"unknown interpolant {interpolant!r}: use one of {', '.join(INTERPOLANTS)}.")
     return Process(INTERPOLANTS[interpolant](), made, predicts, shape)
-
-
-def suited(base: str | None) -> Mapping[str, Any]:
-    """Settings that suit a base, by its name, where they are not the defaults."""
-    return SUITED if base == BASE else {}
 
 
 def load_reward(name: str, judges: tuple[str, ...] = (), conditions: str | None = None) -> RewardSpec:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.settings import Count, NonNegative, Positive, Range, Real, Steps, Whole, settings
+from tiltflow.core.settings import Count, NonNegative, Positive, Range, Real, Seed, Steps, Whole, settings
+from tiltflow.digits.settings import BASE, SUITED
 from tiltflow.methods.registry import row_of, settings_of
 from tiltflow.train.settings import Training
 
 DEFAULT_METHOD = "adjoint_matching"
+Samples = Annotated[int, Range(100, 10_000_000)]
 
 
 @settings
@@ -49,7 +51,7 @@ class FinetuneSettings(Training):
     allow_biased: bool = False
     chi: Real = 0.0
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Settings that exclude or need each other."""
         if self.random_steps is not None and self.last_steps is None:
             raise TiltflowError("random_steps are drawn beside the last ones: give last_steps as well.")
@@ -67,3 +69,49 @@ class FinetuneSettings(Training):
     ) -> Self:
         """The settings for a method: what is ``given`` over what suits the method over what suits the base."""
         return settings_of(cls, row_of(method, "finetune"), suited or {}, given)
+
+
+@settings
+class TiltConfig:
+    """Everything a fine-tuning run depends on; the run folder's config.json.
+
+    Args:
+        base: The base, by name: digits, a file of tiltflow pretrain, a finished run, or module:function.
+        reward: The reward, by name: thickness, digit-0 … digit-9, inpainting, or module:function (x) → (B,).
+        strength: λ ≥ 0; see tiltflow check-reward.
+        judges: Held-out judges, module:function (x) → (B,).
+        conditions: What draws conditions for base, reward and judges, module:function (n, generator) → {name: (n, …)}.
+        predicts: Output of a foreign model: velocity, eps, x1 or score.
+        interpolant: Path of a foreign model: linear, cosine or vp.
+        shape: Shape of one sample of a foreign model.
+        label: Class of a class-conditional digits base.
+        guidance: Classifier-free guidance scale.
+        method: The method; see tiltflow list methods.
+        seed: Seed of every random number.
+        device: torch device.
+        reference_samples: Base samples that, weighted by e^{λr}, stand for the exact tilt.
+        samples: Samples of the model that are judged.
+        settings: Of the training.
+    """
+
+    base: str | None = BASE
+    reward: str | None = "thickness"
+    strength: NonNegative = 1.0
+    judges: tuple[str, ...] = ()
+    conditions: str | None = None
+    predicts: Literal["velocity", "eps", "x1", "score"] | None = None
+    interpolant: Literal["linear", "cosine", "vp"] = "linear"
+    shape: tuple[int, ...] | None = None
+    label: int | None = None
+    guidance: Positive = 1.0
+    method: str = DEFAULT_METHOD
+    seed: Seed = 0
+    device: str = "cpu"
+    reference_samples: Samples = 20_000
+    samples: Samples = 4_000
+    settings: FinetuneSettings = FinetuneSettings()
+
+
+def suited(base: str | None) -> Mapping[str, Any]:
+    """Settings that suit a base, by its name, where they are not the defaults."""
+    return SUITED if base == BASE else {}

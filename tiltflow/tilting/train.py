@@ -71,7 +71,7 @@ def finetune(
     row = row_of(method, "finetune")
     s = settings or FinetuneSettings.of(method)
     cost = RewardCost(reward, strength, s.max_cost_gradient)
-    require_applies(row, base, s)
+    require_applies(row, base, s, conditions)
     require_memoryless(base.interpolant, s)
     generator = torch.Generator(device).manual_seed(seed)
     probe: dict[str, Tensor] = conditions(2, generator) if conditions else {}
@@ -98,12 +98,17 @@ def made(
     conditions: Conditions | None,
 ) -> Any:
     """The method of a row. Raises TiltflowError for a setting, or conditions, that it does not take."""
-    options = {"last_steps": s.last_steps, "random_steps": s.random_steps, "clip": s.clip, "conditions": conditions}
-    return row.made(chain=chain, cost=cost, batch=s.batch, generator=generator, **options)
+    return row.made(chain=chain, cost=cost, batch=s.batch, generator=generator, **options_of(s, conditions))
 
 
-def require_applies(row: Row, base: Process, settings: FinetuneSettings) -> None:
-    """Raise TiltflowError, in one sentence, where a method does not apply to a base or a schedule."""
+def options_of(s: FinetuneSettings, conditions: Conditions | None) -> dict[str, Any]:
+    """What only some methods take."""
+    return {"last_steps": s.last_steps, "random_steps": s.random_steps, "clip": s.clip, "conditions": conditions}
+
+
+def require_applies(row: Row, base: Process, settings: FinetuneSettings, conditions: Conditions | None) -> None:
+    """Raise TiltflowError, in one sentence, where a method does not apply to a base, a schedule or a setting."""
+    row.require(**(options_of(settings, conditions) if row.trained else {}))
     if "vectors" in row.needs and (len(base.event_shape) != 1 or base.event_shape[0] > SMALL):
         raise TiltflowError(
             f"the method {row.name!r} is for vectors of at most {SMALL} entries; events here are {base.event_shape}."
