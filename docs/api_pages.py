@@ -1,8 +1,9 @@
-"""mkdocs hook: the entries of api.md, one for each public name of ``tiltflow.__all__``."""
+"""mkdocs hook: the entries of api.md, one for each public name of ``tiltflow.__all__``, linked to each other."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,17 @@ def entries() -> str:
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     """Fill the mark in api.md."""
     return markdown.replace(MARK, entries()) if page.file.src_uri == "api.md" else markdown
+
+
+def on_page_content(html: str, page: Any, **kwargs: Any) -> str:
+    """Turn ``:func:`~tiltflow.a.b``` in docstrings into code, with a link where b is public."""
+
+    def reference(match: re.Match[str]) -> str:
+        name = match[1].rpartition(".")[2] if match[1].startswith("~") else match[1]
+        last = name.rpartition(".")[2]
+        code = f"<code>{name}</code>"
+        return f'<a href="#tiltflow.{last}">{code}</a>' if last in public_names() else code
+
+    if page.file.src_uri != "api.md":
+        return html
+    return re.sub(r":(?:class|func|mod|data|meth|attr):<code>([^<]+)</code>", reference, html)
