@@ -74,7 +74,7 @@ def absent(missing: dict[str, list[str]]) -> list[str]:
     if set(missing) == {""}:
         return [f"Not run: {', '.join(missing[''])}."]
     total = sum(len(names) for names in missing.values())
-    return [folded(f"Not run: {total} rows", [f"{problem}: {', '.join(names)}" for problem, names in missing.items()])]
+    return [folded(f"Not run: {total}", [f"{problem}: {', '.join(names)}" for problem, names in missing.items()])]
 
 
 def provenance(documents: list[Row]) -> str:
