@@ -12,6 +12,7 @@ from tiltflow.methods.registry import METHODS
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
+GLUE = "\N{NO-BREAK SPACE}"
 
 RENAMED = {"adjoint_matching": "adjoint_matching_endpoint", "adjoint_matching_weighted": "adjoint_matching"}
 """Names of methods in the files below → names in the registry."""
@@ -46,7 +47,7 @@ def number(values: list[float | None], digits: int = 3) -> str:
     known = [v for v in values if v is not None]
     if not known:
         return "–"
-    spread = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
+    spread = f"{GLUE}±{GLUE}{stdev(known):.{digits}f}" if len(known) > 1 else ""
     return f"{mean(known):.{digits}f}{spread}"
 
 
