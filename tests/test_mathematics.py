@@ -1,4 +1,4 @@
-"""docs/mathematics.md leans on modules and tests by name: they exist, and no equation is LaTeX."""
+"""docs/mathematics.md leans on modules and tests by name: they exist. (test_docs.py: its equations render.)"""
 
 import re
 from pathlib import Path
@@ -15,5 +15,5 @@ def test_names_in_the_mathematics_exist():
     assert names - defined == set(), "no such test"
     files = set(re.findall(r"([\w/]+\.py)\b", TEXT))
     known = set(tests) | {str(p.relative_to(ROOT / "tiltflow")) for p in (ROOT / "tiltflow").rglob("*.py")}
+    assert len(files) > 30
     assert files - known == set(), "no such module"
-    assert "$" not in TEXT and "\\frac" not in TEXT
