@@ -267,15 +267,9 @@ def _present(problem: EnergyProblem) -> tuple[EnergyProblem, list[str]]:
 
 
 def _page(
-    config: SamplerConfig,
-    command: str,
-    problem: EnergyProblem,
-    drawn: Drawn,
-    assessed: Assessed,
-    verdict: Verdict,
-    history: list[dict[str, Any]],
-    notes: list[str],
-) -> Page:
+    config: SamplerConfig, command: str, problem: EnergyProblem, drawn: Drawn, assessed: Assessed, verdict: Verdict,
+    history: list[dict[str, Any]], notes: list[str],
+) -> Page:  # fmt: skip
     row, reference = assessed
     energy = None if reference is None else problem.energy(reference).detach()
     particles = isinstance(problem.geometry, Centred)

@@ -337,14 +337,9 @@ def _conclude(
 
 
 def _page(
-    config: RunConfig,
-    command: str,
-    verdict: Verdict,
-    row: dict[str, Any],
-    sets: dict[str, Tensor],
-    tuned: Tuned,
+    config: RunConfig, command: str, verdict: Verdict, row: dict[str, Any], sets: dict[str, Tensor], tuned: Tuned,
     targets: int,
-) -> Page:
+) -> Page:  # fmt: skip
     scores = [
         ("mean reward" if k == "reward" else f"judge: {k}", row[f"{k}_base"], row[f"{k}_reference"], row[f"{k}_reached"])
         for k in (key.removesuffix("_base") for key in row if key.endswith("_base"))
