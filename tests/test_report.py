@@ -168,6 +168,9 @@ def test_strings_are_escaped(tmp_path):
     assert "script" in Parsed(nasty).tags
     html, parsed = written(tmp_path, replace(page, blocks=[Markup("ours", nasty)]))
     assert parsed.tags.count("script") == 1 and "script-src 'unsafe-inline'" in html
+    shapes = [{"name": nasty, "block": f"</script>{nasty}"}]
+    viewer = page_module.fill("molecules/viewer.html.j2", shapes=shapes, library="")
+    assert Parsed(viewer).tags.count("script") == 2 and nasty not in viewer  # its own two
 
 
 def test_nonfinite_numbers_are_named(tmp_path):

@@ -130,4 +130,5 @@ def weight_figures(weights: Tensor | None, of: str = "samples") -> list[Figure]:
     shown = (weights / weights.mean()).sort(descending=True).values[:: max(1, n // 1000)].clamp(min=LEAST).tolist()
     rank = [(i + 1) / len(shown) for i in range(len(shown))]
     picture = plots.curve(rank, {"weight": shown}, f"share of the {of}", "path weight (mean 1)", {"ideal": 1.0}, True)
-    return [Figure("Sorted path weights", "Flat at 1 if the paths are the target's.", picture)]
+    caption = f"Flat at 1 if the paths are the target's; weights below {LEAST:g} are drawn there."
+    return [Figure("Sorted path weights", caption, picture)]
