@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiltflow import bench_sampling
+from tiltflow.bench import sampling as bench_sampling
 from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import ENERGY_PROBLEMS
 from tiltflow.report.sampler import SamplerRecord, project, render_sampler

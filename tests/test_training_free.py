@@ -13,11 +13,11 @@ from tiltflow.core.noise import Constant
 from tiltflow.core.process import Process
 from tiltflow.core.simulate import sample
 from tiltflow.core.weights import normalised
+from tiltflow.methods import smc
 from tiltflow.methods.best_of_n import BestOfN
 from tiltflow.methods.guidance import GradientGuidance
 from tiltflow.methods.smc import PathSMC, feynman_kac, systematic, urge
 from tiltflow.problems.tilt import GaussianMixture, LinearQuadratic, QuadraticReward, TiltProblem, mixture2d
-from tiltflow.train.method import smc
 
 
 class Share:
