@@ -31,6 +31,9 @@ class Optimal:
     def mean(self, chain, k, x, base_mean=None, **condition):
         return chain.mean(k, x, PROBLEM.optimal().x1(x, times(chain, k, x)))
 
+    def ratios(self, chain):
+        return None
+
 
 def draw(chain, control, seed=1):
     generator = torch.Generator().manual_seed(seed)
