@@ -133,7 +133,8 @@ def _mean_line(name: str, values: Sequence[Tensor], log_w: Tensor, generator: to
             return Line(f"{shown} mean (in base std)", None, None, None, "the score varies", "cannot tell", text)
         difference = abs(float(reached[0] - exact[0])) / spread
         error = float((reached - exact)[1:].std()) / spread
-        return graded(f"{shown} mean (in base std)", difference, error, 0.1, 0.25, f"{text}; the tilt hardly moves this score")
+        text += "; the tilt hardly moves this score"
+        return graded(f"{shown} mean (in base std)", difference, error, 0.1, 0.25, text)
     relative = (reached - exact) / gap
     text += "; distance to the exact value as a fraction of the gap from the base"
     return graded(f"{shown} gap", abs(float(relative[0])), float(relative[1:].std()), 0.10, 0.25, text)
