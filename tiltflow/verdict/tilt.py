@@ -112,8 +112,10 @@ def _mean_line(
         f"{scale}base {float(start[0]):.4g} → reached {float(reached[0]):.4g}, exact tilt {float(exact[0]):.4g}; "
         "distance to the exact value as a fraction of the gap from the base"
     )
-    if float(gap.std()) * SIGMAS > abs(float(gap[0])):  # this score barely moves under the exact tilt
+    if float(gap.std()) * SIGMAS >= abs(float(gap[0])):  # this score barely moves under the exact tilt
         spread = float(base_scores.double().std())
+        if not spread > 1e-9 * float(base_scores.double().abs().max()):
+            return Line(f"{name} mean", None, None, None, "", "cannot tell", "this score is constant on the base's samples")
         difference = abs(float(reached[0] - exact[0])) / spread
         error = float((reached - exact)[1:].std()) / spread
         text = text.split(";")[0] + "; the tilt hardly moves this score"
