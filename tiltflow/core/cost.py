@@ -85,8 +85,8 @@ class RewardCost:
         return {}
 
     def reward_of(self, x: Tensor, **condition: Any) -> Tensor:
-        """r(x), checked."""
-        r = self.reward(x, **condition)
+        """r(x), checked. The reward is given a copy of x, which it may change."""
+        r = self.reward(x.clone(), **condition)
         name = getattr(self.reward, "__name__", type(self.reward).__name__)
         if not isinstance(r, Tensor) or r.shape != x.shape[:1]:
             got = f"shape {tuple(r.shape)}" if isinstance(r, Tensor) else type(r).__name__

@@ -128,9 +128,9 @@ def _mean_line(name: str, values: Sequence[Tensor], log_w: Tensor, generator: to
     text = f"{scale}base {float(start[0]):.4g} → reached {float(reached[0]):.4g}, exact tilt {float(exact[0]):.4g}"
     if not float(gap.std()) * SIGMAS <= abs(float(gap[0])) or float(gap[0]) == 0:  # it barely moves under the exact tilt
         spread = float(base.double().std())
-        if not spread > 0:
-            text += "; the score is the same for all of the base's samples, which tells nothing"
-            return Line(f"{shown} mean (in base std)", None, None, None, "the score varies", "cannot tell", text)
+        if not spread > 1e-9 * float(base.double().abs().max()):
+            text = "this score is constant on the base's samples"
+            return Line(f"{shown} mean", None, None, None, "the score varies", "cannot tell", text)
         difference = abs(float(reached[0] - exact[0])) / spread
         error = float((reached - exact)[1:].std()) / spread
         text += "; the tilt hardly moves this score"
