@@ -100,6 +100,9 @@ def _mean_line(
 ) -> Line:
     weight = normalised(log_w) * len(log_w)
     base_scores = score(base_samples)
+    spread = float(base_scores.double().std())
+    if spread <= 1e-6 * float(base_scores.double().abs().max()):
+        return Line(f"{name} gap", None, None, None, "", "cannot tell", "this score is constant on the base's samples")
     reached = _means(score(samples), torch.ones(len(samples)), _poisson(len(samples), generator))[:, 0]
     shared = _poisson(len(reference), generator)
     exact = _means(base_scores if reference is base_samples else score(reference), weight, shared)[:, 0]
@@ -112,10 +115,7 @@ def _mean_line(
         f"{scale}base {float(start[0]):.4g} → reached {float(reached[0]):.4g}, exact tilt {float(exact[0]):.4g}; "
         "distance to the exact value as a fraction of the gap from the base"
     )
-    if float(gap.std()) * SIGMAS >= abs(float(gap[0])):  # this score barely moves under the exact tilt
-        spread = float(base_scores.double().std())
-        if not spread > 1e-9 * float(base_scores.double().abs().max()):
-            return Line(f"{name} mean", None, None, None, "", "cannot tell", "this score is constant on the base's samples")
+    if float(gap.std()) * SIGMAS > abs(float(gap[0])):  # this score barely moves under the exact tilt
         difference = abs(float(reached[0] - exact[0])) / spread
         error = float((reached - exact)[1:].std()) / spread
         text = text.split(";")[0] + "; the tilt hardly moves this score"
