@@ -13,10 +13,10 @@ from test_cli_sampling import tiltflow
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.weights import evidence
-from tiltflow.molecules.amortised import AmortisedSettings, load_amortised, prepare, save_amortised, train_amortised
-from tiltflow.molecules.generate import ConformerSettings, generate
+from tiltflow.molecules.amortised import load_amortised, prepare, save_amortised, train_amortised
+from tiltflow.molecules.generate import generate
 from tiltflow.molecules.molecule import molecule
-from tiltflow.molecules.torsional import TorsionalSettings
+from tiltflow.molecules.settings import AmortisedSettings, ConformerSettings, TorsionalSettings
 
 SAMPLER = TorsionalSettings(
     rounds=13, batch=64, gradient_steps=25, minibatch=128, buffer_rounds=10, steps=15, draw_steps=30, hidden=32, layers=2,
