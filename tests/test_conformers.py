@@ -27,7 +27,8 @@ BENZYL = "OCc1ccccc1"
 
 
 def test_it_gives_what_a_run_gives(tmp_path):
-    done = tiltflow("conformers", BENZYL, "-n", 12, "--temperature", "350K", "--seed", 3, *AS_TYPED, "--out", tmp_path / "run")
+    typed = ["-n", 12, "--temperature", "350K", "--seed", 3, *AS_TYPED, "--out", tmp_path / "run"]
+    done = tiltflow("conformers", BENZYL, *typed)
     assert done.returncode == 0, done.stderr
     (ran,) = tf.load(tmp_path / "run")
     made = tf.conformers(BENZYL, n=12, temperature=350, seed=3, sampler=SMALL)
@@ -117,7 +118,7 @@ MISUSE = [  # as typed; in Python; what is said
     (["CCO", "--energy", "no_such:energy"], {"energy": "no_such:energy"}, "cannot import 'no_such'"),
     (["CCO", "--model", "none.safetensors"], {"model": "none.safetensors"}, "not a conformer model"),
     (["CCO", "--model", "m", "--conjugated"], {"model": "m", "conjugated": True}, "a model brings its own"),
-    (["CCO", "--cover", "--energy", "gfn2"], {"cover": True, "energy": "gfn2"}, "cover has a recipe of its own: leave out energy"),
+    (["CCO", "--cover", "--energy", "gfn2"], {"cover": True, "energy": "gfn2"}, "a recipe of its own: leave out energy"),
     (["CC(F)Cl"], {"molecule": "CC(F)Cl"}, "undefined stereo"),
     (["C1CC"], {"molecule": "C1CC"}, "invalid SMILES"),
     (["B(C)(C)C"], {"molecule": "B(C)(C)C"}, "mmff94 does not take B"),

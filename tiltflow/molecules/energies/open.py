@@ -15,8 +15,8 @@ def open_energy(name: str, molecule: Molecule) -> MolecularEnergy:
     """The energy of a molecule by name.
 
     Args:
-        name: Of :data:`~tiltflow.molecules.settings.ENERGIES`; or ``module:function`` (``file.py:function``), which is given the
-            molecule and returns an ASE calculator or a :class:`MolecularEnergy`.
+        name: Of :data:`~tiltflow.molecules.settings.ENERGIES`; or ``module:function`` (``file.py:function``), which is given
+            the molecule and returns an ASE calculator or a :class:`MolecularEnergy`.
 
     Raises:
         UnsupportedMolecule: the energy does not take this molecule.
