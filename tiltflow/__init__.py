@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tiltflow.tilting.model import TiltedModel
     from tiltflow.tilting.settings import FinetuneSettings
     from tiltflow.tilting.train import finetune
+    from tiltflow.verdict.check_base import check_base
     from tiltflow.verdict.check_energy import check_energy
     from tiltflow.verdict.check_reward import check_reward
 
@@ -40,6 +41,7 @@ _WHERE = {
     "TiltedModel": "tilting.model",
     "TiltflowError": "core.errors",
     "VP": "core.interpolant",
+    "check_base": "verdict.check_base",
     "check_energy": "verdict.check_energy",
     "check_reward": "verdict.check_reward",
     "conformers": "molecules.conformers",
