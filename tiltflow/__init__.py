@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tiltflow.core.wrappers import from_azula, from_flow_matching
     from tiltflow.energies.evaluator import Evaluator
     from tiltflow.energies.problem import EnergyProblem
+    from tiltflow.molecules.conformers import conformers
+    from tiltflow.molecules.ensemble import Ensemble
     from tiltflow.run.open import load
     from tiltflow.sampling.model import Sampler
     from tiltflow.sampling.settings import SamplerSettings
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Cosine": "core.interpolant",
     "EnergyProblem": "energies.problem",
+    "Ensemble": "molecules.ensemble",
     "Evaluator": "energies.evaluator",
     "FinetuneSettings": "tilting.settings",
     "Follmer": "core.interpolant",
@@ -41,6 +44,7 @@ _WHERE = {
     "check_base": "verdict.check_base",
     "check_energy": "verdict.check_energy",
     "check_reward": "verdict.check_reward",
+    "conformers": "molecules.conformers",
     "finetune": "tilting.train",
     "from_azula": "core.wrappers",
     "from_flow_matching": "core.wrappers",
