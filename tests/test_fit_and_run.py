@@ -27,21 +27,21 @@ from tiltflow.train.method import State
 from tiltflow.train.settings import Training
 from tiltflow.train.store import load_state, load_weights, save_state, save_weights
 
-SETTINGS = Training(rounds=12, learning_rate=1e-2, gradient_steps=2, minibatch=50, checkpoint_every=3)
+SETTINGS = Training(rounds=12, learning_rate=1e-2, gradient_steps=2, minibatch=50, buffer_rounds=3, ema=0.99, checkpoint_every=3)
 
 
 class Stopped(Exception):
     pass
 
 
-class Training:
+class SmallRun:
     """A small run with everything that a checkpoint has to hold."""
 
     def __init__(self, seed=0, net=None):
         problem = mixture2d()
         chain = memoryless_chain(problem.process(), uniform_grid(5), torch.full((5,), 0.1))
         torch.manual_seed(seed)
-        self.mask, self.buffer = QuantileMask(0.8, decay=0.5), Buffer(200)  # a round is 80 rows: the ring holds 2.5
+        self.mask, self.saved = QuantileMask(0.8, decay=0.5), None
         self.method = AdjointMatching(chain, RewardCost(problem.reward), batch=16, mask=self.mask)
         control = FineTuned(tilted(problem.process(), (net or (lambda: MLP(4, 2, 8, 2)))()))
         self.state = State(control, torch.Generator().manual_seed(seed))
@@ -53,7 +53,8 @@ class Training:
             if row["iteration"] == stop_at:
                 raise Stopped
 
-        history = fit(self.method, self.state, settings, self.buffer, checkpoint, resume, stop)
+        history = fit(self.method, self.state, settings, checkpoint, resume, stop)
+        self.saved = None if checkpoint is None else load_state(checkpoint)
         return self, history
 
     @property
@@ -72,7 +73,7 @@ def same(one, other):
         torch.equal(a.weights, b.weights)
         and without_seconds(history) == without_seconds(other_history)
         and torch.equal(a.mask.threshold, b.mask.threshold)
-        and all(torch.equal(v, b.buffer.items[k]) for k, v in a.buffer.items.items())
+        and (None in (a.saved, b.saved) or equal(a.saved["buffer"], b.saved["buffer"]))
         and torch.equal(a.state.generator.get_state(), b.state.generator.get_state())
     )
 
@@ -81,7 +82,7 @@ def same(one, other):
 def uninterrupted(tmp_path_factory):
     torch.set_default_dtype(torch.float64)
     path = tmp_path_factory.mktemp("whole") / "deep" / "checkpoint.safetensors"
-    return Training().fit(path), load_state(path)
+    return SmallRun().fit(path), load_state(path)
 
 
 @pytest.mark.parametrize("stop_at", [6, 8])  # the last checkpoint is after the rounds 0 … 5
@@ -89,9 +90,9 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(stop_at, uninter
     whole, final = uninterrupted
     path = tmp_path / "checkpoint.safetensors"
     with pytest.raises(Stopped):
-        Training().fit(path, stop_at=stop_at)
-    assert load_state(path)["iteration"] == 6 and len(load_state(path)["buffer"]["x"]) == 200
-    resumed = Training(seed=99).fit(path, resume=True)  # another start, other random numbers: all comes from the file
+        SmallRun().fit(path, stop_at=stop_at)
+    assert load_state(path)["iteration"] == 6 and len(load_state(path)["buffer"]["x"]) == 240
+    resumed = SmallRun(seed=99).fit(path, resume=True)  # another start, other random numbers: all comes from the file
     assert same(whole, resumed)
     again = load_state(path)
     for name in ("weights", "average"):
@@ -99,18 +100,18 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(stop_at, uninter
     last = torch.cat([a.flatten() for a in again["weights"]])
     assert not torch.equal(last, resumed[0].weights)  # the average is the result
     with pytest.raises(Stopped):  # the known-bad twin of the comparison
-        Training(seed=1).fit(path, stop_at=6)
-    assert not same(whole, Training().fit(path, resume=True))
+        SmallRun(seed=1).fit(path, stop_at=6)
+    assert not same(whole, SmallRun().fit(path, resume=True))
 
 
 def test_resuming_twice_and_resuming_a_finished_run_change_nothing(uninterrupted, tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     for stop_at, resume in ((4, False), (7, True), (10, True)):
         with pytest.raises(Stopped):
-            Training().fit(path, resume, stop_at)
-    assert same(uninterrupted[0], Training(seed=5).fit(path, resume=True))
+            SmallRun().fit(path, resume, stop_at)
+    assert same(uninterrupted[0], SmallRun(seed=5).fit(path, resume=True))
     before = path.read_bytes()
-    assert same(uninterrupted[0], Training(seed=6).fit(path, resume=True))
+    assert same(uninterrupted[0], SmallRun(seed=6).fit(path, resume=True))
     assert path.read_bytes() == before
 
 
@@ -139,11 +140,11 @@ def test_whatever_is_not_restored_shows(forget, uninterrupted, tmp_path):
     """Known-bad twins: a checkpoint that lacks one part does not resume to the same result."""
     path = tmp_path / "checkpoint.safetensors"
     with pytest.raises(Stopped):
-        Training().fit(path, stop_at=6)
+        SmallRun().fit(path, stop_at=6)
     saved = load_state(path)
     forget(saved)
     save_state(path, saved)
-    assert not same(uninterrupted[0], Training().fit(path, resume=True))
+    assert not same(uninterrupted[0], SmallRun().fit(path, resume=True))
 
 
 class Normalised(torch.nn.Module):
@@ -158,20 +159,20 @@ class Normalised(torch.nn.Module):
 
 
 def test_running_statistics_survive(tmp_path):
-    whole = Training(net=Normalised).fit()
+    whole = SmallRun(net=Normalised).fit()
     path = tmp_path / "checkpoint.safetensors"
     with pytest.raises(Stopped):
-        Training(net=Normalised).fit(path, stop_at=6)
-    resumed = Training(net=Normalised).fit(path, resume=True)
+        SmallRun(net=Normalised).fit(path, stop_at=6)
+    resumed = SmallRun(net=Normalised).fit(path, resume=True)
     assert same(whole, resumed)
     for a, b in zip(whole[0].state.control.module.buffers(), resumed[0].state.control.module.buffers(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(Stopped):
-        Training(net=Normalised).fit(path, stop_at=6)
+        SmallRun(net=Normalised).fit(path, stop_at=6)
     saved = load_state(path)
     saved["running"] = list(Normalised().buffers())  # the known-bad twin: they start afresh
     save_state(path, saved)
-    assert not same(whole, Training(net=Normalised).fit(path, resume=True))
+    assert not same(whole, SmallRun(net=Normalised).fit(path, resume=True))
 
 
 CONFIG = {"seed": 0, "strength": 1.0, "clip": float("inf"), "base": None}
@@ -180,16 +181,16 @@ import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
-from test_fit_and_run import CONFIG, Training, RunFolder, Training
+from test_fit_and_run import CONFIG, RunFolder, SmallRun, Training
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(int(sys.argv[3]))
-slow = Training(rounds=12, learning_rate=1e-2, gradient_steps=2, minibatch=50, checkpoint_every=1)
+slow = Training(rounds=12, learning_rate=1e-2, gradient_steps=2, minibatch=50, buffer_rounds=3, ema=0.99, checkpoint_every=1)
 def tell(row):
     print(row["iteration"], flush=True)
     if row["iteration"] == 7:
         sys.stdin.read()  # until killed
 with RunFolder(Path(sys.argv[1]), CONFIG) as run:
-    Training().fit(run.checkpoint, settings=slow, callback=tell)
+    SmallRun().fit(run.checkpoint, settings=slow, callback=tell)
 """
 
 
@@ -223,7 +224,7 @@ def test_a_killed_run_resumes_bit_for_bit_and_its_folder_is_its_own(uninterrupte
         child.stdout.close()
     with RunFolder(run, CONFIG, resume=True) as folder:  # the lock died with its owner
         assert load_state(folder.checkpoint)["iteration"] == 7
-        assert same(uninterrupted[0], Training(seed=3).fit(folder.checkpoint, resume=True))
+        assert same(uninterrupted[0], SmallRun(seed=3).fit(folder.checkpoint, resume=True))
 
 
 class Diverging(AdjointMatching):
@@ -236,14 +237,14 @@ class Diverging(AdjointMatching):
 
 
 def test_divergence_stops_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    training, path = Training(), tmp_path / "checkpoint.safetensors"
+    training, path = SmallRun(), tmp_path / "checkpoint.safetensors"
     m = training.method
     training.method = Diverging(m.chain, m.cost, m.batch, mask=m.mask)
 
     def spoil(row):
         monkeypatch.setattr(Diverging, "nan", row["iteration"] >= 7)
 
-    with pytest.raises(TiltflowError, match=r"loss nan .* at iteration 8: training diverged"):
+    with pytest.raises(TiltflowError, match=r"loss nan .* in round 8: training diverged"):
         training.fit(path, callback=spoil)
     saved = load_state(path)
     assert saved["iteration"] == 6 and all(bool(torch.isfinite(w).all()) for w in saved["weights"])
@@ -252,13 +253,13 @@ def test_divergence_stops_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 def test_resume_misuse(tmp_path):
     with pytest.raises(TiltflowError, match=r"nothing to resume: no checkpoint at .*missing"):
-        Training().fit(tmp_path / "missing", resume=True)
+        SmallRun().fit(tmp_path / "missing", resume=True)
     with pytest.raises(TiltflowError, match="nothing to resume"):
-        Training().fit(None, resume=True)
+        SmallRun().fit(None, resume=True)
     path = tmp_path / "checkpoint.safetensors"
-    Training().fit(path, settings=Training(rounds=1))
+    SmallRun().fit(path, settings=Training(rounds=1))
     with pytest.raises(TiltflowError, match="another network"):
-        Training(net=lambda: MLP(4, 2, 9, 2)).fit(path, resume=True)
+        SmallRun(net=lambda: MLP(4, 2, 9, 2)).fit(path, resume=True)
 
 
 # --- store
@@ -424,7 +425,7 @@ def test_resume_needs_the_same_settings(tmp_path):
     refused(run, r"strength: 1.0 then, 2.0 now", CONFIG | {"strength": 2.0}, resume=True)
     refused(run, r"extra: None then, 3 now", CONFIG | {"extra": 3}, resume=True)
     (run / "config.json").write_text("{")
-    refused(run, "config.json is damaged", resume=True)
+    refused(run, "config.json cannot be read", resume=True)
 
 
 def test_a_folder_killed_before_its_config_can_be_used(tmp_path):
@@ -455,24 +456,21 @@ def rows(*values):
     return {"x": v[:, None].float(), "k": v}
 
 
-def test_buffer_is_a_ring():
-    ring = Buffer(5)
+def test_buffer_holds_the_newest_rounds():
+    ring = Buffer(2)
     assert len(ring) == 0
     for first in (0, 3, 6):
         ring.add(rows(first, first + 1, first + 2))
-    assert ring.items["k"].tolist() == [4, 5, 6, 7, 8] and ring.items["x"][:, 0].tolist() == [4, 5, 6, 7, 8]
-    ring.add(rows(*range(10, 20)))
-    assert ring.items["k"].tolist() == [15, 16, 17, 18, 19]
-    first = Buffer(2)
-    first.add(rows(1, 2, 3))
-    assert first.items["k"].tolist() == [2, 3]
+    assert ring.items["k"].tolist() == [3, 4, 5, 6, 7, 8] and ring.items["x"][:, 0].tolist() == [3, 4, 5, 6, 7, 8]
+    ring.add(rows(9))  # rounds as long as the last one
+    assert ring.items["k"].tolist() == [8, 9]
     last = Buffer()
     last.add(rows(1, 2, 3))
     last.add(rows(4))
     assert last.items["k"].tolist() == [4]
-    copy = Buffer(5)
+    copy = Buffer(2)
     copy.load_state_dict(ring.state_dict())
-    assert len(copy) == 5 and copy.state_dict().keys() == ring.state_dict().keys()
+    assert len(copy) == 2 and copy.state_dict().keys() == ring.state_dict().keys()
 
 
 def test_buffer_batches(generator):
@@ -493,5 +491,5 @@ def test_buffer_misuse():
         with pytest.raises(TiltflowError, match="rows of equal number"):
             ring.add(material)
     for capacity in (0, -1):
-        with pytest.raises(TiltflowError, match="at least one item"):
+        with pytest.raises(TiltflowError, match="at least one round"):
             Buffer(capacity)

@@ -14,9 +14,9 @@ from tiltflow.core.simulate import sample
 from tiltflow.core.weights import ess, normalised, tempered
 from tiltflow.methods.adjoint_matching import AdjointMatching, endpoint_share
 from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem, mixture2d, mixture32d
+from tiltflow.tilting.chain import tuned_process
 from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.tilting.train import finetune
-from tiltflow.tilting.chain import tuned_process
 from tiltflow.train.method import State
 
 

@@ -14,7 +14,6 @@ from tiltflow.core.chain import memoryless_chain, uniform_grid
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.interpolant import Linear
 from tiltflow.core.process import Process
-from tiltflow.tilting.model import TiltedModel
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")

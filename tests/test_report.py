@@ -168,6 +168,9 @@ def test_strings_are_escaped(tmp_path):
     assert "script" in Parsed(nasty).tags
     html, parsed = written(tmp_path, replace(page, blocks=[Markup("ours", nasty)]))
     assert parsed.tags.count("script") == 1 and "script-src 'unsafe-inline'" in html
+    shapes = [{"name": nasty, "block": f"</script>{nasty}"}]
+    viewer = page_module.fill("molecules/viewer.html.j2", shapes=shapes, library="")
+    assert Parsed(viewer).tags.count("script") == 2 and nasty not in viewer  # its own two
 
 
 def test_nonfinite_numbers_are_named(tmp_path):
@@ -266,7 +269,7 @@ def test_any_event_shape_is_shown(event, particles, generator):
     assert list(pictures) == (["Before, After, Reference"] if one else ["Before", "After", "Reference"])
     assert all(picture[..., 3].max() > 0 for picture in pictures.values())
     alone = gallery({"After": torch.full((4, *event), NAN), "Before": torch.empty(0, *event)}, particles=particles)
-    assert "4 of 4 samples of After are not finite" in alone.caption and "Before: no samples." in alone.caption
+    assert "4 of 4 samples of After are not finite" in alone.caption and "Before is empty." in alone.caption
     render(Page("t", "c", None, [shown, alone]))
 
 
@@ -286,7 +289,7 @@ def test_degenerate_samples_are_shown(x):
         shown = gallery({"Samples": x}, particles=particles)
         assert shown.caption or x.dim() == 4
         assert bool(shown.pictures) == (x.numel() > 0)
-    assert gallery({}).caption == "There are no samples."
+    assert gallery({}).caption == "There is nothing to show."
 
 
 def test_the_caption_says_what_is_shown(generator):
@@ -425,7 +428,6 @@ def test_plots_are_valid_png():
         plots.curve([0], {"a": [NAN]}, "x", "y", log=True),
         plots.reward_against_kl(steps, [math.sin(s) for s in steps], levels),
         plots.reward_against_kl([NAN], [1.0]),
-        plots.adjoint_norms([0.0, 0.5, 1.0], [1.0, 100.0, 1.0]),
         plots.pareto(
             [
                 {"method": "a", "biased": True, "r": 1.0, "r_base": 0.0, "r_reference": 0.5, "kl": 2.0},

@@ -12,11 +12,10 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.noise import Constant
 from tiltflow.core.process import Process
 from tiltflow.core.simulate import sample
-from tiltflow.core.weights import normalised
+from tiltflow.core.weights import normalised, systematic
 from tiltflow.methods.best_of_n import BestOfN
 from tiltflow.methods.guidance import GradientGuidance
 from tiltflow.methods.smc import PathSMC, feynman_kac, urge
-from tiltflow.core.weights import systematic
 from tiltflow.problems.tilt import GaussianMixture, LinearQuadratic, QuadraticReward, TiltProblem, mixture2d
 from tiltflow.train.method import smc
 

@@ -80,7 +80,8 @@ def _weights(e: Ensemble) -> str:
 def _molecules(found: Sequence[tuple[Ensemble, Clusters]], detailed: int) -> Table:
     columns = ("name", "SMILES", "conformers", "left out", "ESS, of 1", "weights", "clusters", "energies span", "unit")
     rows = [
-        (e.molecule.name, e.molecule.smiles, len(e), e.discarded, e.ess, _weights(e), len(c.sizes),
+        (e.molecule.name, e.molecule.smiles, len(e), e.discarded,
+         None if e.log_weights is None else e.ess, _weights(e), len(c.sizes),
          float(e.energy.max() - e.energy.min()) if len(e) else None, e.unit)
         for e, c in found
     ]  # fmt: skip
@@ -118,7 +119,8 @@ def _section(e: Ensemble, c: Clusters, alone: bool) -> list[Block]:
         shown = f"The first {TORSIONS} of {len(bonds)} torsions. " if len(bonds) > TORSIONS else ""
         figures.append(Figure("Torsions", shown + counted, _torsions(e, bonds[:TORSIONS], weights)))
     figures += weight_figures(None if e.log_weights is None else e.weights, "conformers")
-    said = f"{e.molecule.smiles} · {e.temperature:g} K · weights: {_weights(e)}"
+    weighted = "no weights" if e.log_weights is None else f"weights: {_weights(e)}"
+    said = f"{e.molecule.smiles} · {e.temperature:g} K · {weighted}"
     columns = ("cluster", "conformers", "population", "lowest conformer", f"its energy above the lowest ({e.unit})")
     return [Figures(e.molecule.name, figures, said), Table("Clusters", columns, rows, folded=not alone)]
 

@@ -139,7 +139,7 @@ def run_pipeline(
     save_file({"before": before.x.cpu(), "after": after.x.cpu()}, folder.path / "samples.safetensors")
     write_text(made / CARD, card(config, result))
     folder.write_json("metrics.json", result)
-    _report(config, folder, tuned, result, lines, before, after, history)
+    _report(config, folder, tuned, result, lines, before, after)
     return result
 
 
@@ -228,15 +228,9 @@ def card(config: PipelineConfig, result: Mapping[str, Any]) -> str:
 
 
 def _report(
-    config: PipelineConfig,
-    folder: RunFolder,
-    tuned: TunedPipeline,
-    result: Mapping[str, Any],
-    lines: list[Line],
-    before: Judged,
-    after: Judged,
-    history: list[dict[str, Any]],
-) -> None:
+    config: PipelineConfig, folder: RunFolder, tuned: TunedPipeline, result: Mapping[str, Any], lines: list[Line],
+    before: Judged, after: Judged,
+) -> None:  # fmt: skip
     row = result["rows"][0]
     with torch.no_grad():
         pictures = [tuned.chain.family.decode(tuned.pipe, found.x[:GRID]).cpu() for found in (before, after)]
@@ -250,19 +244,16 @@ def _report(
     notes = ["Samples before and after have the same noise and prompts, row by row."]
     if sounds[0]:
         notes.append(f"Audio is shown as spectrograms, low frequencies below, {DECIBELS} decibels deep.")
-    shown = gallery(
-        dict(zip(("Before", "After"), pictures, strict=True)),
-        value_range=(0.0, 1.0),
-        sounds=dict(zip(("Before", "After"), sounds, strict=True)),
-        caption=SAME_NOISE,
-    )
+    sets = {"Before": pictures[0], "After": pictures[1]}
+    heard = {"Before": sounds[0], "After": sounds[1]}
+    shown = gallery(sets, value_range=(0.0, 1.0), sounds=heard, caption=SAME_NOISE)
     page = Page(
         title=f"{Path(config.pipeline).name} tilted towards {config.reward}, λ = {config.strength:g}",
         command=result["command"],
         verdict=Verdict(result["verdict"], lines),
         blocks=[shown, scores_table(scores)],
         training=training_blocks(tuned.history, TILTING, levels, tuned.chain.t.tolist()),
-        history=history,
+        history=tuned.history,
         config={k: v for k, v in asdict(config).items() if k != "settings"} | asdict(config.settings),
         notes=notes,
         version=__version__,

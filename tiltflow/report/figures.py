@@ -95,7 +95,8 @@ def history_figures(
         if len(t) != len(norms):
             raise TiltflowError(f"there are {len(t)} times and {len(norms)} adjoint norms; give one norm per time.")
         caption = "Solved backwards from t = 1; an explosion towards t = 0 drowns the target in noise."
-        figures.append(Figure("Adjoint norm over t", caption, plots.adjoint_norms(t, norms)))
+        picture = plots.curve(t, {"mean": norms}, "t (0 noise, 1 data)", "mean ‖ã(t)‖", log=True)
+        figures.append(Figure("Adjoint norm over t", caption, picture))
     return figures
 
 
@@ -129,4 +130,5 @@ def weight_figures(weights: Tensor | None, of: str = "samples") -> list[Figure]:
     shown = (weights / weights.mean()).sort(descending=True).values[:: max(1, n // 1000)].clamp(min=LEAST).tolist()
     rank = [(i + 1) / len(shown) for i in range(len(shown))]
     picture = plots.curve(rank, {"weight": shown}, f"share of the {of}", "path weight (mean 1)", {"ideal": 1.0}, True)
-    return [Figure("Sorted path weights", "Flat at 1 if the paths are the target's.", picture)]
+    caption = f"Flat at 1 if the paths are the target's; weights below {LEAST:g} are drawn there."
+    return [Figure("Sorted path weights", caption, picture)]

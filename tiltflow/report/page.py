@@ -184,16 +184,10 @@ def fill(template: str, **facts: Any) -> str:
     environment.filters["exact"] = lambda value: repr(value if isinstance(value, int) else float(value))
     environment.filters["kind"] = lambda block: type(block).__name__
     environment.filters["data"] = data_uri
-    environment.filters["columns"] = columns
     environment.tests["text"] = is_text
     environment.tests["status"] = lambda value: value in STATUSES
     source = resources.files("tiltflow").joinpath(template).read_text(encoding="utf-8")
     return str(environment.from_string(source).render(**facts))
-
-
-def columns(table: Table) -> list[tuple[str, bool]]:
-    """Each column's name, and whether all it holds is numbers."""
-    return [(name, not any(is_text(row[i]) for row in table.rows)) for i, name in enumerate(table.columns)]
 
 
 def is_text(value: Any) -> bool:

@@ -214,11 +214,6 @@ def reward_against_kl(
     return png(fig)
 
 
-def adjoint_norms(t: Sequence[float], norm: Sequence[float]) -> bytes:
-    """Mean norm of the lean adjoint against time."""
-    return curve(t, {"mean ‖ã(t)‖": norm}, "t (0 noise, 1 data)", "mean ‖ã(t)‖", log=True)
-
-
 def running_mean(y: np.ndarray, half_width: int) -> np.ndarray:
     """Mean over the window [i − half_width, i + half_width], cut at the ends; shape (n,) as ``y``.
 

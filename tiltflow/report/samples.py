@@ -54,63 +54,52 @@ def gallery(
     if len(shapes) > 1:
         raise TiltflowError(f"samples side by side need one event shape, got {sorted(shapes)}.")
     event = next(iter(shapes), ())
-    said = [caption, *(f"{name}: no samples." for name, x in given.items() if not len(x))]
-    given = {name: x for name, x in given.items() if len(x)}
-    if not given:
-        return Gallery("Samples", [], " ".join(filter(None, said)) or "There are no samples.")
-    if len(event) in (3, 4) and event[0] in (1, 3) and min(event) > 0 and max(event[-2:]) > 1:
-        pictures, more = _images(given, value_range)
-    else:
-        pictures, more = _points(given, particles and len(event) == 2 and event[0] > 1)
-    heard = sounds or {}
-    shown = [Picture(name, png, heard.get(name, ())) for name, png in pictures.items()]
-    return Gallery("Samples", shown, " ".join(filter(None, said + more)))
-
-
-def _images(sets: Mapping[str, Tensor], value_range: tuple[float, float]) -> tuple[dict[str, bytes], list[str]]:
-    """A grid of each set of images, or of clips: one a row, its frames from left to right."""
-    pictures: dict[str, bytes] = {}
-    said: list[str] = []
-    event = next(iter(sets.values())).shape[1:]
-    clips, length = len(event) == 4, event[1]
-    columns = min(length, COLUMNS) if clips else COLUMNS
-    if clips:
-        said.append(f"One clip a row, {columns} of its {length} frames from left to right.")
-    for name, every in sets.items():
-        x = every[: COLUMNS if clips else IMAGES]
-        said += _counted(name, int(drawable(every).logical_not().sum()), len(every), "not finite: magenta")
-        said += [f"{name}: the first {len(x)} of {len(every)}."] if len(x) < len(every) else []
-        if clips:
-            frames = torch.linspace(0, length - 1, columns).round().long()
-            x = x[:, :, frames].transpose(1, 2).flatten(0, 1)
-        pictures[name] = plots.image_grid(x, columns, value_range)
-    return pictures, said
-
-
-def _points(sets: Mapping[str, Tensor], particles: bool) -> tuple[dict[str, bytes], list[str]]:
-    """A scatter of each set in the same two coordinates, or one histogram of all sets if there is only one."""
+    particles = particles and len(event) == 2 and event[0] > 1
+    seen = len(event) in (3, 4) and event[0] in (1, 3) and min(event) > 0 and max(event[-2:]) > 1
+    numbers = event[0] ** 2 if particles else max(torch.Size(event).numel(), 1)
+    most = (COLUMNS if len(event) == 4 else IMAGES) if seen else min(SHOWN, max(2, ELEMENTS // numbers))
     said: list[str] = []
     kept: dict[str, Tensor] = {}
-    for name, every in sets.items():
-        good = drawable(every)
-        said += _counted(name, int(good.logical_not().sum()), len(every), "not finite and left out")
-        size = every.shape[1] ** 2 if particles else every[0].numel()
-        x = every[good][: min(SHOWN, max(2, ELEMENTS // max(size, 1)))]
-        said += [f"{name}: the first {len(x)} of {int(good.sum())}."] if len(x) < int(good.sum()) else []
-        kept |= {name: x} if x.numel() else {}
-    if not kept:
-        return {}, [*said, "No sample is finite." if said else "Samples have no coordinates."]
-    points, text = project(list(kept.values()), particles)
-    named = dict(zip(kept, points, strict=True))
+    for name, x in given.items():
+        good = drawable(x)
+        if not good.all():
+            left = "drawn magenta" if seen else "left out"
+            said.append(f"{int(good.logical_not().sum())} of {len(x)} samples of {name} are not finite and {left}.")
+        shown = x if seen else x[good]
+        if len(shown) > most:
+            said.append(f"{name}: the first {most} of {len(shown)}.")
+        if shown.numel():
+            kept[name] = shown[:most]
+        elif good.all():
+            said.append(f"{name} is empty.")
+    pictures, text = dict[str, bytes](), "There is nothing to show."
+    if kept:
+        pictures, text = _images(kept, value_range) if seen else _points(kept, particles)
+    heard = sounds or {}
+    named = [Picture(name, png, heard.get(name, ())) for name, png in pictures.items()]
+    return Gallery("Samples", named, " ".join(filter(None, [caption, text, *said])))
+
+
+def _images(sets: Mapping[str, Tensor], value_range: tuple[float, float]) -> tuple[dict[str, bytes], str]:
+    """A grid of each set of images, or of clips: one a row, its frames from left to right."""
+    length = next(iter(sets.values())).shape[2]
+    if all(x.dim() == 4 for x in sets.values()):
+        return {name: plots.image_grid(x, COLUMNS, value_range) for name, x in sets.items()}, ""
+    columns = min(length, COLUMNS)
+    frames = torch.linspace(0, length - 1, columns).round().long()
+    rows = {name: x[:, :, frames].transpose(1, 2).flatten(0, 1) for name, x in sets.items()}
+    text = f"One clip a row, {columns} of its {length} frames from left to right."
+    return {name: plots.image_grid(x, columns, value_range) for name, x in rows.items()}, text
+
+
+def _points(sets: Mapping[str, Tensor], particles: bool) -> tuple[dict[str, bytes], str]:
+    """A scatter of each set in the same two coordinates, or one histogram of all sets if there is only one."""
+    points, text = project(list(sets.values()), particles)
+    named = dict(zip(sets, points, strict=True))
     if points[0].shape[1] == 1:
-        return {", ".join(named): plots.histogram(named, "value")}, [text, *said]
+        return {", ".join(named): plots.histogram(named, "value")}, text
     limits = plots.limits2d(*points)
-    colors = {name: plots.COLORS.get(name.lower(), plots.AFTER) for name in named}
-    return {name: plots.scatter2d(p, limits, colors[name]) for name, p in named.items()}, [text, *said]
-
-
-def _counted(name: str, count: int, total: int, what: str) -> list[str]:
-    return [f"{count} of {total} samples of {name} are {what}."] if count else []
+    return {name: plots.scatter2d(x, limits, plots.COLORS.get(name.lower(), plots.AFTER)) for name, x in named.items()}, text
 
 
 def drawable(x: Tensor) -> Tensor:
