@@ -15,7 +15,7 @@ from tiltflow._version import __version__
 from tiltflow.core.errors import TiltflowError
 
 Row = dict[str, Any]
-KEYS = {"command", "version", "seed", "device", "rows", "verdict", "commit", "duration"}
+KEYS = {"command", "version", "seed", "device", "rows", "verdict", "commit"}
 
 
 def require_result(path: Path | None) -> None:
