@@ -193,7 +193,14 @@ def test_an_interrupted_study_goes_on_exactly(tmp_path, monkeypatch, capsys):
     def interrupted(job, work):
         calls.append(job.seed)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            told = work.round
+
+            def stopping(row, *more):
+                told(row, *more)
+                if row["iteration"] == 39:  # after the checkpoint of round 25
+                    raise KeyboardInterrupt
+
+            work.round = stopping
         return real(job, work)
 
     monkeypatch.setattr(study.StudyJob, "perform", interrupted)
