@@ -8,7 +8,7 @@ pytest.importorskip("rdkit")
 from dataclasses import replace
 from functools import partial
 
-from tiltflow import bench_conformers
+from tiltflow.bench import conformers as bench_conformers
 from tiltflow.core.errors import TiltflowError
 from tiltflow.methods.bridge_sampling import AdjointBridgeSampling
 from tiltflow.molecules.audit import audit

@@ -10,7 +10,7 @@ pytest.importorskip("rdkit")
 
 from test_cli_sampling import tiltflow
 
-from tiltflow import bench_conformers
+from tiltflow.bench import conformers as bench_conformers
 from tiltflow.molecules import covering as module
 from tiltflow.molecules.covering import covering
 from tiltflow.molecules.energies import open_energy

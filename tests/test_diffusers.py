@@ -8,7 +8,6 @@ pytest.importorskip("peft")
 
 import diffusers as D
 import tiny_pipelines as tiny
-from tiltflow.integrations import finetune as module
 
 from tiltflow.core.adjoint import lean_adjoint
 from tiltflow.core.chain import posterior_step
@@ -16,6 +15,7 @@ from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import simulate
 from tiltflow.methods.adjoint_matching import AdjointMatching
+from tiltflow.pipelines import finetune as module
 from tiltflow.pipelines.adapters import add_adapter, load_adapter, merge_adapter, save_adapter, switch, switched
 from tiltflow.pipelines.chain import Adapted, DecodedReward, Guidance, pipeline_chain
 from tiltflow.pipelines.families import encode_prompts, family_of

@@ -31,6 +31,9 @@ class Optimal:
     def mean(self, chain, k, x, base_mean=None, **condition):
         return chain.mean(k, x, PROBLEM.optimal().x1(x, times(chain, k, x)))
 
+    def ratios(self, chain):
+        return None
+
 
 def draw(chain, control, seed=1):
     generator = torch.Generator().manual_seed(seed)
@@ -146,3 +149,12 @@ def test_non_finite_samples_are_refused(base_samples):
         judge_samples(bad, base_samples, COST, None, torch.Generator())
 
 
+
+
+def test_a_constant_judge_is_a_line_that_cannot_tell(base_samples):
+    """A score that is the same everywhere, or but for rounding, says nothing; it must not end the run."""
+    for score in (lambda x: torch.ones(len(x)), lambda x: 0.1 + 0 * x[:, 0], lambda x: torch.zeros(len(x))):
+        own = torch.Generator().manual_seed(0)
+        verdict = judge_samples(base_samples, base_samples, COST, None, own, judges={"flat": score})
+        (line,) = (line for line in verdict.lines if "flat" in line.name)
+        assert line.status == "cannot tell" and "constant" in line.explanation

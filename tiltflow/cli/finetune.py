@@ -28,9 +28,8 @@ def finetune_command(out: Path, resume: bool, overwrite: bool, log: str | None, 
     from tiltflow.tilting.job import TiltJob
 
     bars = Bars()
-    result = run(
-        TiltJob(**fields, settings=training), out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log
-    )  # fmt: skip
+    job, told = TiltJob(**fields, settings=training), {"command": command_line(), "tell": bars, "log": log}
+    result = run(job, out, resume=resume, overwrite=overwrite, **told)
     bars.close()
     finish_run(result, out, scores_of(result["rows"][0]), ["", "base", "reference", "reached"], as_json)
 

@@ -62,8 +62,10 @@ def _word(kind: Any) -> str:
     parts, optional = _plain(kind)
     words = {int: "integer", float: "number", str: "text"}
     shown = [
-        "|".join(map(str, get_args(p))) if get_origin(p) is Literal else words.get(p, "numbers" if get_origin(p) else "value")
-        for p in parts
+        "|".join(map(str, get_args(part)))
+        if get_origin(part) is Literal
+        else words.get(part, "numbers" if get_origin(part) else "value")
+        for part in parts
     ]
     return "|".join([*shown, NONE] if optional else shown)
 
@@ -123,7 +125,7 @@ def run_options(command: Command) -> Command:
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output"),
         click.option("--log", help="Also log every round to tensorboard, wandb or trackio"),
         click.option("--overwrite", is_flag=True, help="Replace the run in the folder"),
-        click.option("--resume", is_flag=True, help="Continue an interrupted run, exactly; or a finished one, with more --rounds"),
+        click.option("--resume", is_flag=True, help="Continue an interrupted run, exactly, or a finished one with more rounds"),
         click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder"),
     ):
         command = one(command)

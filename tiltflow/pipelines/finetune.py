@@ -196,7 +196,7 @@ def _train(
         rollout=rollout,
         keep=torch.device("cpu") if s.offload else None,
     )
-    per_round = s.batch * (int((chain.std > 0).sum()) if last is None else last + random)
+    per_round = s.batch * (len(chain.controlled) if last is None else last + random)
     training = Training(
         rounds=s.rounds,
         learning_rate=s.learning_rate,

@@ -1,7 +1,7 @@
 """The one flow of a job: check → claim the folder → train → judge → write what came out, then the page.
 
-A job says what it depends on (its config), how it trains, and how what it trained is judged. What can be known to go wrong is
-found before the folder is touched; a picture that fails never costs the verdict.
+A job says what it depends on (its config), how it trains, and how what it trained is judged. What can be known to go wrong
+is found before the folder is touched; a picture that fails never costs the verdict.
 """
 
 from __future__ import annotations

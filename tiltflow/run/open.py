@@ -26,7 +26,7 @@ def open_run(folder: Path | str) -> Any:
     folder = Path(folder)
     config = read_config(folder)
     if config["job"] not in JOBS:
-        raise TiltflowError(f"{folder} is a run of {config['job']!r}, which leaves no model; jobs that do: {', '.join(JOBS)}.")
+        raise TiltflowError(f"{folder} is a run of {config['job']!r}, which leaves no model; these do: {', '.join(JOBS)}.")
     module, _, name = JOBS[config["job"]].partition(":")
     return getattr(import_module(f"tiltflow.{module}"), name).read(config, folder)
 

@@ -98,7 +98,8 @@ class SamplerJob(SamplerConfig):
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """n new samples with energies and path weights, and what they say."""
         if asked:
-            raise TiltflowError(f"{folder} is a sampler's run, which has one noise and one grid: leave out {', '.join(asked)}.")
+            others = ", ".join(asked)
+            raise TiltflowError(f"{folder} is a sampler's run, which has one noise and one grid: leave out {others}.")
         drawn = self.load(folder, device).sample(n, seed)
         return tensors_of(drawn), {
             "median_energy": float(drawn.energy.median()),

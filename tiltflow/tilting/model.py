@@ -69,7 +69,7 @@ class TiltedModel:
 
     @property
     def module(self) -> nn.Module:
-        """The fine-tuned network, ``(x, t, **condition)``, which predicts what the base predicts. None was trained: an error.
+        """The fine-tuned network, ``(x, t, **condition)``, which predicts what the base predicts.
 
         Raises:
             TiltflowError: the method trains nothing.

@@ -1,7 +1,7 @@
 r"""Reward fine-tuning: from a base process and a reward to a model that samples p_base(x)·e^{λr(x)}.
 
-By default Adjoint Matching on the moment-matched memoryless chain of the base (Domingo-Enrich et al. 2025, arXiv:2409.08861).
-Because σ² = 2η is used in training, the fine-tuned process may be sampled with the ODE or with any noise schedule and step
+By default Adjoint Matching on the moment-matched memoryless chain of the base (Domingo-Enrich et al. 2025,
+arXiv:2409.08861). Because σ² = 2η is used in training, the fine-tuned process may be sampled with the ODE or with any noise schedule and step
 count. Any other method of :mod:`tiltflow.methods.registry` goes through the same door.
 """
 

@@ -128,12 +128,13 @@ def _mean_line(name: str, values: Sequence[Tensor], log_w: Tensor, generator: to
     text = f"{scale}base {float(start[0]):.4g} → reached {float(reached[0]):.4g}, exact tilt {float(exact[0]):.4g}"
     if not float(gap.std()) * SIGMAS <= abs(float(gap[0])) or float(gap[0]) == 0:  # it barely moves under the exact tilt
         spread = float(base.double().std())
-        if not spread > 0:
-            text += "; the score is the same for all of the base's samples, which tells nothing"
-            return Line(f"{shown} mean (in base std)", None, None, None, "the score varies", "cannot tell", text)
+        if not spread > 1e-9 * float(base.double().abs().max()):
+            text = "this score is constant on the base's samples"
+            return Line(f"{shown} mean", None, None, None, "the score varies", "cannot tell", text)
         difference = abs(float(reached[0] - exact[0])) / spread
         error = float((reached - exact)[1:].std()) / spread
-        return graded(f"{shown} mean (in base std)", difference, error, 0.1, 0.25, f"{text}; the tilt hardly moves this score")
+        text += "; the tilt hardly moves this score"
+        return graded(f"{shown} mean (in base std)", difference, error, 0.1, 0.25, text)
     relative = (reached - exact) / gap
     text += "; distance to the exact value as a fraction of the gap from the base"
     return graded(f"{shown} gap", abs(float(relative[0])), float(relative[1:].std()), 0.10, 0.25, text)
