@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tiltflow.bench.conformers import DATA
-from tiltflow.bench.tilt import publish
+from tiltflow.bench.result import publish
 from tiltflow.molecules.energies import kt_per, open_energy
 from tiltflow.molecules.generate import generate, rescored
 from tiltflow.molecules.geom import list_molecules, read_reference

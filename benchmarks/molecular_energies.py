@@ -19,7 +19,7 @@ from rdkit.Chem.rdForceFieldHelpers import MMFFOptimizeMoleculeConfs
 from rdkit.Chem.rdMolTransforms import SetDihedralRad
 from torch import Tensor
 
-from tiltflow.bench.tilt import publish
+from tiltflow.bench.result import publish
 from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.energies import MolecularEnergy, Reduced, open_energy
 from tiltflow.molecules.molecule import Molecule, molecule

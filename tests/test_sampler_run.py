@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiltflow.bench import sampling as bench_sampling
 from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import ENERGY_PROBLEMS
+from tiltflow.energies.tempering import Tempering
 from tiltflow.run import job as flow
 from tiltflow.run.folder import FORMAT, RunFolder
 from tiltflow.run.open import load, open_run
@@ -264,20 +265,20 @@ def test_problems_by_name(generator):
 
 @pytest.mark.parametrize(("method", "expected"), [("pis", 2 * 3 * 8 * 4), ("idem", 3 * 8 * 4 + 3 * (8 + 16 + 16))])
 def test_every_row_through_the_network_counts(method, expected, monkeypatch):
-    settings = replace(TINY, method=method, rounds=3, batch=8, minibatch=20, buffer_rounds=2, gradient_steps=3, steps=4)
-    monkeypatch.setitem(DEFAULTS, "gaussian2d", settings)
+    settings = {"rounds": 3, "batch": 8, "minibatch": 20, "buffer_rounds": 2, "gradient_steps": 3, "steps": 4, "hidden": 16}
+    problem = replace(ENERGY_PROBLEMS["gaussian2d"](), settings=settings)
     monkeypatch.setattr(bench_sampling, "COMPARED", 50)
     monkeypatch.setattr(bench_sampling, "SAMPLES", 100)
-    row = bench_sampling.bench_one(ENERGY_PROBLEMS["gaussian2d"](), "gaussian2d", method, 0)
+    row = bench_sampling.bench_one(problem, "gaussian2d", method, 0)
     assert row["network_evaluations"] == expected
     assert row["gradient_steps"] == (3 if method == "pis" else 9)
 
 
 def test_parallel_tempering_is_a_method(monkeypatch):
-    plan = bench_sampling.Tempering(10.0, 4, 50, 400, 200, 50)
-    monkeypatch.setitem(bench_sampling.LADDERS, "unequal2d", plan)
+    plan = Tempering(top=10.0, replicas=4, chains=50, steps=400, burn_in=200, relax=50)
+    problem = replace(UNEQUAL, tempering=plan)
     monkeypatch.setattr(bench_sampling, "COMPARED", 200)
-    row = bench_sampling.bench_one(UNEQUAL, "unequal2d", "parallel_tempering", 0)
+    row = bench_sampling.bench_one(problem, "unequal2d", "parallel_tempering", 0)
     assert list(row)[: len(bench_sampling.COLUMNS)] == list(bench_sampling.COLUMNS)
     assert row["mode_tv"] < 0.05 and row["ess"] is None and row["gradient_steps"] == 0
     assert row["energy_evaluations"] == 50 * 50 + (200 + 400 + 1) * 4 * 50
@@ -303,7 +304,7 @@ def test_minutes_become_rounds_by_processor_time(monkeypatch):
     class Planned(Exception):
         pass
 
-    def train(problem, settings, seed):
+    def train(problem, method, settings, seed):
         if settings.rounds != 4:
             raise Planned(settings.rounds)
         return SimpleNamespace(history=[{"processor_seconds": s} for s in (9.0, 0.5, 0.5, 0.5)])
@@ -317,13 +318,16 @@ def test_minutes_become_rounds_by_processor_time(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "method", "field", "value"),
-    [("gmm40", "idem", "gradient_steps", 20), ("gmm40", "weighted_adjoint_sampling", "gradient_steps", 100), ("lj13", "pis", "batch", 64)],
-)
+    [
+        ("gmm40", "idem", "gradient_steps", 20), ("gmm40", "weighted_adjoint_sampling", "gradient_steps", 100),
+        ("lj13", "pis", "batch", 64),
+    ],
+)  # fmt: skip
 def test_baselines_that_diverge_or_do_not_fit_are_treated_gently(monkeypatch, name, method, field, value):
     """Only they, and in the pilot too."""
 
-    def train(problem, settings, seed):
-        raise TiltflowError(f"{settings.method} {getattr(settings, field)}")
+    def train(problem, method, settings, seed):
+        raise TiltflowError(f"{method} {getattr(settings, field)}")
 
     monkeypatch.setattr(bench_sampling, "train_sampler", train)
     with pytest.raises(TiltflowError, match=f"^{method} {value}$"):
