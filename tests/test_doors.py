@@ -1,4 +1,4 @@
-"""The front doors, in Python and on the command line alike: every method, every faulty input, models that are what they say."""
+"""The front doors, in Python and on the command line alike: methods, faulty input, models that are what they say."""
 
 import contextlib
 import io
@@ -93,7 +93,8 @@ def test_a_reward_without_gradient_is_named_and_so_are_the_methods_that_take_it(
 
 
 def test_a_method_of_ones_own_goes_through_the_front_door():
-    tuned = tiltflow.finetune(process(), right, 1.0, LogVariance, tiltflow.FinetuneSettings.of(LogVariance, rounds=2, steps=5))
+    settings = tiltflow.FinetuneSettings.of(LogVariance, rounds=2, steps=5)
+    tuned = tiltflow.finetune(process(), right, 1.0, LogVariance, settings)
     assert tuned.sample(3).shape == (3, 2) and len(tuned.history) == 2
     with pytest.raises(TiltflowError, match="not in the table"):
         tuned.save("nowhere")
@@ -182,7 +183,8 @@ def test_faulty_combinations_write_nothing(args, message, tmp_path):
 
 @pytest.mark.parametrize("cls", [TiltConfig, tiltflow.FinetuneSettings, SamplerConfig, tiltflow.SamplerSettings, Training])
 def test_every_setting_has_a_sentence_and_an_option(cls):
-    assert all(field.help.endswith(".") and field.help[0].isupper() or field.help[0] in "λσ" for field in describe_fields(cls))
+    silent = [f.name for f in describe_fields(cls) if not (f.help.endswith(".") and f.help[0] == f.help[0].upper())]
+    assert silent in ([], ["device"], ["chi"])  # these begin with "torch" and with "σ²"
     command = "finetune" if cls in (TiltConfig, tiltflow.FinetuneSettings, Training) else "train-sampler"
     shown = called(command, "--help")[1]
     for field in describe_fields(cls):
@@ -268,7 +270,7 @@ def test_saved_weights_speak_the_convention_of_the_base_or_refuse_to_be_mistaken
     found = load_file(tmp_path / "x1" / "weights.safetensors")
     with pytest.raises(RuntimeError, match="Missing key"):
         Denoiser().load_state_dict(found)
-    assert not Denoiser().load_state_dict(found, strict=False).missing_keys == []
+    assert len(Denoiser().load_state_dict(found, strict=False).missing_keys) == 3
     torch.testing.assert_close(model.module(x, t), model.process.x1(x, t))  # what is right in the user's own code
     again = tiltflow.load(tmp_path / "x1", base=base, reward=right)
     assert torch.equal(again.sample(5), model.sample(5))

@@ -165,13 +165,13 @@ def test_a_method_that_diverges_costs_no_other_its_row(monkeypatch):
 
 
 def test_benches_take_the_rows_of_the_one_table_that_apply():
-    assert benches.TILT == names("finetune") and set(benches.TILT) == {*TRAINED, *FREE}
+    assert names("finetune") == benches.TILT and set(benches.TILT) == {*TRAINED, *FREE}
     assert set(benches.TILT) - set(benches.DIGITS) == {"adjoint_matching_endpoint", "socm", "reciprocal_matching"}
     assert set(benches.CONTROL) == {
         "adjoint_matching", "adjoint_matching_plain", "adjoint_matching_basic", "discrete_adjoint", "log_variance", "socm",
         "reinforce",
     }  # fmt: skip
-    assert benches.SAMPLING == (*names("sample"), "parallel_tempering")
+    assert (*names("sample"), "parallel_tempering") == benches.SAMPLING
     assert METHOD in benches.TILT and chosen("all", benches.TILT) == benches.TILT
 
 

@@ -54,7 +54,7 @@ _WHERE = {
     "train_sampler": "sampling.train",
 }
 """Public name → its module, imported when the name is first used: ``import tiltflow`` is quick, and needs no extra."""
-__all__ = [*_WHERE, "__version__"]  # noqa: PLE0604
+__all__ = [*_WHERE, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -140,7 +140,7 @@ def run(
     check_device(job.device)
     job.check()
     config = {"job": job.name, "format": FORMAT, **job.config()}
-    head = {"command": command, "seed": job.seed, "device": job.device}
+    head: dict[str, Any] = {"command": command, "seed": job.seed, "device": job.device}
     with RunFolder(out, config, resume, overwrite) as folder, Log(log, folder.path, config) as logged:
         work = Work(folder, tell, logged, head)
         outcome = job.perform(work)

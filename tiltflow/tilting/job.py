@@ -127,8 +127,8 @@ class TiltJob(TiltConfig):
         model.save_weights(work.path)
         cases = self.cases(spec)
         seen = cases[0][0] if spec.adapt is None else {}  # a base that does not see the condition is drawn once
-        base = model.base_samples(self.reference_samples, self.seed, work.tell, **seen) if not seen else None
-        found = [assess(self, spec, model, base, case, judge, work) for case, judge in cases]
+        shared = model.base_samples(self.reference_samples, self.seed, work.tell) if not seen else None
+        found = [assess(self, spec, model, shared, case, judge, work) for case, judge in cases]
         return conclude(self, spec, model, found, cases[0][0], work)
 
     def cases(self, spec: RewardSpec) -> Cases:
