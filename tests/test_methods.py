@@ -102,7 +102,8 @@ def test_a_training_free_method_keeps_the_protocol(name, tuned):
     problem, generator = mixture2d(), torch.Generator().manual_seed(0)
     chain = chain_of(problem, 12, generator)
     control = FineTuned(tilted(problem.process(), MLP(4, 2, 8, 2)))
-    drawn = METHODS[name].made(chain=chain, cost=RewardCost(problem.reward)).sample(control if tuned else None, 40, generator)
+    method = METHODS[name].made(chain=chain, cost=RewardCost(problem.reward))
+    drawn = method.sample(control if tuned else None, 40, generator)
     assert drawn.x.shape == (40, 2) and drawn.log_weights.shape == (40,)
     assert bool(torch.isfinite(drawn.x).all()) and bool(torch.isfinite(drawn.log_weights).all())
     assert drawn.log_z is None or abs(drawn.log_z - problem.log_z) < 2

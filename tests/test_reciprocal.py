@@ -148,7 +148,7 @@ def test_training_raises_the_reward_to_the_tilt_and_flow_matching_alone_does_not
         net = MLP(4, 2, 32, 2)
         control = FineTuned(tilted(problem.process(), net))
         method = ReciprocalMatching(chain, cost, batch=128, draws=4, **settings)
-        history = fit(method, State(control, generator), Training(rounds=40, learning_rate=1e-2, gradient_steps=3), Buffer(512))
+        history = fit(method, State(control, generator), Training(rounds=40, learning_rate=1e-2, gradient_steps=3, buffer_rounds=4))
         return sum(row["reward"] for row in history[-5:]) / 5
 
     expected = float(problem.reward(problem.target.sample(100_000, generator)).mean())

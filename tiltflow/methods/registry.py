@@ -1,8 +1,8 @@
 """The one table of methods: what the front doors, the command line and the benchmarks call by name.
 
 A row is a class or function of :mod:`tiltflow.methods` with settings. ``bias`` says why its fixed point is not the target,
-and is empty where the method is right in the limit (of paths, of steps and of a network that can hold the answer). A new method
-takes a file and a row. Nothing here needs torch: a row's method is imported when it is built.
+and is empty where the method is right in the limit (of paths, of steps and of a network that can hold the answer). A new
+method takes a file and a row. Nothing here needs torch: a row's method is imported when it is built.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def row_of(method: str | Callable[..., Any], job: Job) -> Row:
 
 def settings_of(cls: type[S], row: Row, suited: Mapping[str, Any], given: Mapping[str, Any]) -> S:
     """Settings of a training: the class's defaults, what suits the problem, what suits the method, and what is given."""
-    known = hints(cls)
+    known: Mapping[str, Any] = hints(cls)  # type: ignore[arg-type]
     unknown = [name for name in given if name not in known]
     if unknown:
         raise TiltflowError(f"there is no setting {unknown[0]!r}; there are {', '.join(known)}.")
