@@ -35,8 +35,9 @@ from tiltflow.energies.tempering import Tempering
 from tiltflow.sampling.assess import assess_all
 from tiltflow.sampling.drawn import Drawn
 from tiltflow.sampling.job import base_draws
-from tiltflow.sampling.model import EVALUATION_SEED, Sampler
+from tiltflow.sampling.model import Sampler
 from tiltflow.sampling.names import load_problem
+from tiltflow.sampling.outcome import EVALUATION_SEED
 from tiltflow.sampling.settings import SamplerSettings
 from tiltflow.sampling.train import network, train_sampler
 

@@ -196,7 +196,7 @@ def row_of(method: str | Callable[..., Any], job: Job) -> Row:
 
 def settings_of(cls: type[S], row: Row, suited: Mapping[str, Any], given: Mapping[str, Any]) -> S:
     """Settings of a training: the class's defaults, what suits the problem, what suits the method, and what is given."""
-    known: Mapping[str, Any] = hints(cls)  # type: ignore[arg-type]
+    known = hints(cls)
     unknown = [name for name in given if name not in known]
     if unknown:
         raise TiltflowError(f"there is no setting {unknown[0]!r}; there are {', '.join(known)}.")
