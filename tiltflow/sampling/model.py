@@ -53,7 +53,9 @@ class Sampler:
 
     def verdict(self, samples: int = 10_000, compared: int = 2_000, seed: int = 0) -> Verdict:
         """The verdict on so many samples, of which so many are compared with the problem's reference, if it has one."""
-        return outcome(self, samples, compared, seed).verdict
+        found = outcome(self, samples, compared, seed).verdict
+        assert found is not None
+        return found
 
     def report(self, folder: Path | str, samples: int = 10_000, compared: int = 2_000, seed: int = 0) -> Path:
         """Write ``folder/report.html``: the verdict, samples beside the reference, path weights. Returns its path."""

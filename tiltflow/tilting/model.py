@@ -23,7 +23,7 @@ from tiltflow.methods.registry import METHODS, Row
 from tiltflow.run.folder import FORMAT, RunFolder
 from tiltflow.run.job import report
 from tiltflow.tilting.draw import CHAIN, draw_paths, draw_process
-from tiltflow.tilting.outcome import Evaluation, Judgement, outcome
+from tiltflow.tilting.outcome import Case, Evaluation, Judgement, outcome
 from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.tilting.weights import save_chain, save_network
 from tiltflow.train.method import Conditions
@@ -201,9 +201,9 @@ class TiltedModel:
             reference_samples: Samples of the base.
             seed: Of both.
         """
-        conditions = () if self.conditions is None else self.conditions(CASES, self._generator(seed)).items()
-        cases = tuple(({k: v[i : i + 1] for k, v in conditions}, {}) for i in range(CASES if conditions else 1))
-        how = Evaluation(judges or {}, cases, True, samples, reference_samples, seed)
+        rows = {} if self.conditions is None else self.conditions(CASES, self._generator(seed))
+        cases: list[Case] = [({k: v[i : i + 1] for k, v in rows.items()}, {}) for i in range(CASES if rows else 1)]
+        how = Evaluation(judges or {}, tuple(cases), True, samples, reference_samples, seed)
         return report(outcome(self, how), folder, {"method": self.row.name, **as_json(self.settings)})
 
     def save_weights(self, folder: Path) -> None:
