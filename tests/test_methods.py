@@ -102,7 +102,8 @@ def test_a_training_free_method_keeps_the_protocol(name, tuned):
     problem, generator = mixture2d(), torch.Generator().manual_seed(0)
     chain = chain_of(problem, 12, generator)
     control = FineTuned(tilted(problem.process(), MLP(4, 2, 8, 2)))
-    drawn = METHODS[name].made(chain=chain, cost=RewardCost(problem.reward)).sample(control if tuned else None, 40, generator)
+    method = METHODS[name].made(chain=chain, cost=RewardCost(problem.reward))
+    drawn = method.sample(control if tuned else None, 40, generator)
     assert drawn.x.shape == (40, 2) and drawn.log_weights.shape == (40,)
     assert bool(torch.isfinite(drawn.x).all()) and bool(torch.isfinite(drawn.log_weights).all())
     assert drawn.log_z is None or abs(drawn.log_z - problem.log_z) < 2
@@ -165,13 +166,13 @@ def test_a_method_that_diverges_costs_no_other_its_row(monkeypatch):
 
 
 def test_benches_take_the_rows_of_the_one_table_that_apply():
-    assert benches.TILT == names("finetune") and set(benches.TILT) == {*TRAINED, *FREE}
+    assert names("finetune") == benches.TILT and set(benches.TILT) == {*TRAINED, *FREE}
     assert set(benches.TILT) - set(benches.DIGITS) == {"adjoint_matching_endpoint", "socm", "reciprocal_matching"}
     assert set(benches.CONTROL) == {
         "adjoint_matching", "adjoint_matching_plain", "adjoint_matching_basic", "discrete_adjoint", "log_variance", "socm",
         "reinforce",
     }  # fmt: skip
-    assert benches.SAMPLING == (*names("sample"), "parallel_tempering")
+    assert (*names("sample"), "parallel_tempering") == benches.SAMPLING
     assert METHOD in benches.TILT and chosen("all", benches.TILT) == benches.TILT
 
 

@@ -2,8 +2,8 @@ r"""`tiltflow bench sampling`: samplers of e^{−E} side by side, and parallel t
 
 Protocol: 10,000 samples (LJ13 4,000, LJ55 1,000: they cost most); log Z and ESS from all of them, distances from 2,000
 (LJ55: 500) beside their floors (:mod:`~tiltflow.sampling.assess`). Each method has the settings that suit it and the
-problem (:meth:`tiltflow.sampling.settings.SamplerSettings.of`). Counted during training only: calls of the energy and rows it evaluated (an energy with its gradient
-is one), rows through the network, gradient steps, seconds of clock and processor.
+problem (:meth:`~tiltflow.sampling.settings.SamplerSettings.of`). Counted during training only: calls of the energy and rows
+it evaluated (an energy with its gradient is one), rows through the network, gradient steps, seconds of clock and processor.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ GENTLER: dict[tuple[str, str], dict[str, Any]] = {
     ("lj13", "pis"): {"batch": 64},
     ("lj13", "dds"): {"batch": 64},
 }
-"""Settings of a method where the problem's diverge or do not fit: after 100 gradient steps on few end points iDEM's next ones
-are at 10⁸; a gradient through 60 steps of 512 clusters takes more than 21 GB.
+"""Settings of a method where the problem's diverge or do not fit: after 100 gradient steps on few end points iDEM's next
+ones are at 10⁸; a gradient through 60 steps of 512 clusters takes more than 21 GB.
 """
 
 
