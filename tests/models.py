@@ -53,3 +53,7 @@ def wrong_length(x: Tensor) -> Tensor:
 
 def constant(x: Tensor) -> Tensor:
     return 0 * x[:, 0] + 1
+
+
+def total(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(1)

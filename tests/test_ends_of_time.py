@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
+from tiltflow.tilting.finetune import FinetuneSettings, finetune
 from torch import nn
 
 from tiltflow.core.chain import euler_maruyama, memoryless_chain, power_grid, residual_variance, uniform_grid
@@ -16,7 +17,6 @@ from tiltflow.core.ode import ode
 from tiltflow.core.process import Predicts, Process
 from tiltflow.core.simulate import sample, simulate
 from tiltflow.problems.tilt import GaussianMixture, three_modes
-from tiltflow.tilting.finetune import FinetuneSettings, finetune
 
 PATHS = [Linear(), Cosine()]
 MEAN = torch.tensor([0.5, 0.17], dtype=torch.float64)  # of three_modes: .5·2 − .3 − .2 and 1.7·(.3 − .2)

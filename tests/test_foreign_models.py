@@ -4,6 +4,7 @@ The guide for foreign models quotes these wrappers. Each network is exact, in it
 """
 
 import torch
+from tiltflow.tilting.finetune import FinetuneSettings, finetune
 from torch import nn
 
 from tiltflow.core.control import FineTuned
@@ -11,7 +12,6 @@ from tiltflow.core.interpolant import VP, Linear
 from tiltflow.core.process import Process
 from tiltflow.core.simulate import sample
 from tiltflow.problems.tilt import GaussianMixture, three_modes
-from tiltflow.tilting.finetune import FinetuneSettings, finetune
 from tiltflow.verdict.check_base import check_base
 
 DATA = three_modes()

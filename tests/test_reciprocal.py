@@ -135,8 +135,8 @@ def test_score_just_before_the_end_is_the_score(generator):
         error = (score_at_end(problem.process(), t)(x1) - exact).norm() / exact.norm()
         assert error < bound
     assert error > 0.02  # known-bad twin: too early a time
-    with pytest.raises(AssertionError):
-        assert torch.isfinite(problem.process().score(x1, torch.ones(500))).all()  # why not t = 1 itself
+    limit = problem.process().score(x1, torch.ones(500))  # from two derivatives in t, which a trained network has not right
+    assert torch.allclose(limit, exact, rtol=1e-6, atol=1e-8)
 
 
 def test_training_raises_the_reward_to_the_tilt_and_flow_matching_alone_does_not(generator):

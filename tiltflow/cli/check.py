@@ -5,35 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 import click
-import torch
 
-from tiltflow.cli.common import base_options, check_device, common, document, finish, parse_shape, table
-from tiltflow.core.errors import TiltflowError
+from tiltflow.cli.common import common, document, finish, table
+from tiltflow.cli.options import given, options
+from tiltflow.tilting.settings import TiltConfig
+
+CHECKED = ("base", "conditions", "predicts", "interpolant", "shape", "label", "guidance")
+"""Fields of a fine-tuning that its base alone needs."""
 
 
 @click.command("check-base")
-@base_options
-@click.option("--conditions", help="Draws conditions, module:function (n, generator) → {name: (n, …)}.")
-@click.option("--samples", default=1_000, show_default=True, help="Samples of the base to use.")
-@click.option("--steps", default=20, show_default=True, help="Simulation steps.")
+@options(TiltConfig, leave=tuple(f for f in TiltConfig.__dataclass_fields__ if f not in CHECKED))
+@click.option("--samples", type=click.IntRange(200, 1_000_000), default=1_000, show_default=True, help="Samples to use.")
+@click.option("--steps", type=click.IntRange(2, 100_000), default=20, show_default=True, help="Simulation steps.")
 @common
-def check_base_command(
-    base: str, predicts: Any, interpolant: str, shape: str | None, label: int | None, guidance: float,
-    conditions: str | None, samples: int, steps: int, seed: int, device: str, as_json: bool,
-) -> None:  # fmt: skip
+def check_base_command(samples: int, steps: int, seed: int, device: str, as_json: bool, **values: Any) -> None:
     """Is the base what it is said to be? Shapes, ends of time, direction of time, predictor, path, chain."""
-    from tiltflow.run.names import import_function
-    from tiltflow.tilting.names import load_base
+    fields = given(values, TiltConfig)
+    TiltConfig(**fields, seed=seed)
+    import torch
+
+    from tiltflow.run.device import check_device
+    from tiltflow.run.names import import_callable
+    from tiltflow.tilting.job import TiltJob
     from tiltflow.verdict.check_base import check_base
 
-    process = load_base(base, predicts, interpolant, parse_shape(shape), label, guidance)
-    if isinstance(process.model, torch.nn.Module):
-        process.model.to(check_device(device))
-    draw = import_function(conditions) if conditions else None
-    if draw is not None and not callable(draw):
-        raise TiltflowError(f"--conditions {conditions!r} is a {type(draw).__name__}, not callable.")
-    generator = torch.Generator(check_device(device)).manual_seed(seed)
-    found = check_base(process, generator=generator, samples=samples, conditions=draw, steps=steps)
+    job = TiltJob(**fields, seed=seed, device=check_device(device))
+    draw = None if job.conditions is None else import_callable(job.conditions, "the provider of conditions")
+    generator = torch.Generator(device).manual_seed(seed)
+    found = check_base(job.load_base(), generator=generator, samples=samples, conditions=draw, steps=steps)
     rows = [{"kind": "check", **line._asdict()} for line in found.lines]
     text = f"{table(rows, ['status', 'name', 'value', 'threshold', 'explanation'])}\n\nverdict: {found.status}"
     finish(document(seed, device, rows, found.status), as_json, text)

@@ -65,11 +65,11 @@ def slope(f: Field, t: Tensor) -> Tensor:
     return found
 
 
-def x1_at_start(f: Field, x: Tensor, t: Tensor, path: Interpolant, predicts: str) -> Tensor:
+def x1_limit(f: Field, x: Tensor, t: Tensor, path: Interpolant, predicts: str) -> Tensor:
     """X̂_1 where α = 0, from an eps or score network f(t) at x; every t (B,) must be such a time."""
     alpha, beta, d_alpha, d_beta = (_like(v(t), x) for v in (path.alpha, path.beta, path.d_alpha, path.d_beta))
     if bool((alpha != 0).any()):
-        raise TiltflowError("x1_at_start is for times with alpha = 0.")
+        raise TiltflowError("x1_limit is for times with alpha = 0.")
     if bool((beta == 0).any()):
         if predicts == "eps":
             raise TiltflowError(
@@ -81,7 +81,7 @@ def x1_at_start(f: Field, x: Tensor, t: Tensor, path: Interpolant, predicts: str
     return (c * slope(f, t) - relative * x) / d_alpha
 
 
-def score_at_end(f: Field, x: Tensor, t: Tensor, path: Interpolant, predicts: str) -> Tensor:
+def score_limit(f: Field, x: Tensor, t: Tensor, path: Interpolant, predicts: str) -> Tensor:
     """∇log p_1(x) where β = 0, from any network f(t) at x; every t (B,) must be such a time."""
     if predicts == "score":
         return f(t)
@@ -103,10 +103,10 @@ def score_at_end(f: Field, x: Tensor, t: Tensor, path: Interpolant, predicts: st
     return slope(lambda s: slope(lambda r: _like(path.alpha(r), x) * f(r), s), t) / (2 * d_beta**2)
 
 
-def velocity_at_end(f: Field, x: Tensor, t: Tensor, path: Interpolant, predicts: str) -> Tensor:
+def velocity_limit(f: Field, x: Tensor, t: Tensor, path: Interpolant, predicts: str) -> Tensor:
     """v = κx + ηs where β = 0; the score is needed only where η > 0 (VP, Föllmer)."""
     eta, drift = _like(path.eta(t), x), _like(path.kappa(t), x) * x
-    return drift + eta * score_at_end(f, x, t, path, predicts) if bool((eta != 0).any()) else drift
+    return drift + eta * score_limit(f, x, t, path, predicts) if bool((eta != 0).any()) else drift
 
 
 def _like(a: Tensor, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.interpolant import Interpolant
-from tiltflow.core.limits import score_at_end, velocity_at_end, x1_at_start
+from tiltflow.core.limits import score_limit, velocity_limit, x1_limit
 
 Predicts = Literal["velocity", "eps", "x1", "score"]
 Model = Callable[..., Tensor]
@@ -101,7 +101,7 @@ class Process:
         if self.predicts in ("velocity", "x1") or not bool((start := path.alpha(t) == 0).any()):
             return to_x1(self._predict(x, t, condition), x, t, path, self.predicts)
         zero, inside = torch.zeros_like(t), torch.where(start, 0.5, t)
-        limit = x1_at_start(lambda s: self._predict(x, s, condition), x, zero, path, self.predicts)
+        limit = x1_limit(lambda s: self._predict(x, s, condition), x, zero, path, self.predicts)
         if bool(start.all()):
             return limit
         regular = to_x1(self._predict(x, inside, condition), x, inside, path, self.predicts)
@@ -138,7 +138,7 @@ class Process:
         """The limits where β = 0 < α."""
         if to == "eps":
             return torch.zeros_like(x)
-        limit = score_at_end if to == "score" else velocity_at_end
+        limit = score_limit if to == "score" else velocity_limit
         return limit(lambda s: self._predict(x, s, condition), x, one, self.interpolant, self.predicts)
 
     def _at_point(self, to: Predicts, x: Tensor, zero: Tensor, condition: dict[str, Any]) -> Tensor:

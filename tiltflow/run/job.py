@@ -140,7 +140,7 @@ def run(
     check_device(job.device)
     job.check()
     config = {"job": job.name, "format": FORMAT, **job.config()}
-    head = {"command": command, "seed": job.seed, "device": job.device}
+    head: dict[str, Any] = {"command": command, "seed": job.seed, "device": job.device}
     with RunFolder(out, config, resume, overwrite) as folder, Log(log, folder.path, config) as logged:
         work = Work(folder, tell, logged, head)
         outcome = job.perform(work)
@@ -176,21 +176,24 @@ def rows_of(outcome: Outcome, seconds: float) -> list[Row]:
 def page_of(outcome: Outcome, command: str, config: Mapping[str, Any]) -> Page:
     """The page of an outcome."""
     blocks, training = outcome.draw()
-    flat = {k: v for k, v in config.items() if not isinstance(v, dict)}
-    for inner in config.values():
-        flat |= inner if isinstance(inner, dict) else {}
     return Page(
         title=outcome.title,
         command=command,
         verdict=outcome.verdict,
         blocks=blocks,
-        config=flat,
+        config=flat(config),
         notes=outcome.notes,
         history=outcome.history,
         version=__version__,
         training=training,
         facts=outcome.facts,
     )
+
+
+def flat(config: Mapping[str, Any]) -> Row:
+    """The fields of a config, then those of the settings in it."""
+    inner = [flat(v) for v in config.values() if isinstance(v, dict)]
+    return {k: v for k, v in config.items() if not isinstance(v, dict)} | {k: v for part in inner for k, v in part.items()}
 
 
 def status(verdict: Verdict | None) -> str | None:

@@ -13,6 +13,8 @@ JOBS = {
     "finetune": "tilting.job:TiltJob",
     "train-sampler": "sampling.job:SamplerJob",
     "finetune-pipeline": "pipelines.job:PipelineJob",
+    "conformers": "molecules.job:ConformersJob",
+    "train-conformers": "molecules.job:ConformerTrainingJob",
 }
 """What config.json calls a job → where it is. Each has ``read(config)`` and ``load(folder, device, **given)``."""
 
@@ -32,7 +34,7 @@ def open_run(folder: Path | str) -> Any:
 
 
 def load(folder: Path | str, device: str = "cpu", **given: Any) -> Any:
-    """The model of a finished run: a TiltedModel, a Sampler or a TiltedPipeline.
+    """The model of a finished run: a TiltedModel, a Sampler or a TiltedPipeline; of conformers, a list of Ensembles.
 
     Args:
         folder: The run folder, or what a model's ``save`` wrote; it may have been moved or copied.

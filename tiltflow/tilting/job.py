@@ -32,12 +32,12 @@ from tiltflow.tilting.chain import ends_noiselessly, require_memoryless, trainab
 from tiltflow.tilting.model import TiltedModel
 from tiltflow.tilting.names import load_base, load_reward
 from tiltflow.tilting.settings import TiltConfig
-from tiltflow.tilting.train import finetune, require_applies, with_gradient
+from tiltflow.tilting.train import check_door, finetune, require_applies
 from tiltflow.tilting.weights import load_chain, load_network
 from tiltflow.verdict.line import Line, Score, Verdict, overall
 
-UNSEEN, GRID, TRIAL, FLOWED = 8, 64, 8, 1_000
-"""Conditions that a conditional reward is judged on; samples that are shown; rows of the check; ODE samples."""
+UNSEEN, GRID, FLOWED = 8, 64, 1_000
+"""Conditions that a conditional reward is judged on; samples that are shown; ODE samples."""
 Cases = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
@@ -79,19 +79,7 @@ class TiltJob(TiltConfig):
         require_applies(row, base, self.settings, spec.conditions)
         require_memoryless(base.interpolant, self.settings)
         generator = torch.Generator(self.device).manual_seed(self.seed)
-        condition: dict[str, Any] = spec.conditions(TRIAL, generator) if spec.conditions else {}
-        seen = {} if spec.adapt is not None else condition
-        x = base.source(TRIAL, generator, device=self.device)
-        try:
-            with torch.no_grad():
-                x1 = base.x1(x, torch.full((TRIAL,), 0.5, device=self.device), **seen)
-            with_gradient(row, RewardCost(spec.reward), x1, condition)
-        except TiltflowError:
-            raise
-        except Exception as error:
-            raise TiltflowError(
-                f"the base or the reward raised {type(error).__name__} on a batch of shape {tuple(x.shape)}: {error}"
-            ) from error
+        check_door(row, base, spec.reward, generator, spec.conditions, seen=spec.adapt is None)
 
     def load(
         self, folder: Path, device: str = "cpu", base: Process | None = None, reward: Callable[..., Tensor] | None = None
@@ -139,8 +127,8 @@ class TiltJob(TiltConfig):
         model.save_weights(work.path)
         cases = self.cases(spec)
         seen = cases[0][0] if spec.adapt is None else {}  # a base that does not see the condition is drawn once
-        base = model.base_samples(self.reference_samples, self.seed, work.tell, **seen) if not seen else None
-        found = [assess(self, spec, model, base, case, judge, work) for case, judge in cases]
+        shared = model.base_samples(self.reference_samples, self.seed, work.tell) if not seen else None
+        found = [assess(self, spec, model, shared, case, judge, work) for case, judge in cases]
         return conclude(self, spec, model, found, cases[0][0], work)
 
     def cases(self, spec: RewardSpec) -> Cases:

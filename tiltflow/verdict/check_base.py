@@ -7,6 +7,8 @@ A table in the vocabulary of :mod:`tiltflow.verdict.check_reward`. The questions
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -18,7 +20,7 @@ from tiltflow.verdict import base_probe as probe
 from tiltflow.verdict.base_consistency import Consistency
 from tiltflow.verdict.questions import Question, Report, ask_all
 
-MIN_SAMPLES = 200
+MIN_SAMPLES, DOOR_STEPS = 200, 10
 CALLED = ("output shape", "input unchanged")
 STEADY = (*CALLED, "deterministic", "batch independent")
 FINITE = ("finite at t = 0", "finite between")
@@ -90,14 +92,45 @@ def check_base(
     """
     if samples < MIN_SAMPLES or steps < 2:
         raise TiltflowError(f"a base is checked with at least {MIN_SAMPLES} samples and 2 steps; got {samples} and {steps}.")
+    return _report(QUESTIONS, base, generator, samples, conditions, steps)
+
+
+def _report(
+    questions: Iterable[Question],
+    base: Process,
+    generator: torch.Generator,
+    samples: int,
+    conditions: Conditions | None,
+    steps: int,
+) -> BaseReport:
+    """The answers, with the base's buffers left as they were."""
     kept = {n: b.clone() for n, b in base.model.named_buffers()} if isinstance(base.model, nn.Module) else {}
     try:
-        return BaseReport(list(ask_all(QUESTIONS, Consistency(base, generator, samples, steps, conditions)).values()))
+        return BaseReport(list(ask_all(questions, Consistency(base, generator, samples, steps, conditions)).values()))
     finally:
         if isinstance(base.model, nn.Module):
             with torch.no_grad():
                 for name, buffer in base.model.named_buffers():
                     buffer.copy_(kept[name])
+
+
+DOOR = (
+    "evaluation mode", "output shape", "input unchanged", "deterministic", "batch independent", "finite at t = 0",
+    "finite between", "finite at t = 1", "differentiable", "direction of time", "timesteps", "predictor", "interpolant",
+)  # fmt: skip
+"""Questions whose failure stops a run; the others are numbers that a run may go on with."""
+
+
+def require_base(base: Process, generator: torch.Generator, conditions: Conditions | None = None) -> None:
+    """The questions of :data:`DOOR`, at the door of a run, from few samples.
+
+    Raises:
+        TiltflowError: a question that the base fails.
+    """
+    asked = [question for question in QUESTIONS if question.name in DOOR]
+    for line in _report(asked, base, generator, MIN_SAMPLES, conditions, DOOR_STEPS).lines:
+        if line.status == "fail":
+            raise TiltflowError(f"the base, {line.name}: {line.explanation}. All checks: tiltflow check-base.")
 
 
 def starts_at_base(

@@ -96,12 +96,15 @@ DOOR = ("output shape", "output length", "dtype", "finite value", "deterministic
 GRADIENT = ("differentiable", "input unchanged", "finite gradient", "gradient norm")
 
 
-def quick_check(reward: Reward, x: Tensor, generator: torch.Generator, needs_gradient: bool, **condition: Any) -> None:
+def quick_check(
+    reward: Reward, x: Tensor, generator: torch.Generator, needs_gradient: bool, otherwise: str = "", **condition: Any
+) -> None:
     """Stop a reward that no run can use, from a few samples: some twenty calls on at most ``len(x)`` rows.
 
     Args:
         reward: ``(x (B, *event), **condition) -> (B,)``; x: (n, *event), about 8 to 32 samples; generator: an order of them.
         needs_gradient: the method follows ∇r; without it a detached or piecewise constant reward is fine.
+        otherwise: what else could be done with a reward that has no gradient.
         condition: passed on; of a tensor with rows the first, for every sample.
 
     Raises:
@@ -116,7 +119,7 @@ def quick_check(reward: Reward, x: Tensor, generator: torch.Generator, needs_gra
     called = getattr(reward, "__name__", type(reward).__name__)
     for name, line in ask_all([q for q in QUESTIONS if q.name in wanted], probe).items():
         if line.status == "fail":
-            advice = "; or use a method that needs no gradient" if name in ("differentiable", "gradient norm") else ""
+            advice = f"; {otherwise}" if otherwise and name in ("differentiable", "gradient norm") else ""
             raise TiltflowError(f"reward {called!r}, {name}: {line.explanation}{advice}.")
 
 
