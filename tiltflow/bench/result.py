@@ -27,18 +27,15 @@ def require_result(path: Path | None) -> None:
     if path is None:
         return
     try:
-        _part(path).exists()  # a name that is too long
-        if path.exists() and not _is_result(path):
-            raise TiltflowError(f"{path} exists and is not the result of a benchmark; give another file.")
-    except (OSError, ValueError) as error:
-        raise TiltflowError(f"{str(path)!r} cannot be written: {error}.") from error
+        taken = path.exists()
+        path.with_name(path.name + ".part").exists()  # as it is called while it is written
+    except (OSError, ValueError) as error:  # a name that is too long
+        raise TiltflowError(f"{str(path)!r:.80} cannot be written: {error}.") from error
+    if taken and not _is_result(path):
+        raise TiltflowError(f"{path} exists and is not the result of a benchmark; give another file.")
     above = next(p for p in path.absolute().parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise TiltflowError(f"{path} cannot be written: {above} is {'not writable' if above.is_dir() else 'a file'}.")
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
 
 
 def _is_result(path: Path) -> bool:
