@@ -2,14 +2,9 @@ r"""`tiltflow bench sampling`: samplers of e^{−E} side by side, and parallel t
 
 Protocol: 10,000 samples (LJ13 4,000, LJ55 1,000: they cost most); log Z and ESS from all of them, distances from 2,000
 (LJ55: 500) beside their floors (:mod:`~tiltflow.sampling.assess`). Each method has the settings that suit it and the
-<<<<<<< HEAD
 problem (:meth:`~tiltflow.sampling.settings.SamplerSettings.of`). Counted during training only: calls of the energy and
 rows it evaluated (an energy with its gradient is one), rows through the network, gradient steps, seconds of clock and
 processor.
-=======
-problem (:meth:`~tiltflow.sampling.settings.SamplerSettings.of`). Counted during training only: calls of the energy and rows
-it evaluated (an energy with its gradient is one), rows through the network, gradient steps, seconds of clock and processor.
->>>>>>> bench
 """
 
 from __future__ import annotations
