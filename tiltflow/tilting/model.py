@@ -99,9 +99,7 @@ class TiltedModel:
         if exact and (noise != CHAIN or steps is not None):
             raise TiltflowError("exact samples are weighted paths of the training chain: leave out noise and steps.")
         if exact and self.row.trained:
-            drawn = self.paths(OVERSAMPLED * n, seed, **condition)
-            picked = systematic(self.log_weights(drawn, **condition), generator, n)
-            return drawn.x[picked[torch.randperm(n, generator=generator, device=generator.device).to(picked.device)]]
+            return self._exact(n, seed, generator, condition)
         if noise == CHAIN and steps is None:
             return self.paths(n, seed, **condition).x
         if not self.row.trained:
@@ -109,6 +107,19 @@ class TiltedModel:
         rows = {name: v.expand(n, *v.shape[1:]) for name, v in condition.items()}
         count = steps or self.settings.steps
         return draw_process(self.process, n, str(noise), count, method, generator, self.settings, **rows)
+
+    def _exact(self, n: int, seed: int, generator: torch.Generator, condition: dict[str, Any]) -> Tensor:
+        """n draws among weighted paths of the same condition."""
+        out: Tensor | None = None
+        for i, rows in enumerate(_alike(condition, n)):
+            one = {name: v[rows[:1]] if len(v) > 1 else v for name, v in condition.items()}
+            drawn = self.paths(OVERSAMPLED * len(rows), seed + i, **one)
+            picked = systematic(self.log_weights(drawn, **one), generator, len(rows))
+            order = torch.randperm(len(rows), generator=generator, device=generator.device).to(picked.device)
+            out = drawn.x.new_empty(n, *drawn.x.shape[1:]) if out is None else out
+            out[rows.to(out.device)] = drawn.x[picked[order]]
+        assert out is not None
+        return out
 
     def paths(
         self, n: int, seed: int = 0, tell: Callable[[int], None] = lambda done: None, **condition: Any
@@ -244,3 +255,11 @@ class TiltedModel:
         found = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         return torch.device("cpu") if found is None else found.device
 
+
+def _alike(condition: Mapping[str, Tensor], n: int) -> list[Tensor]:
+    """The numbers of rows that have the same condition, one tensor for each condition."""
+    rows = [v.expand(n, *v.shape[1:]).reshape(n, -1).double().cpu() for v in condition.values()]
+    if not rows:
+        return [torch.arange(n)]
+    group = torch.cat(rows, 1).unique(dim=0, return_inverse=True)[1]
+    return [torch.nonzero(group == i)[:, 0] for i in group.unique()]
