@@ -25,9 +25,9 @@ from torch import Tensor
 from tiltflow.bench.result import publish
 from tiltflow.energies import ENERGY_PROBLEMS
 from tiltflow.energies.mcmc import Tempered, parallel_tempering
+from tiltflow.energies.problem import base_draws
 from tiltflow.metrics.particles import interatomic_distances
 from tiltflow.metrics.sampling import energy_w2
-from tiltflow.sampling.job import base_draws
 
 PROBLEM = ENERGY_PROBLEMS["dw4"]()
 TEMPERATURES = [1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0]

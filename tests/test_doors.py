@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_every_method_runs_through_the_command_line_or_says_why_not(method, tmp_
     assert drawn[0] == 0 and json.loads(drawn[1])["rows"][0]["shape"] == [5, 2], drawn[2]
 
 
-@pytest.mark.parametrize("method", names("sample"))
+@pytest.mark.parametrize("method", names("sample", trained=True))
 def test_every_sampler_runs_through_the_command_line(method, tmp_path):
     few = ["--rounds", 2, "--batch", 16, "--steps", 5, "--draw-steps", 5, "--hidden", 8, "--samples", 100, "--compared", 40]
     code, out, err = called("train-sampler", "gaussian2d", *few, "--method", method, "--out", tmp_path / "run", "--json")
@@ -156,6 +157,64 @@ def test_faulty_jobs_are_refused_by_both_doors(field, value, message, tmp_path):
         TiltJob(base=f"{MODELS}:process", reward=f"{MODELS}:right", **{field: value})
     code, _, err = called("finetune", *NAMED, f"--{field.replace('_', '-')}", value, "--out", tmp_path / "run")
     assert code == 2 and message in err and "Traceback" not in err and not (tmp_path / "run").exists()
+
+
+SAMPLER_FAULTS = [
+    ("rounds", -3, "of at least 1"),
+    ("batch", -5, "of at least 2"),
+    ("gradient_steps", 0, "of at least 1"),
+    ("steps", 0, "a whole number from 1"),
+    ("draw_steps", 10**18, "a whole number from 1"),
+    ("learning_rate", float("nan"), "above 0"),
+    ("ema", 1.5, "from 0 to 1"),
+    ("sigma_min", -1.0, "above 0"),
+    ("sigma_max", float("inf"), "above 0"),
+    ("max_cost_gradient", 0.0, "above 0"),
+    ("minimum_ess", 1.0, "above 0 and at most 1"),
+    ("minimum_ess", float("nan"), "above 0 and at most 1"),
+    ("hot", 0.5, "of at least 1"),
+    ("cooling", float("nan"), "from 0 to 1"),
+    ("hidden", 0, "of at least 1"),
+    ("noise", "pink", "one of geometric, constant"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), SAMPLER_FAULTS)
+def test_faulty_settings_of_samplers_are_refused_by_both_doors(field, value, message, tmp_path):
+    with pytest.raises(TiltflowError, match=message):
+        tiltflow.SamplerSettings(**{field: value})
+    code, out, err = called("train-sampler", "gmm9", f"--{field.replace('_', '-')}", value, "--out", tmp_path / "run")
+    assert code == 2 and message in err and "Traceback" not in err and out == "" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["gmm9", "--method", "draft_1"], "'draft_1' tilts a base towards a reward: use finetune"),
+        (["gmm9", "--method", "parallel_tempering"], "trains nothing"),
+        (["gmm9", "--method", "magic"], "unknown method 'magic'"),
+        (["gmm9", "--sigma-min", 3, "--sigma-max", 2], "sigma_min must be below sigma_max"),
+        (["gmm9", "--scale", "nan"], "above 0"),
+        (["gmm9", "--shape", 2], "leave out --shape"),
+        (["gmm9", "--samples", 0], "from 2"),
+        (["gmm9", "--seed", -1], "a whole number"),
+        (["nope"], "unknown problem 'nope'"),
+        ([":"], "names no function"),
+    ],
+)
+def test_faulty_samplers_write_nothing(args, message, tmp_path):
+    code, _, err = called("train-sampler", *args, "--out", tmp_path / "run")
+    assert code == 2 and message in err and "Traceback" not in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("args", [["--help"], ["finetune", "--help"], ["finetune", "--steps", "0", "--out", "x"], ["nope"]])
+def test_help_and_misuse_do_not_wait_for_torch(args, tmp_path):
+    code = "import sys, time; t = time.process_time(); sys.argv = ['tiltflow', *sys.argv[1:]]\n"
+    code += "from tiltflow.cli import main\ntry:\n    main()\nexcept SystemExit as e:\n    end = e.code\n"
+    code += "print(end, 'torch' in sys.modules, time.process_time() - t, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=tmp_path, check=False)
+    end, torch_there, seconds = done.stderr.split()[-3:]
+    assert end == ("0" if "--help" in args else "2") and torch_there == "False" and float(seconds) < 0.5
 
 
 @pytest.mark.parametrize(

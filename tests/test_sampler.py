@@ -78,7 +78,7 @@ def test_unequal_mode_weights_on_five_seeds(seed):
     assert abs(evidence(drawn.log_weights).log_z) < 0.02
 
 
-@pytest.mark.parametrize("method", names("sample"))
+@pytest.mark.parametrize("method", names("sample", trained=True))
 @pytest.mark.parametrize("name", ["gaussian2d", "dw4"])
 def test_every_method_runs_through_one_protocol(method, name):
     problem = ENERGY_PROBLEMS[name]()

@@ -27,14 +27,11 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from tiltflow.bench.names import COLUMNS, SAMPLING, TEMPERING
 from tiltflow.bench.tilt import run_apart
-from tiltflow.core.cost import clip_rows
 from tiltflow.core.errors import TiltflowError
-from tiltflow.energies import EnergyProblem, Evaluator
-from tiltflow.energies.mcmc import parallel_tempering
-from tiltflow.energies.tempering import Tempering
+from tiltflow.energies import EnergyProblem
+from tiltflow.methods.tempering import temper
 from tiltflow.sampling.assess import assess_all
 from tiltflow.sampling.drawn import Drawn
-from tiltflow.sampling.job import base_draws
 from tiltflow.sampling.model import Sampler
 from tiltflow.sampling.names import load_problem
 from tiltflow.sampling.outcome import EVALUATION_SEED
@@ -107,10 +104,11 @@ def bench_one(
     if method == TEMPERING:
         plan = problem.tempering
         if budget is not None:
-            _, pilot = temper(problem, replace(plan, steps=PILOT, burn_in=0), seed, samples)
+            *_, pilot = temper(problem, replace(plan, steps=PILOT, burn_in=0), seed, samples)
             rounds = max(1, int(budget * PILOT / (1.5 * pilot["processor_seconds"])))
         plan = plan if rounds is None else replace(plan, steps=rounds, burn_in=rounds // 2)
-        drawn, spent = temper(problem, plan, seed, samples)
+        x, energy, spent = temper(problem, plan, seed, samples)
+        drawn = Drawn(x, energy, None)
     else:
         settings = SamplerSettings.of(method, problem.settings, **GENTLER.get((name, method), {}))
         if budget is not None:
@@ -151,41 +149,6 @@ def counted_rows(kind: type[nn.Module]) -> Iterator[Counter[str]]:
         yield counter
     finally:
         hook.remove()
-
-
-def temper(problem: EnergyProblem, plan: Tempering, seed: int, samples: int = SAMPLES) -> tuple[Drawn, Row]:
-    """``samples`` draws of parallel tempering from relaxed draws of the base, in random order, and what they cost."""
-    generator = torch.Generator().manual_seed(seed)
-    evaluator, started, busy = Evaluator(problem.energy), time.perf_counter(), time.process_time()
-    x = base_draws(problem, plan.chains, generator)
-    step = 0.1 * problem.finest
-    for _ in range(plan.relax):  # particles on top of each other would never be moved
-        _, grad = evaluator.value_and_grad(x)
-        x = x - step * clip_rows(grad, 1.0, each_particle=x.ndim > 2)
-    found = parallel_tempering(
-        evaluator,
-        x,
-        plan.ladder,
-        plan.steps,
-        generator,
-        burn_in=plan.burn_in,
-        thin=max(1, plan.steps * plan.chains // samples),
-        step=problem.finest**2,
-        geometry=problem.geometry,
-    )
-    spent = {
-        "seconds": time.perf_counter() - started,
-        "processor_seconds": time.process_time() - busy,
-        "energy_calls": evaluator.calls,
-        "energy_evaluations": evaluator.evaluations,
-        "network_evaluations": 0,
-        "gradient_steps": 0,
-        "acceptance": float(found.acceptance[0]),
-        "lowest_swap": float(found.swaps.min()),
-    }
-    x = found.samples.flatten(0, 1)
-    x = x[torch.randperm(len(x), generator=generator)[:samples]]
-    return Drawn(x, problem.energy(x).detach(), None), spent
 
 
 def _problem(name: str, reference: Path | None) -> EnergyProblem:

@@ -64,8 +64,9 @@ def check_energy_command(problem: str, samples: int, seed: int, device: str, as_
     import torch
 
     from tiltflow.core.geometry import Torus
+    from tiltflow.energies.problem import base_draws
     from tiltflow.sampling.assess import reference_samples
-    from tiltflow.sampling.job import SamplerJob, base_draws, symmetries
+    from tiltflow.sampling.job import SamplerJob, symmetries
     from tiltflow.verdict.check_energy import check_energy
 
     if device != "cpu":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.geometry import Euclidean, Geometry
+from tiltflow.core.geometry import Euclidean, Geometry, noise
 from tiltflow.core.settings import Positive, check_value
 from tiltflow.energies.tempering import Tempering
 
@@ -61,3 +61,9 @@ class EnergyProblem:
             check_value(f"{name} of {self.name}, a length,", getattr(self, name), Positive)
         if not self.finest < self.scale:
             raise TiltflowError(f"{self.name}: finest must be below scale, got {self.finest:g} and {self.scale:g}.")
+
+
+def base_draws(problem: EnergyProblem, n: int, generator: torch.Generator, scale: float | None = None) -> Tensor:
+    """n draws of N(0, scale²) on the problem's space (None: its own scale): where an untrained sampler goes."""
+    zeros = torch.zeros(n, *problem.event_shape)
+    return problem.geometry.wrap((scale or problem.scale) * noise(problem.geometry, zeros, generator))

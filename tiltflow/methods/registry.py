@@ -167,6 +167,7 @@ ROWS: tuple[Row, ...] = (
         source="stationary"),
     Row("idem", "idem:IteratedDenoising", "Akhound-Sadegh et al. 2024, arXiv:2402.06121", SAMPLE,
         bias="its estimate of the score is biased for a finite number of draws", training=KEPT, source="noise"),
+    Row("parallel_tempering", "tempering:temper", "Geyer 1991", SAMPLE, trained=False),
 )  # fmt: skip
 METHODS: dict[str, Row] = {row.name: row for row in ROWS}
 WHERE = {"finetune": "samples from an energy: use train_sampler", "sample": "tilts a base towards a reward: use finetune"}

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.geometry import Centred, noise
+from tiltflow.core.geometry import Centred
 from tiltflow.core.settings import as_json, from_json, settings
 from tiltflow.core.weights import ess
 from tiltflow.energies import EnergyProblem
-from tiltflow.methods.registry import row_of
+from tiltflow.energies.problem import base_draws
 from tiltflow.run.job import Outcome, Work
 from tiltflow.run.names import anchored
 from tiltflow.sampling.model import WEIGHTS, Sampler
 from tiltflow.sampling.names import load_problem
 from tiltflow.sampling.outcome import outcome, tensors_of
 from tiltflow.sampling.settings import SamplerConfig
-from tiltflow.sampling.train import train_sampler, untrained
+from tiltflow.sampling.train import require_trained, train_sampler, untrained
 from tiltflow.train.store import load_weights
 from tiltflow.verdict.check_energy import check_energy
 
@@ -59,7 +59,7 @@ class SamplerJob(SamplerConfig):
         Raises:
             TiltflowError: naming the setting, or the question of ``check_energy`` that the energy fails.
         """
-        row, problem = row_of(self.method, "sample"), self.load_problem()
+        row, problem = require_trained(self.method), self.load_problem()
         if self.device != "cpu":
             raise TiltflowError(f"device {self.device!r}: samplers are trained on the CPU; leave --device out.")
         sampler, _ = untrained(problem, row, self.settings, self.seed)
@@ -82,7 +82,7 @@ class SamplerJob(SamplerConfig):
         """The sampler of a finished run folder; ``problem`` replaces the one that it names."""
         if device != "cpu":
             raise TiltflowError(f"device {device!r}: samplers run on the CPU; leave --device out.")
-        row = row_of(self.method, "sample")
+        row = require_trained(self.method)
         sampler, _ = untrained(problem or self.load_problem(), row, self.settings, self.seed)
         load_weights(folder / WEIGHTS, sampler.control.module)
         return sampler
@@ -115,12 +115,6 @@ class SamplerJob(SamplerConfig):
         )
         sampler.save_weights(work.path)
         return outcome(sampler, self.samples, self.compared, self.seed, notes, work.tell)
-
-
-def base_draws(problem: EnergyProblem, n: int, generator: torch.Generator, scale: float | None = None) -> Tensor:
-    """n draws of N(0, scale²) on the problem's space (None: its own scale): where an untrained sampler goes."""
-    zeros = torch.zeros(n, *problem.event_shape)
-    return problem.geometry.wrap((scale or problem.scale) * noise(problem.geometry, zeros, generator))
 
 
 def symmetries(problem: EnergyProblem) -> dict[str, bool]:

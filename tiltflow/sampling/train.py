@@ -117,6 +117,14 @@ def untrained(
     return Sampler(problem, row.name, settings, chain, control, evaluator, []), method
 
 
+def require_trained(method: str | Callable[..., Any]) -> Row:
+    """The row of a method that trains a sampler. Raises TiltflowError for another."""
+    row = row_of(method, "sample")
+    if not row.trained:
+        raise TiltflowError(f"the method {row.name!r} trains nothing: run tiltflow bench sampling --methods {row.name}.")
+    return row
+
+
 def train_sampler(
     problem: EnergyProblem,
     method: str | Callable[..., Method] = DEFAULT_METHOD,
@@ -146,7 +154,7 @@ def train_sampler(
     Raises:
         TiltflowError: an unknown method, an energy that fails (see :class:`~tiltflow.energies.Evaluator`), or divergence.
     """
-    row = row_of(method, "sample")
+    row = require_trained(method)
     s = settings or SamplerSettings.of(method, problem.settings)
     if row.on_policy and (s.gradient_steps, s.minibatch, s.buffer_rounds) != (1, None, 1):
         raise TiltflowError(f"the method {row.name!r} uses each round once: build its settings by SamplerSettings.of.")
