@@ -15,7 +15,9 @@ from tiltflow.energies.problem import base_draws
 from tiltflow.energies.tempering import Tempering
 
 
-def temper(problem: EnergyProblem, plan: Tempering, seed: int, samples: int = 10_000) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def temper(
+    problem: EnergyProblem, plan: Tempering, seed: int, samples: int = 10_000
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Draws of parallel tempering from relaxed draws of the base, in random order; their energies; and what they cost.
 
     Args:
