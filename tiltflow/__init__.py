@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from tiltflow.core.wrappers import from_azula, from_flow_matching
     from tiltflow.energies.evaluator import Evaluator
     from tiltflow.energies.problem import EnergyProblem
+    from tiltflow.pipelines.model import TiltedPipeline
+    from tiltflow.pipelines.settings import PipelineSettings
+    from tiltflow.pipelines.train import finetune_pipeline
     from tiltflow.run.open import load
     from tiltflow.sampling.model import Sampler
     from tiltflow.sampling.settings import SamplerSettings
@@ -31,15 +34,18 @@ _WHERE = {
     "FinetuneSettings": "tilting.settings",
     "Follmer": "core.interpolant",
     "Linear": "core.interpolant",
+    "PipelineSettings": "pipelines.settings",
     "Process": "core.process",
     "Sampler": "sampling.model",
     "SamplerSettings": "sampling.settings",
     "TiltedModel": "tilting.model",
+    "TiltedPipeline": "pipelines.model",
     "TiltflowError": "core.errors",
     "VP": "core.interpolant",
     "check_energy": "verdict.check_energy",
     "check_reward": "verdict.check_reward",
     "finetune": "tilting.train",
+    "finetune_pipeline": "pipelines.train",
     "from_azula": "core.wrappers",
     "from_flow_matching": "core.wrappers",
     "load": "run.open",

@@ -115,19 +115,28 @@ def require_applies(row: Row, base: Process, settings: FinetuneSettings, conditi
         )
     if "interpolant" in row.needs and (settings.sigma is not None or settings.chi != 0):
         raise TiltflowError(f"the method {row.name!r} needs the memoryless schedule: leave out sigma and chi.")
-    if row.on_policy and settings.buffer_rounds != 1:
-        raise TiltflowError(f"the method {row.name!r} uses each round once: buffer_rounds must be 1 (FinetuneSettings.of).")
+    row.require_training(settings.buffer_rounds, settings.accumulate)
 
 
-def with_gradient(row: Row, cost: RewardCost, x: Tensor, condition: dict[str, Any]) -> None:
-    """Ask the reward once as the method will. Raises TiltflowError that names methods which need values only."""
+def with_gradient(
+    row: Row, cost: RewardCost, x: Tensor, condition: dict[str, Any], without: tuple[str, ...] = ("gradient",)
+) -> None:
+    """Ask the reward once as the method will. Raises TiltflowError that names methods which need its values only.
+
+    Args:
+        without: Needs that the methods to be named must not have.
+    """
     if not row.needs_gradient:
-        cost.value(x, **condition)
+        with torch.no_grad():
+            cost.value(x, **condition)
         return
     try:
         cost.grad(x, **condition)
-    except TiltflowError as error:
-        if "detached" not in str(error):
+    except (TiltflowError, RuntimeError) as error:
+        said = str(error)
+        if "requires grad" in said:  # torch's words for a conversion to numpy
+            said = f"the reward is not differentiable: {said}"
+        elif "detached" not in said:
             raise
-        others = ", ".join(names("finetune", without=("gradient",)))
-        raise TiltflowError(f"{error} Or use a method that needs its values only: {others}.") from error
+        others = ", ".join(names("finetune", without=without))
+        raise TiltflowError(f"{said} Or use a method that needs its values only: {others}.") from error
