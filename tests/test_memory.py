@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiltflow.integrations import memory
 
 from tiltflow.core.errors import TiltflowError
+from tiltflow.pipelines import memory
 
 CPU = torch.device("cpu")
 MIB = 2**20
