@@ -129,7 +129,8 @@ def test_a_run_without_a_gradient_is_opened_again(here):
     summary = json.loads(done.stdout)["rows"][0]
     config = json.loads((here / "run" / "config.json").read_text())
     assert config["job"] == "finetune-pipeline" and config["prompts"] == ["a", "b"] and config["method"] == "flow_grpo"
-    assert config["settings"]["gradient_steps"] == 4 and config["settings"]["guidance_in"] == ["rollout", "control", "adjoint"]
+    kept = config["settings"]
+    assert kept["gradient_steps"] == 4 and kept["guidance_in"] == ["rollout", "control", "adjoint"]
     (here / "run").rename(here / "moved")
     model = tf.load(here / "moved")
     scores = model.verdict(samples=24).scores

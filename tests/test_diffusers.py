@@ -549,11 +549,11 @@ def test_a_reward_is_checked_on_the_pipeline():
 
 
 def test_settings_go_where_they_belong(monkeypatch):
-    """The paper's steps (10 and 10 of 40) and clip (1.6 λ²); dropout, buffer, gradient_steps; rows of one batch at a time."""
+    """The paper's steps (10 and 10 of 40) and clip (1.6 λ²); dropout, buffer, gradient steps; rows of a batch at a time."""
     seen = []
     monkeypatch.setattr(module, "fit", lambda *args: seen.append(args) or [])
-    settings = PipelineSettings(batch=3, per_prompt=2, dropout=0.25, gradient_steps=5, minibatch=7, buffer_rounds=2, ema=0.5)
-    finetune_pipeline(tiny.build("stable_diffusion"), brightness, ["a", "b"], 10.0, settings=settings)
+    many = PipelineSettings(batch=3, per_prompt=2, dropout=0.25, gradient_steps=5, minibatch=7, buffer_rounds=2, ema=0.5)
+    finetune_pipeline(tiny.build("stable_diffusion"), brightness, ["a", "b"], 10.0, settings=many)
     method, _, training, *_ = seen[0]
     assert (method.last_steps, method.random_steps, method.batch, method.clip) == (10, 10, 3, pytest.approx(160.0))
     assert method.conditions.dropout == {"prompt": 0.25} and method.conditions.per_prompt == 2 and not method.importance
