@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from tiltflow.bench.conformers import DATA
-from tiltflow.bench.tilt import publish
+from tiltflow.bench.result import publish
 from tiltflow.molecules.energies import kt_per, open_energy
-from tiltflow.molecules.generate import ConformerSettings, generate, rescored
+from tiltflow.molecules.generate import generate, rescored
 from tiltflow.molecules.geom import list_molecules, read_reference
 from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.settings import ConformerSettings
 from tiltflow.molecules.torsions import rotatable_torsions
 
 KELVIN, OTHER, DRAWS = 300.0, 450.0, 500

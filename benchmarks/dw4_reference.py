@@ -22,7 +22,7 @@ from lj55_reference import agreement, chain_mean
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tiltflow.bench.tilt import publish
+from tiltflow.bench.result import publish
 from tiltflow.energies import ENERGY_PROBLEMS
 from tiltflow.energies.mcmc import Tempered, parallel_tempering
 from tiltflow.metrics.particles import interatomic_distances

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from tiltflow.bench.budget import Budget, Counter
-from tiltflow.bench.tilt import TiltSettings, bench_problem, chain_of, evaluate, publish, run_apart, train
+from tiltflow.bench.result import publish
+from tiltflow.bench.tilt import METHOD, TiltSettings, bench_problem, chain_of, evaluate, run_apart, train
 from tiltflow.core.chain import InterpolantChain, memoryless_chain, power_grid, residual_variance
 from tiltflow.problems.tilt import TiltProblem, mixture2d
 
@@ -26,11 +27,11 @@ Row = dict[str, Any]
 # name: (method, steps, exponents of the grid at its start and end)
 VARIANTS: dict[str, tuple[str, int, tuple[float, float]]] = {
     "plain Adjoint Matching, 10 steps": ("adjoint_matching_plain", 10, (1, 1)),
-    "path weights and buffer, 10 steps": ("adjoint_matching_weighted", 10, (1, 1)),
-    "and re-noised end points, 10 steps": ("adjoint_matching", 10, (1, 1)),
-    "the same, grid finer at the start": ("adjoint_matching", 10, (1.5, 1)),
-    "the same, grid finer at the end": ("adjoint_matching", 10, (1, 1.5)),
-    "the same, 5 steps": ("adjoint_matching", 5, (1, 1)),
+    "path weights and buffer, 10 steps": ("adjoint_matching", 10, (1, 1)),
+    "and re-noised end points, 10 steps": (METHOD, 10, (1, 1)),
+    "the same, grid finer at the start": (METHOD, 10, (1.5, 1)),
+    "the same, grid finer at the end": (METHOD, 10, (1, 1.5)),
+    "the same, 5 steps": (METHOD, 5, (1, 1)),
     "re-noised end points alone, path weights, 10 steps": ("path_weighted", 10, (1, 1)),
     "re-noised end points alone, base samples, 10 steps": ("reward_weighted", 10, (1, 1)),
     "log-variance, 10 steps": ("log_variance", 10, (1, 1)),

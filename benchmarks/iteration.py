@@ -14,7 +14,8 @@ from statistics import median
 
 import torch
 
-from tiltflow.bench.tilt import chain_of, publish
+from tiltflow.bench.result import publish
+from tiltflow.bench.tilt import chain_of
 from tiltflow.core.control import FineTuned, tilted
 from tiltflow.core.cost import RewardCost
 from tiltflow.methods.adjoint_matching import AdjointMatching

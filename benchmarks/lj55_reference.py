@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tiltflow.bench.tilt import publish
+from tiltflow.bench.result import publish
 from tiltflow.core.geometry import Centred
 from tiltflow.energies.mcmc import Tempered, parallel_tempering
 from tiltflow.energies.particles import LennardJones

@@ -19,14 +19,14 @@ from rdkit.Chem.rdForceFieldHelpers import MMFFOptimizeMoleculeConfs
 from rdkit.Chem.rdMolTransforms import SetDihedralRad
 from torch import Tensor
 
-from tiltflow.bench.tilt import publish
+from tiltflow.bench.result import publish
 from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.energies import MolecularEnergy, Reduced, open_energy
 from tiltflow.molecules.molecule import Molecule, molecule
+from tiltflow.molecules.settings import ENERGIES
 
 MOLECULES = {"hydroxyethylhexanamide": "CCCCCC(=O)NCCO", "ibuprofen": "CC(C)Cc1ccc(cc1)C(C)C(=O)O"}
 TORSION = Chem.MolFromSmarts("[!#1]~[!$(*#*)&!D1]-&!@[!$(*#*)&!D1]~[!#1]")
-ENERGIES = ("mmff94", "ani1ccx", "aimnet2", "gfn2")
 BATCH, REPEATS, CLASHES, KELVIN = 16, 3, 64, 300.0
 
 

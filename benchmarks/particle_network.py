@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from tiltflow.bench.tilt import publish
+from tiltflow.bench.result import publish
 from tiltflow.nn.features import time_features
 from tiltflow.nn.mlp import MLP
 from tiltflow.nn.particles import Layer, ParticleNet

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tiltflow.bench.tilt import publish
+from tiltflow.bench.result import publish
 from tiltflow.core.simulate import walk
 from tiltflow.pipelines.chain import Adapted, DecodedReward
 from tiltflow.pipelines.memory import peak_bytes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow import Follmer
-from tiltflow.bench.tilt import publish
+from tiltflow.bench.result import publish
 from tiltflow.core.brownian import BrownianChain, geometric_chain
 from tiltflow.core.control import DriftControl, StepVariance
 from tiltflow.core.geometry import Euclidean

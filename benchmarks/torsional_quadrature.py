@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.bench.tilt import publish
+from tiltflow.bench.result import publish
 from tiltflow.core.weights import evidence, normalised
 from tiltflow.molecules.energies import kt_per, open_energy
 from tiltflow.molecules.molecule import molecule

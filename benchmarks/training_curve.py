@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from tiltflow.bench.tilt import write_result
+from tiltflow.bench.result import write_result
 
 KEPT = ("kind", "iteration", "energy", "ess", "kl", "loss", "seconds", "processor_seconds")
 

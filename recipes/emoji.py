@@ -26,7 +26,7 @@ import torch
 from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 from small_flow import Guided, PatchFlow, Recogniser, Symbols, shown, train_base, train_recogniser
-from study import Study, arguments, halves, run, start
+from study import Study, arguments, halves, parsed, run, start
 from torch import Tensor, nn
 
 from tiltflow.core.errors import TiltflowError
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--font", type=Path, default=Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"))
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free, of the base that is fine-tuned")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     emoji = load_emoji(args.font)
     base, symbols = base_flow(emoji, args)
     reward, judge = classifiers(emoji, args.base.parent / "emoji-classifiers")

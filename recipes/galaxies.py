@@ -31,24 +31,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tiltflow
+from tiltflow.bench.result import require_result
 from tiltflow.core.control import FineTuned
-from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.interpolant import VP
 from tiltflow.core.ode import ode
 from tiltflow.core.process import Process
+from tiltflow.core.settings import NonNegative, Seed, check_value
 from tiltflow.core.weights import ess
 from tiltflow.metrics.distance import pairwise_mean
 from tiltflow.report.plots import image_grid
 from tiltflow.run.folder import RunFolder, finite
+from tiltflow.tilting.draw import draw_paths
 from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.tilting.train import finetune
-from tiltflow.tilting.draw import draw_paths
 from tiltflow.train.store import save_weights, write_text
 from tiltflow.verdict.line import Verdict
 from tiltflow.verdict.strength import predict_tilt
-from tiltflow.verdict.tilt import judge_samples
 
+METHOD = "adjoint_matching"
 INSTALL = "pip install --no-deps galaxygrad==0.0.20"
 WEIGHTS = "eqx_hsc_ScoreNet32.eqx"
 LOG_SCALE = 0.1  # the model's variable is log(1 + flux) / 0.1
@@ -241,6 +242,30 @@ def before_after(before: Tensor, after: Tensor, count: int = 24, columns: int = 
 # -------------------------------------------------------------------------------------------------------------- the job
 
 
+def settings_of(args: argparse.Namespace) -> FinetuneSettings:
+    """The settings of the fine-tuning. Raises TiltflowError for one that is out of range, and for other options that are."""
+    for seed in args.seeds:
+        check_value("a seed", seed, Seed)
+    check_value("strength", args.strength, NonNegative)
+    last, others = (args.steps + 3) // 4, args.steps // 4  # the paper's 10 and 10 of 40
+    return FinetuneSettings.of(
+        METHOD,
+        rounds=args.rounds,
+        batch=args.batch,
+        gradient_steps=2,
+        minibatch=min((last + others) * args.batch, 1_024),
+        buffer_rounds=4,
+        ema=0.9,
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        rank=args.rank or None,
+        last_steps=last,
+        random_steps=others,
+        noiseless_last=True,
+        variance_samples=64,
+    )
+
+
 def run_seed(base: Process, seed: int, args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], Verdict]:
     """Fine-tune with one seed, measure, and leave weights and pictures in ``folder``; returns the rows sde and ode."""
     started = time.perf_counter()
@@ -250,43 +275,18 @@ def run_seed(base: Process, seed: int, args: argparse.Namespace, folder: Path) -
             bar.update()
             bar.set_postfix(reward=f"{row['reward']:.3f}", kl=f"{row['kl']:.2f}")
 
-        tuned = finetune(
-            base,
-            ellipticity,
-            args.strength,
-            FinetuneSettings(
-                rounds=args.rounds,
-                batch=args.batch,
-                gradient_steps=2,
-                ema=0.9,
-                steps=args.steps,
-                learning_rate=args.learning_rate,
-                rank=args.rank or None,
-                last_steps=(args.steps + 3) // 4,  # the paper's 10 and 10 of 40
-                random_steps=args.steps // 4,
-                noiseless_last=True,
-                variance_samples=64,
-            ),
-            generator=torch.Generator().manual_seed(seed),
-            callback=progress,
-        )
+        tuned = finetune(base, ellipticity, args.strength, METHOD, settings_of(args), seed=seed, callback=progress)
     training = time.perf_counter() - started
 
     eval_seed = 10_000 + seed
     control = FineTuned(tuned.process)
     before, after = (  # from the same noise
-        draw(tuned.chain, c, args.samples, torch.Generator().manual_seed(eval_seed), batch=256) for c in (None, control)
+        draw_paths(tuned.chain, c, args.samples, torch.Generator().manual_seed(eval_seed), batch=256)
+        for c in (None, control)
     )
-    log_weights = args.strength * ellipticity(after.x) + after.log_ratio
+    log_weights = tuned.log_weights(after)
     predicted = predict_tilt(ellipticity(before.x), args.strength, isophotes(before.x)[0])
-    verdict = judge_samples(
-        after.x,
-        before.x,
-        RewardCost(ellipticity, args.strength),
-        log_weights,
-        torch.Generator().manual_seed(eval_seed),
-        judges={"isophotes": lambda x: isophotes(x)[0]},
-    )
+    verdict = tuned.judge(after, before.x, {"isophotes": lambda x: isophotes(x)[0]}, eval_seed).verdict
     x0 = tuned.chain.source(args.samples, torch.Generator().manual_seed(eval_seed))
     flow_before, flow_after = (ode(process, x0, args.steps, "heun") for process in (base, tuned.process))
 
@@ -294,7 +294,7 @@ def run_seed(base: Process, seed: int, args: argparse.Namespace, folder: Path) -
     (folder / f"seed{seed}.png").write_bytes(before_after(before.x, after.x))
     (folder / f"seed{seed}-ode.png").write_bytes(before_after(flow_before, flow_after))
     settings = ("strength", "rounds", "steps", "batch", "learning_rate", "rank", "samples")
-    shared = {"problem": "galaxies", "method": "adjoint_matching", "seed": seed, "seconds": training}
+    shared = {"problem": "galaxies", "method": METHOD, "seed": seed, "seconds": training}
     shared |= {name: getattr(args, name) for name in settings}
     rows = []
     for sampler, base_x, x in (("sde", before.x, after.x), ("ode", flow_before, flow_after)):
@@ -356,8 +356,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a run in --out")
     parser.add_argument("--results", type=Path, help="also write the rows here, as benchmarks/results/galaxies.json")
     args = parser.parse_args(argv)
-    if args.results is not None and not args.results.parent.is_dir():
-        raise TiltflowError(f"--results: there is no folder {args.results.parent}; create it first.")
+    settings_of(args)
+    require_result(args.results)
 
     base = load_galaxies(args.weights)
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
@@ -380,6 +380,7 @@ def main(argv: list[str] | None = None) -> None:
             }
             folder.write_json("metrics.json", document)
         if args.results is not None:
+            args.results.parent.mkdir(parents=True, exist_ok=True)
             write_text(args.results, json.dumps(finite(document), indent=1) + "\n")
         print(f"before and after, weights, metrics.json: {folder.path}")
 

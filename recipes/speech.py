@@ -25,7 +25,7 @@ import torch
 from scipy.io import wavfile
 from scipy.signal import resample
 from small_flow import PatchFlow, Recogniser, Symbols, train, train_base, train_recogniser
-from study import Study, arguments, halves, run, start
+from study import WEIGHTED, Study, arguments, halves, parsed, run, start
 from torch import Tensor, nn
 from transformers.audio_utils import mel_filter_bank
 
@@ -201,13 +201,13 @@ def parts(speech: Speech, args: argparse.Namespace) -> tuple[Symbols, Vocoder, R
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(
         "Fine-tune a small text-to-speech flow towards a lower voice.", Path("runs/speech-base.safetensors"),
-        base_steps=1_600, batch=32, rounds=25, samples=160, strength=60.0, learning_rate=4e-3, importance=True,
+        base_steps=1_600, batch=32, rounds=25, samples=160, strength=60.0, learning_rate=4e-3, method=WEIGHTED,
         out=Path("runs/speech"),
     )  # fmt: skip
     parser.add_argument("--sounds", type=Path, default=Path("/usr/share/asterisk/sounds/en_US_f_Allison"))
     parser.add_argument("--crepe", type=Path, default=Path("crepe-tiny.safetensors"), help="CREPE's weights")
     parser.add_argument("--vocoder-steps", type=int, default=1_200)
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     reward, judge, speech = crepe_pitch(args.crepe, TARGET, RATE, hop=0.04), OtherPitch(), load_speech(args.sounds)
     symbols, vocoder, recogniser = parts(speech, args)
     rows = symbols(speech.words)

@@ -11,42 +11,46 @@ import itertools
 import json
 import shlex
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from tiltflow._version import __version__
-from tiltflow.bench.tilt import write_result
+from tiltflow.bench.result import require_result, write_result
+from tiltflow.cli.common import Bars
 from tiltflow.core.control import FineTuned
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.ode import ode
 from tiltflow.core.process import Process
+from tiltflow.core.settings import Count, NonNegative, Range, Seed, check_value
 from tiltflow.core.simulate import sample
 from tiltflow.metrics.distance import pairwise_mean
-from tiltflow.report import Page, gallery, scores_table, training_blocks, write_page
+from tiltflow.report import Block, gallery, scores_table, training_blocks
 from tiltflow.report.figures import TILTING
 from tiltflow.report.samples import SAME_NOISE
 from tiltflow.report.sounds import wav
-from tiltflow.rewards.combine import Score
-from tiltflow.run.folder import RunFolder, document
-from tiltflow.tilting.settings import FinetuneSettings
+from tiltflow.rewards import combine
+from tiltflow.run import job
+from tiltflow.run.folder import FORMAT, METRICS, RunFolder, document, read_json
 from tiltflow.tilting.model import TiltedModel
+from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.tilting.train import finetune
 from tiltflow.train.store import save_weights
-from tiltflow.verdict.line import REWARD, Verdict, overall
+from tiltflow.verdict.line import REWARD, Score, Verdict, overall
 from tiltflow.verdict.paired import Judged, against_base
 
 SHOWN, HEARD = 24, 6
 """Samples in a picture, and how many of them as sound."""
 EVALUATION = 1_000
 """Added to the seed for the samples that are judged."""
+PLAIN, WEIGHTED = "adjoint_matching_plain", "adjoint_matching"
+JUDGED = "samples"
+"""Kind of the rows of metrics.json that are results: one for each list of texts and each way to sample."""
+MINIBATCH = 1_024
 
 
 def halves(texts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -72,13 +76,29 @@ class Study:
     texts: Mapping[str, list[str]]
     spell: Callable[[list[str]], Tensor]
     decode: Callable[[Tensor], Tensor]
-    reward: Score
-    judges: Mapping[str, Score]
+    reward: combine.Score
+    judges: Mapping[str, combine.Score]
     picture: Callable[[Tensor], Tensor] = lambda decoded: decoded
     rate: int | None = None
 
 
-def fine_tuned(study: Study, seed: int, args: argparse.Namespace, folder: RunFolder) -> Tuned:
+def settings_of(args: argparse.Namespace) -> FinetuneSettings:
+    """The settings of the fine-tuning. Raises TiltflowError for one that is out of range, and for other options that are."""
+    for seed in args.seeds:
+        check_value("a seed", seed, Seed)
+    check_value("strength", args.strength, NonNegative)
+    check_value("samples", args.samples, Annotated[int, Range(4)])
+    check_value("base-steps", args.base_steps, Count)
+    last, others = (args.steps + 3) // 4, args.steps // 4
+    rows = max(1, min((last + others) * args.batch, MINIBATCH))
+    return FinetuneSettings.of(
+        args.method, {"gradient_steps": 2, "buffer_rounds": 4, "minibatch": rows}, rounds=args.rounds, batch=args.batch,
+        steps=args.steps, rank=8, learning_rate=args.learning_rate, noiseless_last=True, last_steps=last,
+        random_steps=others, variance_samples=128, max_cost_gradient=args.max_cost_gradient,
+    )  # fmt: skip
+
+
+def fine_tuned(study: Study, seed: int, args: argparse.Namespace, work: job.Work) -> TiltedModel:
     """One seed of Adjoint Matching, with low-rank updates, on the first list of texts."""
     texts = next(iter(study.texts.values()))
     symbols = study.spell(texts)
@@ -90,21 +110,13 @@ def fine_tuned(study: Study, seed: int, args: argparse.Namespace, folder: RunFol
     def score(x: Tensor, text: Tensor) -> Tensor:
         return study.reward(study.decode(x), [named[tuple(row)] for row in text.tolist()])
 
-    settings = FinetuneSettings(
-        rounds=args.rounds, batch=args.batch, gradient_steps=2, steps=args.steps, rank=8, learning_rate=args.learning_rate,
-        noiseless_last=True, last_steps=(args.steps + 3) // 4, random_steps=args.steps // 4, variance_samples=128,
-        max_cost_gradient=args.max_cost_gradient, importance=args.importance,
+    def progress(row: dict[str, Any]) -> None:
+        work.round(row, f"seed {seed}", args.rounds, f"reward {row['reward']:.3f}, KL {row['kl']:.2f}")
+
+    return finetune(
+        study.base, score, args.strength, args.method, settings_of(args), seed=seed, conditions=conditions,
+        checkpoint=work.checkpoint, resume=work.resume and work.checkpoint.is_file(), callback=progress,
     )  # fmt: skip
-    with tqdm(total=args.rounds, desc=f"seed {seed}", mininterval=5) as bar:
-
-        def progress(row: dict[str, Any]) -> None:
-            bar.update(row["iteration"] + 1 - bar.n)
-            bar.set_postfix(reward=f"{row['reward']:.3f}", kl=f"{row['kl']:.2f}")
-
-        return finetune(
-            study.base, score, args.strength, settings, generator=torch.Generator().manual_seed(seed),
-            conditions=conditions, checkpoint=folder.checkpoint, resume=folder.checkpoint.is_file(), callback=progress,
-        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -116,7 +128,7 @@ def judged(study: Study, x: Tensor, kl: Tensor, texts: list[str]) -> Judged:
     return Judged(x, values, kl, sum(pairwise_mean(g)[0] for g in groups) / len(groups))
 
 
-def before_and_after(study: Study, tuned: Tuned, seed: int, texts: list[str], args: argparse.Namespace,
+def before_and_after(study: Study, tuned: TiltedModel, seed: int, texts: list[str], args: argparse.Namespace,
                      sampler: str) -> tuple[Judged, Judged]:  # fmt: skip
     """Samples of the base and of the fine-tuned model from the same noise, four or more of each text."""
     chosen = [texts[i % max(1, min(len(texts), args.samples // 4))] for i in range(args.samples)]
@@ -143,46 +155,66 @@ def row_of(before: Judged, after: Judged) -> dict[str, float]:
     return row
 
 
-def one_seed(study: Study, seed: int, args: argparse.Namespace, folder: RunFolder, command: str) -> dict[str, Any]:
-    """Fine-tune, judge both lists of texts by the chain and by the ODE, and leave weights, metrics and a report."""
-    began = time.perf_counter()
-    tuned = fine_tuned(study, seed, args, folder)
-    seconds = time.perf_counter() - began
-    save_weights(folder.path / "model.safetensors", FineTuned(tuned.process).module)
-    kinds = list(itertools.product(study.texts, ("sde", "ode")))
-    pairs = [before_and_after(study, tuned, seed, study.texts[kind], args, sampler) for kind, sampler in kinds]
-    rows = [
-        {"problem": study.name, "seed": seed, "texts": kind, "sampler": sampler, "samples": args.samples}
-        | row_of(*pair) | {"seconds": seconds, "verdict": overall(against_base(*pair))}
-        for (kind, sampler), pair in zip(kinds, pairs, strict=True)
-    ]  # fmt: skip
-    result = document(command, seed, "cpu", rows, rows[0]["verdict"])
-    report(study, folder, tuned, pairs[0], result)
-    folder.write_json("metrics.json", result | {"history": tuned.history})  # last: it says that the seed is done
-    return result
+@dataclass(frozen=True)
+class StudyJob:
+    """One seed of a study: fine-tune, judge both lists of texts by the chain and by the ODE."""
+
+    name: ClassVar[str] = "study"
+    study: Study
+    seed: int
+    args: argparse.Namespace
+    device: str = "cpu"
+
+    def config(self) -> dict[str, Any]:
+        """The options of the recipe, without those that say where results go."""
+        where = {"seeds", "out", "resume", "overwrite", "results"}
+        shared = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items() if k not in where}
+        return {"problem": self.study.name, "seed": self.seed} | shared
+
+    def check(self) -> None:
+        """Options that are out of range."""
+        settings_of(self.args)
+
+    def perform(self, work: job.Work) -> job.Outcome:
+        """Weights in model.safetensors; rows of kind "samples", one for each list of texts and each way to sample."""
+        study, args = self.study, self.args
+        tuned = fine_tuned(study, self.seed, args, work)
+        seconds = sum(row["seconds"] for row in tuned.history)
+        save_weights(work.path / "model.safetensors", tuned.module)
+        kinds = list(itertools.product(study.texts, ("sde", "ode")))
+        pairs = [before_and_after(study, tuned, self.seed, study.texts[kind], args, sampler) for kind, sampler in kinds]
+        rows = [
+            {"kind": JUDGED, "problem": study.name, "seed": self.seed, "texts": kind, "sampler": sampler,
+             "samples": args.samples} | row_of(*pair) | {"seconds": seconds, "verdict": overall(against_base(*pair))}
+            for (kind, sampler), pair in zip(kinds, pairs, strict=True)
+        ]  # fmt: skip
+        before, after = pairs[0]
+        lines = against_base(before, after)
+        scores = [Score(k, float(v.mean()), None, float(after.scores[k].mean())) for k, v in before.scores.items()]
+        scores.append(Score("diversity", before.diversity, None, after.diversity))
+        return job.Outcome(
+            title=f"{study.name}, seed {self.seed}",
+            summary={"problem": study.name, "method": args.method, "strength": args.strength, "kl": rows[0]["kl"],
+                     "train_seconds": seconds},
+            verdict=Verdict(overall(lines), lines, scores),
+            rows=rows,
+            history=tuned.history,
+            draw=lambda: blocks(study, tuned, pairs[0], scores),
+        )  # fmt: skip
 
 
-def report(study: Study, folder: RunFolder, tuned: Tuned, pair: tuple[Judged, Judged], result: dict[str, Any]) -> None:
+def blocks(
+    study: Study, tuned: TiltedModel, pair: tuple[Judged, Judged], scores: list[Score]
+) -> tuple[list[Block], list[Block]]:
     """The page of one seed: the chain's samples of the texts that fine-tuning draws."""
-    before, after = pair
     with torch.no_grad():
         decoded = [study.decode(found.x[:SHOWN]) for found in pair]
     sounds = [[wav(sound, study.rate) for sound in made[:HEARD]] if study.rate else [] for made in decoded]
     pictures = {name: study.picture(made) for name, made in zip(("Before", "After"), decoded, strict=True)}
     heard = dict(zip(("Before", "After"), sounds, strict=True))
-    scores = [(k, float(v.mean()), None, float(after.scores[k].mean())) for k, v in before.scores.items()]
-    scores.append(("diversity", before.diversity, None, after.diversity))
-    levels = {"reward": {"before": float(before.scores[REWARD].mean())}}
-    write_page(
-        folder.path,
-        Page(
-            title=f"{study.name}, seed {result['seed']}", command=result["command"],
-            verdict=Verdict(result["verdict"], against_base(*pair)),
-            blocks=[gallery(pictures, value_range=(0.0, 1.0), sounds=heard, caption=SAME_NOISE), scores_table(scores)],
-            training=training_blocks(tuned.history, TILTING, levels), history=tuned.history, config=folder.config,
-            version=__version__,
-        ),
-    )  # fmt: skip
+    levels = {"reward": {"before": scores[0].base}}
+    shown: list[Block] = [gallery(pictures, value_range=(0.0, 1.0), sounds=heard, caption=SAME_NOISE), scores_table(scores)]
+    return shown, training_blocks(tuned.history, TILTING, levels)
 
 
 def arguments(description: str, base: Path, **defaults: Any) -> argparse.ArgumentParser:
@@ -197,7 +229,7 @@ def arguments(description: str, base: Path, **defaults: Any) -> argparse.Argumen
     parser.add_argument("--strength", type=float, help="lambda of the tilt exp(lambda reward)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--max-cost-gradient", type=float, default=50.0, help="bound on a sample's gradient, times lambda")
-    parser.add_argument("--importance", action=argparse.BooleanOptionalAction, default=False, help="weight paths")
+    parser.add_argument("--method", choices=(PLAIN, WEIGHTED), default=PLAIN, help="without or under path weights")
     parser.add_argument("--samples", type=int, default=320, help="of each kind that are judged")
     parser.add_argument("--out", type=Path, help="run folders seed0, seed1, ... are made here")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -207,22 +239,38 @@ def arguments(description: str, base: Path, **defaults: Any) -> argparse.Argumen
     return parser
 
 
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The options. Raises TiltflowError, before a base is trained, for what a run would refuse."""
+    args = parser.parse_args(argv)
+    settings_of(args)
+    require_result(args.results)
+    return args
+
+
+def finished(one: StudyJob, out: Path) -> dict[str, Any] | None:
+    """The document of a seed that is done; None if there is something left to do."""
+    config = {"job": one.name, "format": FORMAT, **one.config()}
+    with RunFolder(out, config, resume=True) as folder:
+        found = read_json(out / METRICS) if (out / METRICS).is_file() else {"verdict": None}
+        return found if found["verdict"] is not None and len(folder.rounds()) == one.args.rounds else None
+
+
 def run(study: Study, args: argparse.Namespace, argv: list[str] | None = None) -> None:
     """Every seed in its own run folder; rows as JSON lines on stdout."""
     command = shlex.join(["python", f"recipes/{Path(sys.argv[0]).name}", *(sys.argv[1:] if argv is None else argv)])
-    where = {"seeds", "out", "resume", "overwrite", "results"}
-    shared = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in where}
     rows: list[dict[str, Any]] = []
     seconds = 0.0  # of fine-tuning, in this process or in the one that is resumed
     for seed in args.seeds:
-        out = args.out / f"seed{seed}"
+        one, out, bars = StudyJob(study, seed, args), args.out / f"seed{seed}", Bars()
         begun = args.resume and (out / "config.json").is_file()
-        with RunFolder(out, shared | {"seed": seed}, resume=begun, overwrite=args.overwrite) as folder:
-            done = out / "metrics.json"
-            result = json.loads(done.read_text()) if done.is_file() else one_seed(study, seed, args, folder, command)
-        rows += result["rows"]
-        seconds += result["rows"][0]["seconds"]
-        for row in result["rows"]:
+        result = finished(one, out) if begun else None
+        if result is None:
+            result = job.run(one, out, command=command, resume=begun, overwrite=args.overwrite, tell=bars)
+        bars.close()
+        judged_rows = [{k: v for k, v in row.items() if k != "kind"} for row in result["rows"] if row["kind"] == JUDGED]
+        rows += judged_rows
+        seconds += judged_rows[0]["seconds"]
+        for row in judged_rows:
             print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
     if args.results is not None:
         write_result(args.results, document(command, args.seeds, "cpu", rows, None), seconds)

@@ -21,7 +21,7 @@ import torch
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from small_flow import PatchFlow, Symbols, shown, train_base
-from study import Study, arguments, halves, run, start
+from study import Study, arguments, halves, parsed, run, start
 from torch import Tensor, nn
 
 from tiltflow.core.errors import TiltflowError
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         learning_rate=2e-3, max_cost_gradient=100.0, out=Path("runs/words"),
     )  # fmt: skip
     parser.add_argument("--reader", type=Path, default=Path("english.safetensors"), help="EasyOCR's weights")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     reward, judge = easyocr_recogniser(args.reader), Judge()  # what is missing is said first
     study = Study(
         "words", word_base(args.base, args.base_steps),

@@ -63,7 +63,7 @@ def test_paths_may_be_kept_on_another_device():
     """On fake tensors, which know their devices and refuse to mix them: kept on the CPU, all work elsewhere."""
 
     class Doubling:
-        t, geometry = uniform_grid(3), Euclidean()
+        t, geometry, controlled = uniform_grid(3), Euclidean(), torch.arange(3)
 
         def __init__(self, std):
             self.std = std
@@ -74,6 +74,9 @@ def test_paths_may_be_kept_on_another_device():
 
         def mean(self, chain, k, x, base_mean=None):
             return self.base_mean(k, x)
+
+        def ratios(self, chain):
+            return None
 
     cpu, gpu, cost = torch.device("cpu"), torch.device("meta"), SimpleNamespace(grad=lambda x: -x, running=None)
     method = AdjointMatching(Doubling(torch.full((3,), 0.5)), cost)

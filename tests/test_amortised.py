@@ -11,12 +11,13 @@ pytest.importorskip("rdkit")
 
 from test_cli_sampling import tiltflow
 
+from tiltflow import load
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.weights import evidence
-from tiltflow.molecules.amortised import AmortisedSettings, load_amortised, prepare, save_amortised, train_amortised
-from tiltflow.molecules.generate import ConformerSettings, generate
+from tiltflow.molecules.amortised import load_amortised, prepare, save_amortised, train_amortised
+from tiltflow.molecules.generate import generate
 from tiltflow.molecules.molecule import molecule
-from tiltflow.molecules.torsional import TorsionalSettings
+from tiltflow.molecules.settings import AmortisedSettings, ConformerSettings, TorsionalSettings
 
 SAMPLER = TorsionalSettings(
     rounds=13, batch=64, gradient_steps=25, minibatch=128, buffer_rounds=10, steps=15, draw_steps=30, hidden=32, layers=2,
@@ -102,7 +103,7 @@ def test_misuse():
     with pytest.raises(TiltflowError, match="none of 1 molecules has a rotatable bond"):
         prepare([molecule("C")], SETTINGS, 0)
     with pytest.raises(TiltflowError, match="needs a number of rounds"):
-        train_amortised([], replace(SETTINGS, sampler=TorsionalSettings()), 0)
+        replace(SETTINGS, sampler=TorsionalSettings())
 
 
 def test_the_command_trains_and_the_other_draws(tmp_path):
@@ -112,22 +113,27 @@ def test_the_command_trains_and_the_other_draws(tmp_path):
     args = ["train-conformers", smi, "--out", run, "--molecules", 2, "--rounds", 2, "--seed", 1, "--json"]
     done = tiltflow(*args)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)["rows"]
+    rows = json.loads(done.stdout)["rows"]
+    row = rows[0]
+    assert [r["iteration"] for r in rows[1:]] == [0, 1] and (run / "report.html").is_file()
     assert row["molecules"] == 2 and row["energy_calls"] == 2 * row["templates"] and 0 < row["ess"] <= 1
     assert len(load_amortised(run / "model.safetensors").smiles) == 2
     assert tiltflow(*args).returncode == 2  # the folder is taken
     assert tiltflow(*args, "--resume").returncode == 0
+    more = tiltflow(*["3" if a == 2 and args[i - 1] == "--rounds" else a for i, a in enumerate(args)], "--resume")
+    assert [r["iteration"] for r in json.loads(more.stdout)["rows"][1:]] == [0, 1, 2], more.stderr
+    assert load(run).smiles == load_amortised(run / "model.safetensors").smiles
     drawn = tiltflow(
         "conformers", "CCCCC", "--model", run / "model.safetensors", "-n", 20, "--out", tmp_path / "drawn", "--json"
     )
     assert drawn.returncode == 0, drawn.stderr
-    (row,) = json.loads(drawn.stdout)["rows"]
+    (row,) = [r for r in json.loads(drawn.stdout)["rows"] if r["kind"] == "conformers"]
     assert row["conformers"] + row["rejected"] == 20 and row["conformers"] > 10
     written = (tmp_path / "drawn" / "conformers.sdf").read_text()
     assert "sampling_temperature>  (1) \n700 K" in written  # the model's, not the ensemble's 300 K
     for more in (["--conjugated"], ["--sampling-temperature", "900K"]):
         odd = tiltflow("conformers", "CCCCC", "--model", run / "model.safetensors", *more, "--out", tmp_path / "no")
-        assert odd.returncode == 2 and "--model brings its own" in odd.stderr and not (tmp_path / "no").exists()
+        assert odd.returncode == 2 and "a model brings its own" in odd.stderr and not (tmp_path / "no").exists()
     wrong = tiltflow("conformers", "CCCCC", "--model", smi, "--out", tmp_path / "no")
     assert wrong.returncode == 2 and "not a conformer model" in wrong.stderr and not (tmp_path / "no").exists()
     none = tiltflow("train-conformers", smi, "--out", tmp_path / "no", "--max-atoms", 3)

@@ -8,15 +8,16 @@ pytest.importorskip("rdkit")
 from dataclasses import replace
 from functools import partial
 
-from tiltflow import bench_conformers
+from tiltflow.bench import conformers as bench_conformers
 from tiltflow.core.errors import TiltflowError
 from tiltflow.methods.bridge_sampling import AdjointBridgeSampling
 from tiltflow.molecules.audit import audit
-from tiltflow.molecules.cartesian import CartesianSettings, aligned, harmonic_source, train_cartesian
+from tiltflow.molecules.cartesian import aligned, harmonic_source, train_cartesian
 from tiltflow.molecules.energies import kt_per, open_energy
 from tiltflow.molecules.molecule import molecule
 from tiltflow.molecules.nn.molecule import MoleculeNet
 from tiltflow.molecules.regular import regulariser, stereocentres, volumes
+from tiltflow.molecules.settings import CartesianSettings
 from tiltflow.molecules.templates import embed
 from tiltflow.sampling.train import noise_left
 

@@ -151,6 +151,9 @@ class Optimal:
     def mean(self, chain, k, x, base_mean=None, **condition):
         return chain.mean(k, x, self.process.x1(x, times(chain, k, x)))
 
+    def ratios(self, chain):
+        return None
+
 
 @pytest.fixture(scope="module")
 def mixture_runs():

@@ -6,12 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 
+from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.interpolant import Linear
 from tiltflow.core.process import Process
 from tiltflow.core.weights import ess
 from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem
-from tiltflow.verdict.check_reward import check_reward
+from tiltflow.verdict.check_reward import check_reward, quick_check
 from tiltflow.verdict.strength import largest_strength, predict_tilt
 
 BASE = Process(Linear(), lambda x, t: x, "x1", (3,))
@@ -70,6 +71,22 @@ NOISE = torch.Generator().manual_seed(1)
 FROZEN = torch.nn.Linear(1, 1).requires_grad_(True)
 
 
+def clamps(x):
+    with torch.no_grad():
+        x.clamp_(-0.3, 0.3)
+    return x[:, 0]
+
+
+def wipes(x):
+    x.data[:, 1].mul_(0)
+    return good(x)
+
+
+def in_place(x):
+    x.mul_(0.5).tanh_()
+    return good(x)
+
+
 def raises(x):
     raise KeyError("no such feature")
 
@@ -99,6 +116,8 @@ BAD = {
     "wrong factor": (lambda x: 2 * good(x) - good(x).detach(), "gradient check", "float64"),
     "straight through": (lambda x: StraightThrough.apply(x).sum(1), "gradient check", "float64"),
     "steps": (lambda x: (x > 0).to(x).sum(1) + 0 * x.sum(1), "gradient norm", "nothing to follow"),
+    "changed behind autograd": (clamps, "input unchanged", "x.clone()"),
+    "wiped": (wipes, "input unchanged", "x.clone()"),
     "raises": (raises, "output shape", "KeyError: 'no such feature'"),
 }
 
@@ -111,7 +130,7 @@ def test_bad_reward_fails_its_line_and_is_named(name):
     failing = [line for line in report.lines if line.status == "fail"]
     assert failing[0].name == culprit and words in failing[0].explanation
     assert {line.name for line in failing} <= {culprit, "differentiable", "gradient norm"}  # no line cries for another
-    assert len(report.lines) == 16
+    assert len(report.lines) == 17
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -224,3 +243,38 @@ def test_misuse_is_an_error_not_a_line(generator):
     ):
         with pytest.raises(TiltflowError, match=message):
             check_reward(BASE, good, samples=samples, generator=generator, **kw)
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_the_door_stops_a_bad_reward_and_names_it(name, needs_gradient, generator):
+    reward, culprit, words = BAD[name]
+    x = torch.randn(32, 3, generator=generator)
+    beyond = {"one infinite", "flipped gradient", "wrong factor", "straight through"}  # dear
+    gradient = {"differentiable", "gradient norm", "finite gradient", "input unchanged"}
+    if name in beyond or (not needs_gradient and culprit in gradient):
+        quick_check(reward, x, generator, needs_gradient)
+    else:
+        with pytest.raises(TiltflowError, match=culprit) as raised:
+            quick_check(reward, x, generator, needs_gradient)
+        assert words in str(raised.value) or culprit == "output length"
+
+
+def test_a_reward_may_change_what_it_is_given(generator):
+    """It is given a copy: value, gradient and the caller's samples are those of the pure twin."""
+    x = torch.randn(32, 3, generator=generator)
+    before = x.clone()
+    mine, twin = RewardCost(in_place), RewardCost(lambda x: good((0.5 * x).tanh()))
+    assert torch.equal(mine.value(x), twin.value(x)) and torch.allclose(mine.grad(x), twin.grad(x), atol=1e-12)
+    assert torch.equal(RewardCost(clamps).value(x), RewardCost(lambda x: x[:, 0].clamp(-0.3, 0.3)).value(x))
+    assert torch.equal(x, before)
+    quick_check(in_place, x, generator, True)
+    assert status(report_of(in_place))["input unchanged"] == "pass" and report_of(in_place).status == report_of(good).status
+    assert torch.equal(x, before)
+
+
+def test_the_door_takes_conditions_and_few_samples(generator):
+    x = torch.randn(8, 3, generator=generator)
+    quick_check(lambda x, c: -((x - c) ** 2).sum(1), x, generator, True, c=torch.ones(8, 3))
+    with pytest.raises(TiltflowError, match="finite"):
+        quick_check(good, torch.full((8, 3), torch.nan), generator, True)

@@ -40,7 +40,7 @@ def line_of(report, name):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_good_particles_pass_every_line(dtype, seed):
     report = report_of(LJ13, clusters(4_000, dtype), seed, rotation=True, permutation=True, equilibrium=True)
-    assert set(status(report).values()) == {"pass"} and report.status == "pass" and len(report.lines) == 18
+    assert set(status(report).values()) == {"pass"} and report.status == "pass" and len(report.lines) == 19
     assert line_of(report, "gradient check").value < 1e-6 and "float64" in line_of(report, "gradient check").explanation
     assert "36" in line_of(report, "virial").explanation
     assert not any("reward" in line.explanation or "∇r" in line.explanation for line in report.lines)

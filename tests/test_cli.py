@@ -69,7 +69,7 @@ def test_existing_run_is_refused_and_untouched(run):
 @pytest.mark.parametrize(
     "args,message",
     [
-        (["--strength", "-1"], "negate the reward"),
+        (["--strength", "-1"], "--strength must be a finite number of at least 0"),
         (["--sigma", "1.0"], "not memoryless"),
         (["--reward", f"{MODELS}:detached"], "detached"),
         (["--reward", f"{MODELS}:infinite"], "NaN or infinite"),
@@ -81,8 +81,12 @@ def test_existing_run_is_refused_and_untouched(run):
         (["--base", f"{MODELS}:velocity", "--predicts", "velocity", "--shape", "3"], "shape"),
         (["--base", "no-such-file.safetensors"], "no-such-file"),
         (["--base", "nothing"], "unknown base"),
-        (["--shape", "two"], "integers"),
+        (["--shape", "two"], "--shape must be a tuple of a whole number"),
         (["--device", "abacus"], "abacus"),
+        (["--method", "magic"], "unknown method 'magic'; use one of adjoint_matching"),
+        (["--method", "dds"], "'dds' samples from an energy"),
+        (["--method", "reinforce", "--last-steps", "3"], "takes no last_steps"),
+        (["--log", "paper"], "unknown log 'paper'"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )
@@ -118,11 +122,11 @@ def test_chi_is_refused_other_schedules(tmp_path):
 
 
 def test_failing_verdict_exits_3(tmp_path):
-    options = ["--strength", "3", *SMALL, "--rounds", "1", "--no-importance"]
+    options = ["--strength", "3", *SMALL, "--rounds", "1", "--method", "adjoint_matching_plain"]
     done = tiltflow("finetune", *BASE, "--reward", f"{MODELS}:right", *options, "--out", tmp_path / "run", "--json")
     assert done.returncode == 3, done.stderr
     assert json.loads(done.stdout)["verdict"] == "fail"
-    assert not json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["importance"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["method"] == "adjoint_matching_plain"
 
 
 def test_check_reward_answers_which_strength():

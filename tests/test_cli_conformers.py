@@ -15,9 +15,10 @@ from rdkit import Chem
 from rdkit.Chem import rdDistGeom
 from test_cli_sampling import tiltflow
 
+import tiltflow as tiltflow_package
 from tiltflow.molecules.energies import UnsupportedMolecule
 from tiltflow.molecules.ensemble import Ensemble
-from tiltflow.molecules.generate import ConformerSettings
+from tiltflow.molecules.settings import ConformerSettings
 
 
 @pytest.fixture
@@ -63,13 +64,16 @@ def test_one_smiles(calls, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "molecule-1" in done.stderr and "drawn" in done.stderr
     document = json.loads(done.stdout)
-    assert calls[0][1:] == (ConformerSettings("mmff94", 350.0, 700.0, n=12), 4)
-    assert document["seed"] == 4 and document["verdict"] is None
-    (row,) = document["rows"]
+    wanted = ConformerSettings(energy="mmff94", temperature=350.0, sampling_temperature=700.0, n=12)
+    assert calls[0][1:] == (wanted, 4)
+    assert document["seed"] == 4 and document["verdict"] == "pass"
+    lines = {r["name"]: r["status"] for r in document["rows"] if r["kind"] == "verdict"}
+    assert lines == {"path weights ESS": "pass", "conformers left out": "pass"}
+    (row,) = [r for r in document["rows"] if r["kind"] == "conformers"]
     assert row["conformers"] == 12 and row["rejected"] == 0 and 0.5 < row["ess"] <= 1 and row["reliable"]
     assert (row["energy_min"], row["energy_max"], row["energy_unit"]) == (0.0, 11.0, "kcal/mol") and row["seconds"] >= 0
     assert json.loads((out / "metrics.json").read_text()) == document
-    assert json.loads((out / "config.json").read_text())["temperature"] == 350.0
+    assert json.loads((out / "config.json").read_text())["settings"]["temperature"] == 350.0
     first = next(iter(Chem.SDMolSupplier(str(out / "conformers.sdf"))))
     assert {"engine", "energy_model", "tiltflow_version", "seed", "sampling_temperature"} <= set(first.GetPropNames())
     assert Chem.MolToSmiles(first) == row["smiles"] == "CC[C@H](C)O" and rows_of(out / "rejects.csv") == []
@@ -89,6 +93,11 @@ def test_a_file_with_everything_that_goes_wrong(calls, tmp_path):
         "collapsed": (0, 30, False),
     }
     assert document["verdict"] == "cannot tell"
+    lines = {r["name"]: r for r in document["rows"] if r["kind"] == "verdict"}
+    assert lines["path weights ESS"]["status"] == "cannot tell" and lines["conformers left out"]["status"] == "warn"
+    assert "told of 2: iodide, collapsed" in lines["path weights ESS"]["explanation"]
+    summary = document["rows"][0]
+    assert (summary["kind"], summary["molecules"], summary["refused"], summary["unreliable"]) == ("summary", 4, 2, 2)
     refused = [(r["line"], r["name"], r["reason"]) for r in document["rows"] if r["kind"] == "refused"]
     assert refused[0][:2] == (2, "flat") and refused[1] == (3, "boron", "no parameters for B")
     rejects = [(r["line"], r["name"], r["reason"]) for r in rows_of(out / "rejects.csv")]
@@ -122,23 +131,46 @@ def test_resume_generates_only_what_is_missing(calls, tmp_path):
     assert (out / "conformers.csv").read_text() == text
 
 
+def test_more_rounds_make_finished_molecules_anew(calls, tmp_path):
+    out = tmp_path / "run"
+    for rounds, resume, made in ((5, [], 1), (5, ["--resume"], 1), (9, ["--resume"], 2)):
+        done = tiltflow("conformers", "CCO", "-n", 3, "--rounds", rounds, "--out", out, *resume)
+        assert done.returncode == 0 and len(calls) == made, done.stderr
+    assert [settings.sampler.rounds for _, settings, _ in calls] == [5, 9]
+    assert tiltflow("conformers", "CCO", "-n", 3, "--rounds", 5, "--out", out, "--resume").returncode == 2
+
+
+def test_a_run_is_read_back_where_it_was_moved_to(calls, tmp_path):
+    source, out, there = tmp_path / "in.smi", tmp_path / "run", tmp_path / "there"
+    source.write_text("CCBr bromide\nB(C)(C)C boron\nC/C=C/Cl double\n")
+    assert tiltflow("conformers", source, "-n", 5, "--out", out).returncode == 0
+    out.rename(there)
+    source.unlink()
+    bromide, double = tiltflow_package.load(there)
+    assert (bromide.molecule.name, len(bromide), bromide.discarded) == ("bromide", 3, 2)
+    assert (len(double), Chem.MolToSmiles(Chem.RemoveHs(double.molecule.mol))) == (5, double.molecule.smiles)
+    numbers = [[float(r["energy"]) for r in rows_of(there / "conformers.csv") if r["name"] == "double"]]
+    assert numbers == [double.energy.tolist()]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["CC(F)Cl"], "undefined stereo: centre C2"),
-        (["B(C)(C)C"], "no parameters for B"),
+        (["B(C)(C)C"], "mmff94 does not take B"),
         (["missing.smi"], "no file"),
         (["CCO", "--temperature", "27C"], "write Kelvin"),
         (["CCO", "--sampling-temperature", "0K"], "above 0 K"),
         (["CCO", "--device", "meta"], "CPU"),
         (["CCO", "-n", 0], "-n"),
         (["CCCCCCC", "--max-atoms", 10], "too large"),
-        (["CCO", "--cover", "--rescore", "gfn2"], "--cover has a recipe of its own"),
+        (["CCO", "--cover", "--rescore", "gfn2"], "cover has a recipe of its own: leave out rescore"),
     ],
 )
 def test_misuse(args, message, calls, tmp_path):
     done = tiltflow("conformers", *args, "--out", tmp_path / "run")
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_line_starts_without_rdkit():

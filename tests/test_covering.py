@@ -10,7 +10,7 @@ pytest.importorskip("rdkit")
 
 from test_cli_sampling import tiltflow
 
-from tiltflow import bench_conformers
+from tiltflow.bench import conformers as bench_conformers
 from tiltflow.molecules import covering as module
 from tiltflow.molecules.covering import covering
 from tiltflow.molecules.energies import open_energy
@@ -66,7 +66,7 @@ def test_the_command_writes_minima_without_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     done = tiltflow("conformers", "CCCCO", "--cover", "-n", 4, "--out", tmp_path, "--json")
     document = json.loads(done.stdout)
-    (row,) = document["rows"]
+    (row,) = [r for r in document["rows"] if r["kind"] == "conformers"]
     assert done.returncode == 0 and document["verdict"] is None and row["ess"] is None and row["conformers"] == 4
     rows = list(csv.DictReader((tmp_path / "conformers.csv").open()))
     assert {(r["weight"], r["temperature"]) for r in rows} == {("none", "none")}

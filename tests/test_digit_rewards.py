@@ -5,11 +5,10 @@ import importlib.resources
 import pytest
 import torch
 import torch.nn.functional as F
-from tiltflow.data import digits as data
 from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
-from tiltflow.digits import rewards
+from tiltflow.digits import data, rewards
 from tiltflow.digits import weights as assets
 from tiltflow.digits.nets import DigitNet, Guided, ObservationAdapter
 from tiltflow.digits.pretrain import pretrain_digits

@@ -27,7 +27,9 @@ from tiltflow.train.method import State
 from tiltflow.train.settings import Training
 from tiltflow.train.store import load_state, load_weights, save_state, save_weights
 
-SETTINGS = Training(rounds=12, learning_rate=1e-2, gradient_steps=2, minibatch=50, buffer_rounds=3, ema=0.99, checkpoint_every=3)
+SETTINGS = Training(
+    rounds=12, learning_rate=1e-2, gradient_steps=2, minibatch=50, buffer_rounds=3, ema=0.99, checkpoint_every=3
+)
 
 
 class Stopped(Exception):
@@ -181,10 +183,11 @@ import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
-from test_fit_and_run import CONFIG, RunFolder, SmallRun, Training
+from dataclasses import replace
+from test_fit_and_run import CONFIG, SETTINGS, RunFolder, SmallRun
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(int(sys.argv[3]))
-slow = Training(rounds=12, learning_rate=1e-2, gradient_steps=2, minibatch=50, buffer_rounds=3, ema=0.99, checkpoint_every=1)
+slow = replace(SETTINGS, checkpoint_every=1)
 def tell(row):
     print(row["iteration"], flush=True)
     if row["iteration"] == 7:

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from tiltflow import mcmc
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Centred, Torus
-from tiltflow.energies import ENERGY_PROBLEMS
+from tiltflow.energies import ENERGY_PROBLEMS, mcmc
 from tiltflow.energies.mcmc import mala, parallel_tempering
 
 PRECISION = torch.tensor([1.0, 4.0], dtype=torch.float64)

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiltflow.bench import names as benches
 from tiltflow.bench.budget import Budget, Counter, counted
-from tiltflow.bench.control import ControlSettings, bench_control
+from tiltflow.bench.control import ControlSettings
 from tiltflow.bench.control import bench_problem as bench_control_problem
 from tiltflow.bench.digits import DigitsSettings, bench_method
 from tiltflow.bench.tilt import (
+    METHOD,
     TILT_PROBLEMS,
     TiltSettings,
     _bench_named,
@@ -24,14 +26,14 @@ from tiltflow.bench.tilt import (
 from tiltflow.core.control import FineTuned, tilted
 from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
-from tiltflow.methods.registry import FREE, METHODS, TRAINED, chosen
+from tiltflow.methods.registry import METHODS, chosen, names
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import mixture2d
-from tiltflow.train.buffer import Buffer
 from tiltflow.train.fit import fit
 from tiltflow.train.method import State
 from tiltflow.train.settings import Training
 
+TRAINED, FREE = names("finetune", trained=True), names("finetune", trained=False)
 SMALL = TiltSettings(steps=6, budget=2, batch=32, sample_steps=8, samples=200, w2_samples=50, w2_draws=1, hidden=8, layers=2)
 
 
@@ -44,7 +46,8 @@ def setting(name, reward=None):
     problem, generator = mixture2d(), torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     chain = chain_of(problem, 12, generator)
-    method = TRAINED[name].build(chain, RewardCost(reward or problem.reward), 32, generator)
+    cost = RewardCost(reward or problem.reward)
+    method = METHODS[name].made(chain=chain, cost=cost, batch=32, generator=generator)
     return method, FineTuned(tilted(problem.process(), MLP(4, 2, 8, 2))), generator
 
 
@@ -65,19 +68,19 @@ def test_a_trained_method_keeps_the_protocol(name):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_resumed_run_equals_the_uninterrupted_one(name, tmp_path):
-    preset = TRAINED[name]
-    settings = Training(rounds=4, gradient_steps=preset.gradient_steps, minibatch=16 if preset.rounds else None, checkpoint_every=2)
+    settings = Training(final_learning_rate=1.0, checkpoint_every=2, **{"minibatch": 16, **METHODS[name].training})
 
     def run(rounds, resume, checkpoint):
         method, control, generator = setting(name)
-        fit(method, State(control, generator), replace(settings, rounds=rounds, final_learning_rate=1.0),
-            Buffer(200) if preset.rounds else None, checkpoint, resume)  # fmt: skip
+        fit(method, State(control, generator), replace(settings, rounds=rounds), checkpoint, resume)
         return [p.detach().clone() for p in control.module.parameters()]
 
     whole = run(4, False, tmp_path / "whole")
     run(2, False, tmp_path / "part")
     resumed = run(4, True, tmp_path / "part")
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    shorter = run(3, False, tmp_path / "other")
+    assert not all(torch.equal(a, b) for a, b in zip(whole, shorter, strict=True))  # the comparison can fail
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -86,7 +89,7 @@ def test_methods_that_need_no_gradient_take_any_reward_and_the_others_refuse(nam
         method, control, generator = setting(name, lambda x: (x[:, 0] > 0).float())
         return method.loss(control, method.collect(State(control, generator)).material, generator)
 
-    if TRAINED[name].gradient:
+    if METHODS[name].needs_gradient:
         with pytest.raises(TiltflowError, match="detached"):
             one_round()
     else:
@@ -99,7 +102,8 @@ def test_a_training_free_method_keeps_the_protocol(name, tuned):
     problem, generator = mixture2d(), torch.Generator().manual_seed(0)
     chain = chain_of(problem, 12, generator)
     control = FineTuned(tilted(problem.process(), MLP(4, 2, 8, 2)))
-    drawn = FREE[name].build(chain, RewardCost(problem.reward)).sample(control if tuned else None, 40, generator)
+    method = METHODS[name].made(chain=chain, cost=RewardCost(problem.reward))
+    drawn = method.sample(control if tuned else None, 40, generator)
     assert drawn.x.shape == (40, 2) and drawn.log_weights.shape == (40,)
     assert bool(torch.isfinite(drawn.x).all()) and bool(torch.isfinite(drawn.log_weights).all())
     assert drawn.log_z is None or abs(drawn.log_z - problem.log_z) < 2
@@ -115,13 +119,13 @@ def test_a_budget_decides_the_rounds_and_is_not_overspent():
         train(problem, 0, replace(SMALL, budget=Budget(100, 100)), method="adjoint_matching_plain")
 
 
-@pytest.mark.parametrize("name", ["adjoint_matching", "draft_1", "best_of_4", "urge"])
+@pytest.mark.parametrize("name", ["adjoint_matching_endpoint", "draft_1", "best_of_4", "urge"])
 def test_rows_of_the_table(name):
     rows = bench_problem(mixture2d(), 0, SMALL, name)
     assert [r["sampler"] for r in rows] == (["sde", "ode"] if name in TRAINED else ["sde"])
     for row in rows:
         assert {"w2", "w2_floor", "mode_tv", "base_evaluations", "reward_calls", "seconds", "peak_memory_mb"} <= set(row)
-        assert row["biased"] == (METHODS[name].bias is not None)
+        assert row["biased"] == bool(METHODS[name].bias)
         assert row["base_evaluations"] > 0 and row["reward_calls"] > 0
 
 
@@ -134,7 +138,7 @@ def test_the_exact_control_scores_well_in_the_table():
     assert base["mode_tv"] > 0.2  # the base itself is not the tilt
 
 
-@pytest.mark.parametrize("name", ["adjoint_matching_weighted", "draft_1", "feynman_kac"])
+@pytest.mark.parametrize("name", ["adjoint_matching", "draft_1", "feynman_kac"])
 def test_row_of_the_digits_table(name):
     x = torch.rand(40, 1, 28, 28) * 2 - 1
     reference = (x, torch.zeros(40))
@@ -161,14 +165,26 @@ def test_a_method_that_diverges_costs_no_other_its_row(monkeypatch):
     assert all("NaN" in row["error"] and row["method"] == "adjoint_matching_plain" for row in rows)
 
 
+def test_benches_take_the_rows_of_the_one_table_that_apply():
+    assert names("finetune") == benches.TILT and set(benches.TILT) == {*TRAINED, *FREE}
+    assert set(benches.TILT) - set(benches.DIGITS) == {"adjoint_matching_endpoint", "socm", "reciprocal_matching"}
+    assert set(benches.CONTROL) == {
+        "adjoint_matching", "adjoint_matching_plain", "adjoint_matching_basic", "discrete_adjoint", "log_variance", "socm",
+        "reinforce",
+    }  # fmt: skip
+    assert (*names("sample"), "parallel_tempering") == benches.SAMPLING
+    assert METHOD in benches.TILT and chosen("all", benches.TILT) == benches.TILT
+
+
 def test_unknown_names_are_refused():
-    with pytest.raises(TiltflowError, match="unknown method 'nope'"):
-        chosen("nope", vectors=True)
-    with pytest.raises(TiltflowError, match="unknown method 'socm'"):
-        chosen("adjoint_matching_plain, socm", vectors=False)
-    assert chosen("all", vectors=True) == tuple(METHODS) and "socm" not in chosen("all", vectors=False)
-    with pytest.raises(TiltflowError, match="unknown method 'draft_1'"):
-        bench_control("draft_1", 0)
+    for text, usable, wrong in [
+        ("nope", benches.TILT, "nope"),
+        ("adjoint_matching_plain, socm", benches.DIGITS, "socm"),
+        ("draft_1", benches.CONTROL, "draft_1"),
+        ("reinforce", benches.SAMPLING, "reinforce"),
+    ]:
+        with pytest.raises(TiltflowError, match=f"unknown method '{wrong}'"):
+            chosen(text, usable)
     with pytest.raises(TiltflowError, match="unknown problem"):
         bench_tilt(("nope",), 0)
 
@@ -177,7 +193,9 @@ def test_the_worked_example_of_the_docs_runs_and_finds_log_z(capsys):
     page = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
     definition, use = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(definition.splitlines()) <= 40
-    names: dict = {"__name__": "worked_example"}
-    exec(definition, names)
-    exec(use, names)
-    assert names["log_z"].value.item() == pytest.approx(0.625, abs=0.03)
+    example: dict = {"__name__": "worked_example"}
+    exec(definition, example)
+    exec(use, example)
+    printed = [float(word) for word in capsys.readouterr().out.split()]
+    assert printed[1] == pytest.approx(0.625) and printed[0] == pytest.approx(printed[1], abs=0.03)
+    assert example["tuned"].history[-1]["iteration"] == 199

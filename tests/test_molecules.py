@@ -14,13 +14,12 @@ from rdkit.Chem import rdDepictor, rdDistGeom
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.audit import audit
-from tiltflow.molecules.clusters import clusters
 from tiltflow.molecules.energies import open_energy
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.generate import rescored
 from tiltflow.molecules.molecule import molecule, with_positions
 from tiltflow.molecules.read import Reject, read_molecules
-from tiltflow.molecules.write import weight_texts, write_conformers, write_rejects
+from tiltflow.molecules.write import write_conformers, write_rejects
 
 STEREO = {  # name: SMILES, atoms whose exchange inverts a centre or turns a double bond
     "peptide": "C[C@H](N)C(=O)N[C@@H](CO)C(=O)O",
@@ -229,7 +228,7 @@ def test_ensembles_that_are_none(changes, message):
 def test_populations_are_sums_of_weights():
     log_w = torch.linspace(0, 2, 40)
     e = ensemble("CCCCCC", 40, log_weights=log_w)
-    found = clusters(e, 0.3)
+    found = e.clusters(0.3)
     assert sum(found.sizes) == 40 and sum(found.populations) == pytest.approx(1) and len(found.sizes) > 2
     assert found.populations == sorted(found.populations, reverse=True)
     for k, (size, population, lowest) in enumerate(zip(found.sizes, found.populations, found.lowest)):
@@ -237,9 +236,9 @@ def test_populations_are_sums_of_weights():
         assert int(mine.sum()) == size and float(e.weights[mine].sum()) == pytest.approx(population)
         assert float(e.energy[lowest]) == float(e.energy[mine].min())
     assert abs(found.populations[0] - found.sizes[0] / 40) > 1e-3  # counting members is the bad twin
-    assert len(clusters(e, 100.0).sizes) == 1
+    assert len(e.clusters(100.0).sizes) == 1
     with pytest.raises(TiltflowError, match="threshold"):
-        clusters(e, 0.0)
+        e.clusters(0.0)
 
 
 def test_clusters_know_symmetric_atoms():
@@ -248,7 +247,7 @@ def test_clusters_know_symmetric_atoms():
     exchanged = x.clone()
     exchanged[:, [0, 2]] = x[:, [2, 0]]
     e = Ensemble(m, torch.cat([x, exchanged]), torch.zeros(2), "kT", torch.zeros(2), 300.0, 300.0, {})
-    assert clusters(e, 0.01).sizes == [2]
+    assert e.clusters(0.01).sizes == [2]
 
 
 # Files
@@ -257,7 +256,7 @@ def test_clusters_know_symmetric_atoms():
 def test_sdf_comes_back_as_it_was(tmp_path):
     log_w = torch.linspace(0, 1, 5)
     many = [ensemble(smiles, 5, log_weights=log_w) for smiles in (*STEREO.values(), "[H]/N=C(\\C)N", "C[N+](=O)[O-]")]
-    write_conformers(tmp_path, [(e, clusters(e)) for e in many])
+    write_conformers(tmp_path, [(e, e.clusters()) for e in many])
     records = list(Chem.SDMolSupplier(str(tmp_path / "conformers.sdf")))
     rows = list(csv.DictReader((tmp_path / "conformers.csv").open()))
     assert len(records) == len(rows) == 5 * len(many)
@@ -275,8 +274,8 @@ def test_sdf_comes_back_as_it_was(tmp_path):
 def test_conformers_that_were_chosen_have_no_weights():
     """Neither to read, nor to weight for another energy, nor populations; left-out ones are counted all the same."""
     e = replace(ensemble(n=6), log_weights=None)
-    assert not e.reliable and e.ess == 0.0 and clusters(e, 0.01).populations is None
-    assert weight_texts(e) == ["none"] * 6
+    assert not e.reliable and e.ess == 0.0 and e.clusters(0.01).populations is None
+    assert [row["weight"] for row in e.records(e.clusters())] == ["none"] * 6
     assert e.keep(torch.tensor([True] * 4 + [False] * 2)).discarded == 2
     with pytest.raises(TiltflowError, match="have no weights"):
         _ = e.weights
@@ -289,7 +288,7 @@ def test_unreliable_weights_are_not_written(tmp_path):
     log_w = torch.zeros(40)
     log_w[0] = 50.0
     e = ensemble("CCO", 40, log_weights=log_w)
-    found = clusters(e)
+    found = e.clusters()
     assert not e.reliable and found.populations is None
     write_conformers(tmp_path, [(e, found)])
     assert {row["weight"] for row in csv.DictReader((tmp_path / "conformers.csv").open())} == {"cannot tell"}

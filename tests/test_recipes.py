@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from tiltflow.core.chain import memoryless_chain, uniform_grid
+from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.interpolant import Linear
 from tiltflow.core.process import Process
+from tiltflow.methods.registry import METHODS
 from tiltflow.tilting.model import TiltedModel
+from tiltflow.tilting.settings import FinetuneSettings
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
@@ -185,15 +188,22 @@ def test_a_study_raises_reward_and_judge_and_leaves_run_folders(tmp_path, capsys
 def test_an_interrupted_study_goes_on_exactly(tmp_path, monkeypatch, capsys):
     study = recipe("study")
     study.run(toy(), options(tmp_path, "--out", str(tmp_path / "whole")), [])
-    real, calls = study.one_seed, []
+    real, calls = study.StudyJob.perform, []
 
-    def interrupted(study_, seed, *more):
-        calls.append(seed)
+    def interrupted(job, work):
+        calls.append(job.seed)
         if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(study_, seed, *more)
+            told = work.round
 
-    monkeypatch.setattr(study, "one_seed", interrupted)
+            def stopping(row, *more):
+                told(row, *more)
+                if row["iteration"] == 39:  # after the checkpoint of round 25
+                    raise KeyboardInterrupt
+
+            work.round = stopping
+        return real(job, work)
+
+    monkeypatch.setattr(study.StudyJob, "perform", interrupted)
     with pytest.raises(KeyboardInterrupt):
         study.run(toy(), options(tmp_path), [])
     study.run(toy(), options(tmp_path, "--resume"), [])
@@ -201,11 +211,28 @@ def test_an_interrupted_study_goes_on_exactly(tmp_path, monkeypatch, capsys):
 
     def rows(name):
         read = [json.loads((tmp_path / name / f"seed{seed}" / "metrics.json").read_text())["rows"] for seed in (0, 1)]
-        return [{k: v for k, v in row.items() if k != "seconds"} for seed in read for row in seed]
+        samples = [row for seed in read for row in seed if row["kind"] == "samples"]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in samples]
 
-    assert rows("run") == rows("whole")
+    assert len(rows("whole")) == 2 * 2 * 2 and rows("run") == rows("whole")
     with pytest.raises(TiltflowError, match="already holds a run"):
         study.run(toy(), options(tmp_path), [])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--rounds", "0", "rounds must be"), ("--steps", "0", "steps must be"), ("--samples", "0", "samples must be"),
+        ("--strength", "nan", "strength must be"), ("--seeds", "99999999999999999999", "seed must be"),
+        ("--learning-rate", "-1", "learning_rate must be"), ("--results", __file__, "not the result of a benchmark"),
+    ],
+)  # fmt: skip
+def test_options_of_a_study_are_refused_before_anything_is_made(tmp_path, option, value, said):
+    study = recipe("study")
+    parser = study.arguments("A toy.", tmp_path / "base", base_steps=1, strength=10.0, out=tmp_path / "run")
+    with pytest.raises(TiltflowError, match=said):
+        study.parsed(parser, [option, value])
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_changes_where_nothing_was_trained(tmp_path):
@@ -213,8 +240,10 @@ def test_nothing_changes_where_nothing_was_trained(tmp_path):
     study, args = recipe("study"), options(tmp_path)
     job = toy()
     chain = memoryless_chain(job.base, uniform_grid(8), 0.01 * torch.ones(8))
+    cost, row = RewardCost(lambda x, text: x.flatten(1).mean(1)), METHODS["adjoint_matching"]
+    tuned = TiltedModel(job.base, job.base, chain, cost, row, FinetuneSettings(), None, [])
     for sampler in ("sde", "ode"):
-        row = study.row_of(*study.before_and_after(job, Tuned(job.base, chain, []), 0, ["a", "b"], args, sampler))
+        row = study.row_of(*study.before_and_after(job, tuned, 0, ["a", "b"], args, sampler))
         assert row["reward_change"] == row["half_change"] == row["kl"] == 0 and row["reward_error"] > 0
 
 

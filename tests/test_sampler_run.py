@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from tiltflow.bench import sampling as bench_sampling
 from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import ENERGY_PROBLEMS
-from tiltflow.run.folder import RunFolder
-from tiltflow.sampling.job import SamplerConfig, load_sampler, run_sampler
+from tiltflow.energies.tempering import Tempering
+from tiltflow.run import job as flow
+from tiltflow.run.folder import FORMAT, RunFolder
+from tiltflow.run.open import load, open_run
 from tiltflow.sampling.assess import assess_all
-from tiltflow.sampling.names import load_problem
-from tiltflow.sampling.sampler import DEFAULTS
 from tiltflow.sampling.drawn import Drawn
+from tiltflow.sampling.job import SamplerJob
+from tiltflow.sampling.names import load_problem
 from tiltflow.sampling.settings import SamplerSettings
 from tiltflow.verdict.sampler import judge_sampler
 
@@ -30,7 +32,7 @@ UNKNOWN = replace(UNEQUAL, sample=None, log_z=None, modes=None)
 
 def config(**changes):
     usual = {"problem": "gaussian2d", "seed": 3, "samples": 300, "compared": 100, "settings": TINY}
-    return SamplerConfig(**(usual | changes))
+    return SamplerJob(**(usual | changes))
 
 
 # --- the verdict
@@ -66,7 +68,7 @@ def diverged(problem, generator):
 
 
 def lines_of(problem, sampler, generator, compared=700):
-    row = assess_all(problem, sampler(problem, generator), None, generator, compared).row
+    row = assess_all(problem, sampler(problem, generator), None, None, generator, compared).row
     verdict = judge_sampler(row)
     return verdict.status, {line.name: line.status for line in verdict.lines}
 
@@ -128,8 +130,7 @@ def run(path, settings=None, stop_at=None, **kw):
         if stop_at is not None and done == stop_at:
             raise Stopped
 
-    with RunFolder(path, wanted.as_dict(), **kw) as folder:
-        return run_sampler(wanted, folder, "tiltflow train-sampler", progress)
+    return flow.run(wanted, path, command="tiltflow train-sampler", tell=progress, **kw)
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +163,8 @@ def test_what_a_run_leaves(finished):
 
 def test_a_finished_run_draws_the_same_again(finished):
     path, _ = finished
-    settings, trained = load_sampler(path)
-    assert settings == config()
-    drawn = trained.draw(300, seed=10_003)
+    assert open_run(path) == config()
+    drawn = load(path).sample(300, seed=10_003)
     assert torch.equal(drawn.x, load_file(path / "samples.safetensors")["x"])
 
 
@@ -189,7 +189,8 @@ def test_the_folder_is_refused(finished):
         run(path)
     with pytest.raises(TiltflowError, match="cannot resume"):
         run(path, config(seed=9), resume=True)
-    with RunFolder(path, config().as_dict(), resume=True), pytest.raises(TiltflowError, match="in use"):
+    whole = {"job": "train-sampler", "format": FORMAT, **config().config()}
+    with RunFolder(path, whole, resume=True), pytest.raises(TiltflowError, match="in use"):
         run(path, overwrite=True)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
 
@@ -197,18 +198,21 @@ def test_the_folder_is_refused(finished):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": replace(TINY, rounds=0)}, "rounds must be at least 1"),
-        ({"settings": replace(TINY, method="magic")}, "unknown sampling method 'magic'"),
-        ({"settings": replace(TINY, scale=-1.0)}, "scale is a length"),
-        ({"settings": replace(TINY, finest=9.0)}, "finest < scale"),
-        ({"samples": 0}, "samples must be"),
+        ({"settings": {"rounds": 0}}, "rounds must be a whole number of at least 1"),
+        ({"method": "magic"}, "unknown method 'magic'"),
+        ({"settings": {"sigma_max": -1.0}}, "sigma_max must be a finite number above 0"),
+        ({"settings": {"sigma_min": math.nan}}, "sigma_min must be a finite number above 0"),
+        ({"settings": {"sigma_min": 9.0, "sigma_max": 2.0}}, "sigma_min must be below sigma_max"),
+        ({"settings": {"sigma_min": 9.0}}, "finest < scale"),
+        ({"scale": -1.0}, "scale must be a finite number above 0"),
+        ({"samples": 0}, "samples must be a whole number from 2"),
+        ({"seed": 99999999999999999999}, "seed must be a whole number"),
         ({"device": "meta"}, "on the CPU"),
     ],
 )
 def test_settings_are_checked(changes, message):
-    wanted = config(**changes)
     with pytest.raises(TiltflowError, match=message):
-        wanted.check(wanted.load_problem())
+        config(**(changes | {"settings": replace(TINY, **changes.get("settings", {}))})).check()
 
 
 @pytest.mark.parametrize(
@@ -220,13 +224,12 @@ def test_settings_are_checked(changes, message):
     ],
 )  # fmt: skip
 def test_energies_are_checked(energy, check):
-    wanted = config(problem=f"{ENERGIES}:{energy}", shape=(2,), settings=replace(TINY, scale=2.0, finest=0.1))
     with pytest.raises(TiltflowError, match=check):
-        wanted.check(wanted.load_problem())
+        config(problem=f"{ENERGIES}:{energy}", shape=(2,), scale=2.0, finest=0.1).check()
 
 
 def test_symmetries_are_checked():
-    lengths = {"settings": replace(TINY, scale=2.0, finest=0.1)}
+    lengths = {"scale": 2.0, "finest": 0.1}
     for name, shape, space, message in [
         ("springs", (3, 2), "particles", None),
         ("labelled", (3, 2), "particles", "permutation"),
@@ -235,10 +238,10 @@ def test_symmetries_are_checked():
     ]:
         wanted = config(problem=f"{ENERGIES}:{name}", shape=shape, space=space, **lengths)
         if message is None:
-            wanted.check(wanted.load_problem())
+            wanted.check()
         else:
             with pytest.raises(TiltflowError, match=message):
-                wanted.check(wanted.load_problem())
+                wanted.check()
 
 
 def test_problems_by_name(generator):
@@ -262,20 +265,20 @@ def test_problems_by_name(generator):
 
 @pytest.mark.parametrize(("method", "expected"), [("pis", 2 * 3 * 8 * 4), ("idem", 3 * 8 * 4 + 3 * (8 + 16 + 16))])
 def test_every_row_through_the_network_counts(method, expected, monkeypatch):
-    settings = replace(TINY, method=method, rounds=3, batch=8, minibatch=20, buffer_rounds=2, gradient_steps=3, steps=4)
-    monkeypatch.setitem(DEFAULTS, "gaussian2d", settings)
+    settings = {"rounds": 3, "batch": 8, "minibatch": 20, "buffer_rounds": 2, "gradient_steps": 3, "steps": 4, "hidden": 16}
+    problem = replace(ENERGY_PROBLEMS["gaussian2d"](), settings=settings)
     monkeypatch.setattr(bench_sampling, "COMPARED", 50)
     monkeypatch.setattr(bench_sampling, "SAMPLES", 100)
-    row = bench_sampling.bench_one(ENERGY_PROBLEMS["gaussian2d"](), "gaussian2d", method, 0)
+    row = bench_sampling.bench_one(problem, "gaussian2d", method, 0)
     assert row["network_evaluations"] == expected
     assert row["gradient_steps"] == (3 if method == "pis" else 9)
 
 
 def test_parallel_tempering_is_a_method(monkeypatch):
-    plan = bench_sampling.Tempering(10.0, 4, 50, 400, 200, 50)
-    monkeypatch.setitem(bench_sampling.LADDERS, "unequal2d", plan)
+    plan = Tempering(top=10.0, replicas=4, chains=50, steps=400, burn_in=200, relax=50)
+    problem = replace(UNEQUAL, tempering=plan)
     monkeypatch.setattr(bench_sampling, "COMPARED", 200)
-    row = bench_sampling.bench_one(UNEQUAL, "unequal2d", "parallel_tempering", 0)
+    row = bench_sampling.bench_one(problem, "unequal2d", "parallel_tempering", 0)
     assert list(row)[: len(bench_sampling.COLUMNS)] == list(bench_sampling.COLUMNS)
     assert row["mode_tv"] < 0.05 and row["ess"] is None and row["gradient_steps"] == 0
     assert row["energy_evaluations"] == 50 * 50 + (200 + 400 + 1) * 4 * 50
@@ -301,7 +304,7 @@ def test_minutes_become_rounds_by_processor_time(monkeypatch):
     class Planned(Exception):
         pass
 
-    def train(problem, settings, seed):
+    def train(problem, method, settings, seed):
         if settings.rounds != 4:
             raise Planned(settings.rounds)
         return SimpleNamespace(history=[{"processor_seconds": s} for s in (9.0, 0.5, 0.5, 0.5)])
@@ -315,13 +318,16 @@ def test_minutes_become_rounds_by_processor_time(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "method", "field", "value"),
-    [("gmm40", "idem", "gradient_steps", 20), ("gmm40", "weighted_adjoint_sampling", "gradient_steps", 100), ("lj13", "pis", "batch", 64)],
-)
+    [
+        ("gmm40", "idem", "gradient_steps", 20), ("gmm40", "weighted_adjoint_sampling", "gradient_steps", 100),
+        ("lj13", "pis", "batch", 64),
+    ],
+)  # fmt: skip
 def test_baselines_that_diverge_or_do_not_fit_are_treated_gently(monkeypatch, name, method, field, value):
     """Only they, and in the pilot too."""
 
-    def train(problem, settings, seed):
-        raise TiltflowError(f"{settings.method} {getattr(settings, field)}")
+    def train(problem, method, settings, seed):
+        raise TiltflowError(f"{method} {getattr(settings, field)}")
 
     monkeypatch.setattr(bench_sampling, "train_sampler", train)
     with pytest.raises(TiltflowError, match=f"^{method} {value}$"):

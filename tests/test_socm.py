@@ -223,6 +223,7 @@ def test_conditions_reach_the_base_the_reward_and_the_control(generator):
         """Brownian motion from 0."""
 
         t, std, geometry = uniform_grid(4), torch.full((4,), 0.5), Euclidean()
+        controlled = torch.arange(4)
 
         def base_mean(self, k, x, side):
             seen.add("base")

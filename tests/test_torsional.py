@@ -1,6 +1,7 @@
 """The torsional sampler against quadrature on the grid of torsions, and the coordinates against RDKit's own."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,17 +18,16 @@ from tiltflow.energies.cost import EnergyCost
 from tiltflow.methods.adjoint_sampling import AdjointSampling
 from tiltflow.methods.several import SeveralAdjointSampling
 from tiltflow.molecules.energies import kt_per, open_energy
-from tiltflow.molecules.generate import ConformerSettings, allot, generate, rescored
+from tiltflow.molecules.generate import allot, generate, rescored
 from tiltflow.molecules.molecule import molecule, with_positions
+from tiltflow.molecules.settings import ConformerSettings, TorsionalSettings
 from tiltflow.molecules.templates import embed, templates
-from tiltflow.molecules.torsional import TorsionalSettings, torsion_chain, train_torsional
+from tiltflow.molecules.torsional import torsion_chain, train_torsional
 from tiltflow.molecules.torsions import dihedrals, place, rotatable_torsions
 from tiltflow.nn.mlp import SystemMLP
 from tiltflow.sampling.drawn import draw
-from tiltflow.train.buffer import Buffer
 from tiltflow.train.fit import fit
 from tiltflow.train.method import State
-from tiltflow.train.settings import Training
 
 SMILES = ["CC(=O)Oc1ccccc1C(=O)O", "OCC(N)C(=O)NCc1ccccc1C", "C#CCOc1ccccc1", "F/C=C/C[C@H](O)CS"]
 
@@ -127,10 +127,10 @@ def test_templates_are_weighted_by_their_partition_functions():
     evaluators = [Evaluator(energy_of(*target)) for target in targets]
     samplers = [AdjointSampling(chain, EnergyCost(e, chain), settings.batch, "least_variance", 0.2) for e in evaluators]
     torch.manual_seed(0)
-    control = DriftControl(StepVariance(SystemMLP(2, 1, 32, 2), settings.steps), settings.finest)
+    control = DriftControl(StepVariance(SystemMLP(2, 1, 32, 2), settings.steps), settings.sigma_min)
     state = State(control, torch.Generator().manual_seed(0))
     method = SeveralAdjointSampling(samplers, 2)
-    fit(method, state, Training(rounds=15, learning_rate=3e-3, ema=0.5, gradient_steps=20, minibatch=256), Buffer(1024))
+    fit(method, state, replace(settings, ema=0.5, buffer_rounds=4))
     for i, (c, a) in enumerate(targets):
         rows, other = (
             draw(chain, control, evaluators[i], 4000, state.generator, condition=partial(told, j)) for j in (i, 1 - i)
@@ -159,7 +159,7 @@ def test_targets_of_different_sizes_share_a_round():
         chain = torsion_chain(settings, dim, settings.steps)
         cost = EnergyCost(Evaluator(lambda x: -x.cos().sum(1)), chain)
         samplers.append(AdjointSampling(chain, cost, 16, "least_variance", 0.2))
-    control = DriftControl(Net(), settings.finest)
+    control = DriftControl(Net(), settings.sigma_min)
     method = SeveralAdjointSampling(samplers, 2)
     material = method.collect(State(control, torch.Generator().manual_seed(0))).material
     assert material["x1"].shape == (32, 3)

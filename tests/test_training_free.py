@@ -11,14 +11,13 @@ from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.noise import Constant
 from tiltflow.core.process import Process
-from tiltflow.core.simulate import sample
-from tiltflow.core.weights import normalised
+from tiltflow.core.simulate import Step, sample
+from tiltflow.core.weights import normalised, systematic
+from tiltflow.methods import smc
 from tiltflow.methods.best_of_n import BestOfN
 from tiltflow.methods.guidance import GradientGuidance
 from tiltflow.methods.smc import PathSMC, feynman_kac, urge
-from tiltflow.core.weights import systematic
 from tiltflow.problems.tilt import GaussianMixture, LinearQuadratic, QuadraticReward, TiltProblem, mixture2d
-from tiltflow.train.method import smc
 
 
 class Share:
@@ -30,6 +29,9 @@ class Share:
     def mean(self, chain, k, x, base_mean=None, **condition):
         optimal = chain.mean(k, x, self.process.x1(x, chain.t[k].expand(len(x))))
         return torch.lerp(chain.base_mean(k, x) if base_mean is None else base_mean, optimal, self.share)
+
+    def ratios(self, chain):
+        return None
 
 
 def gaussian(slope=2.0, quadratic=0.0, variance=0.25):
@@ -79,7 +81,7 @@ def test_omitted_weights_are_out_of_bounds(seed, monkeypatch):
     chain, cost, exact = exact_chain(problem, 4), RewardCost(problem.reward), math.exp(problem.log_z)
     no_correction = Forgetful(chain, cost, smc.reward_ahead(cost))
     assert abs(z_score(no_correction, None, exact, generator, n=500)[0]) > 6
-    monkeypatch.setattr(smc, "log_ratio", lambda u, noise: torch.zeros(len(u)))
+    monkeypatch.setattr(Step, "log_ratio", lambda step, dimension: torch.zeros(len(step.x)))
     for sampler, control in ((feynman_kac(chain, cost), Share(problem, 0.5)), (urge(chain, cost), None)):
         assert abs(z_score(sampler, control, exact, generator)[0]) > 8
 

@@ -70,6 +70,9 @@ class ExactTilt:
         t = chain.t[k] if isinstance(k, torch.Tensor) else chain.t[k].expand(len(x))
         return chain.mean(k, x, self.process.x1(x, t))
 
+    def ratios(self, chain):
+        return None
+
 
 def riccati_chain(problem, steps):
     """V_k = xᵀF_k x + c_k of the Euler chain itself: F_k = hP + Mᵀ F (I + 2s²F)⁻¹ M, c_k = c + ½ log det(I + 2s²F)."""

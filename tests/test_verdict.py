@@ -16,7 +16,7 @@ from tiltflow.core.simulate import sample
 from tiltflow.metrics.distance import total_variation
 from tiltflow.problems.tilt import mixture2d
 from tiltflow.verdict.line import graded, overall
-from tiltflow.verdict.tilt import judge_samples
+from tiltflow.verdict.tilt import judge_samples, scored
 
 N = 20_000
 PROBLEM = mixture2d()
@@ -30,6 +30,9 @@ class Optimal:
 
     def mean(self, chain, k, x, base_mean=None, **condition):
         return chain.mean(k, x, PROBLEM.optimal().x1(x, times(chain, k, x)))
+
+    def ratios(self, chain):
+        return None
 
 
 def draw(chain, control, seed=1):
@@ -52,7 +55,9 @@ def base_samples(chain):
 def judged(samples, log_weights, base_samples, exact, seed=0):
     generator = torch.Generator().manual_seed(seed)
     truth = PROBLEM.target.sample(N, generator) if exact else None
-    return judge_samples(samples, base_samples, COST, log_weights, generator, truth=truth)
+    values = scored(COST, {}, samples, base_samples, *([truth] if exact else []))
+    log_ratio = None if log_weights is None else log_weights - values["reward"][0]
+    return judge_samples(samples, base_samples, values, log_ratio, generator, truth=truth)
 
 
 def exact_tv(x):
@@ -126,7 +131,7 @@ def test_a_poor_reference_cannot_tell():
     strong = RewardCost(lambda x: 8 * PROBLEM.reward(x))
     generator = torch.Generator().manual_seed(0)
     x = PROBLEM.base.sample(2_000, generator)
-    assert judge_samples(x, x, strong, None, generator).lines[0].status == "cannot tell"
+    assert judge_samples(x, x, scored(strong, {}, x, x), None, generator).lines[0].status == "cannot tell"
 
 
 def test_grades():
@@ -143,6 +148,14 @@ def test_non_finite_samples_are_refused(base_samples):
     bad = base_samples.clone()
     bad[3, 0] = float("nan")
     with pytest.raises(TiltflowError, match="1 of them not finite"):
-        judge_samples(bad, base_samples, COST, None, torch.Generator())
+        judge_samples(bad, base_samples, scored(COST, {}, base_samples, base_samples), None, torch.Generator())
 
 
+def test_a_constant_judge_is_a_line_that_cannot_tell(base_samples):
+    """A score that is the same everywhere, or but for rounding, says nothing; it must not end the run."""
+    for score in (lambda x: torch.ones(len(x)), lambda x: 0.1 + 0 * x[:, 0], lambda x: torch.zeros(len(x))):
+        own = torch.Generator().manual_seed(0)
+        values = scored(COST, {"flat": score}, base_samples, base_samples)
+        verdict = judge_samples(base_samples, base_samples, values, None, own)
+        (line,) = (line for line in verdict.lines if "flat" in line.name)
+        assert line.status == "cannot tell" and "constant" in line.explanation

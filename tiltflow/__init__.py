@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tiltflow.core.wrappers import from_azula, from_flow_matching
     from tiltflow.energies.evaluator import Evaluator
     from tiltflow.energies.problem import EnergyProblem
+    from tiltflow.molecules.conformers import conformers
+    from tiltflow.molecules.ensemble import Ensemble
     from tiltflow.pipelines.model import TiltedPipeline
     from tiltflow.pipelines.settings import PipelineSettings
     from tiltflow.pipelines.train import finetune_pipeline
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
     from tiltflow.tilting.model import TiltedModel
     from tiltflow.tilting.settings import FinetuneSettings
     from tiltflow.tilting.train import finetune
+    from tiltflow.verdict.check_base import check_base
     from tiltflow.verdict.check_energy import check_energy
     from tiltflow.verdict.check_reward import check_reward
 
 _WHERE = {
     "Cosine": "core.interpolant",
     "EnergyProblem": "energies.problem",
+    "Ensemble": "molecules.ensemble",
     "Evaluator": "energies.evaluator",
     "FinetuneSettings": "tilting.settings",
     "Follmer": "core.interpolant",
@@ -42,8 +46,10 @@ _WHERE = {
     "TiltedPipeline": "pipelines.model",
     "TiltflowError": "core.errors",
     "VP": "core.interpolant",
+    "check_base": "verdict.check_base",
     "check_energy": "verdict.check_energy",
     "check_reward": "verdict.check_reward",
+    "conformers": "molecules.conformers",
     "finetune": "tilting.train",
     "finetune_pipeline": "pipelines.train",
     "from_azula": "core.wrappers",
@@ -54,7 +60,7 @@ _WHERE = {
     "train_sampler": "sampling.train",
 }
 """Public name → its module, imported when the name is first used: ``import tiltflow`` is quick, and needs no extra."""
-__all__ = [*_WHERE, "__version__"]  # noqa: PLE0604
+__all__ = [*_WHERE, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tiltflow.core.control import FineTuned
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process
-from tiltflow.methods.registry import Trained
-from tiltflow.train.buffer import Buffer
-from tiltflow.train.fit import History, fit
+from tiltflow.methods.registry import Row
+from tiltflow.train.buffer import Buffer, Material
+from tiltflow.train.fit import Callback, History, fit
 from tiltflow.train.method import Method, State
 from tiltflow.train.settings import Training
 
@@ -72,17 +72,18 @@ def fit_within(
     budget: Budget | int,
     counter: Counter,
     method: Method,
-    preset: Trained,
+    row: Row,
     control: FineTuned,
     settings: Training,
     generator: torch.Generator,
-    callback: Callable[[dict[str, Any]], None] | None = None,
+    callback: Callback | None = None,
 ) -> History:
     """Train for as many rounds as the budget pays for (or a given number of them).
 
     A pilot round on a copy of the control finds the price of one.
-    The pilot and what ``method`` spent on being built are not charged, since both happen once. ``settings.minibatch`` bounds
-    the rows of a step. Afterwards the counter holds what was spent.
+    The pilot and what ``method`` spent on being built are not charged, since both happen once. The training of ``row``
+    replaces that of the settings, whose minibatch bounds the rows of a step where the method keeps rounds. Afterwards the
+    counter holds what was spent.
 
     Raises:
         TiltflowError: a budget below the price of one round.
@@ -90,14 +91,9 @@ def fit_within(
     pilot = State(copy.deepcopy(control), torch.Generator(generator.device).manual_seed(0))
     before = replace(counter)
     material = method.collect(pilot).material
-    rows = len(next(iter(material.values())))
-    settings = replace(settings, gradient_steps=preset.gradient_steps, learning_rate=settings.learning_rate * preset.rate)
-    if preset.rounds is None:
-        settings, buffer = replace(settings, minibatch=None), Buffer()
-    else:
-        buffer = Buffer(preset.rounds * rows)
+    settings = replace(settings, **{**row.training, "learning_rate": settings.learning_rate * row.rate})
     collected = replace(counter)
-    for batch in _full(material, preset, rows, settings.minibatch).batches(settings.minibatch, 1, pilot.generator):
+    for batch in _full(material, settings).batches(settings.minibatch, 1, pilot.generator):
         method.loss(pilot.control, batch, pilot.generator)
     base = collected.base - before.base + settings.gradient_steps * (counter.base - collected.base)
     reward = collected.reward - before.reward + settings.gradient_steps * (counter.reward - collected.reward)
@@ -111,13 +107,13 @@ def fit_within(
         )
     counter.base = counter.reward = 0
     state = State(control, generator)
-    return fit(method, state, replace(settings, rounds=rounds), buffer, callback=callback)
+    return fit(method, state, replace(settings, rounds=rounds), callback=callback)
 
 
-def _full(material: dict[str, Tensor], preset: Trained, rows: int, minibatch: int | None) -> Buffer:
-    """A buffer as long as a full one, so that the pilot's step has the rows of a later step."""
-    buffer = Buffer((preset.rounds or 1) * rows)
-    for _ in range(min(preset.rounds or 1, -(-(minibatch or rows) // rows))):
+def _full(material: Material, settings: Training) -> Buffer:
+    """A buffer as long as a full one, or at least as a minibatch, so that the pilot's step has the rows of a later step."""
+    buffer, rows = Buffer(settings.buffer_rounds), len(next(iter(material.values())))
+    for _ in range(min(settings.buffer_rounds, -(-(settings.minibatch or rows) // rows))):
         buffer.add(material)
     return buffer
 

@@ -34,12 +34,13 @@ from tiltflow.bench.tilt import run_apart
 from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.amortised import SHIPPED
 from tiltflow.molecules.audit import audit
-from tiltflow.molecules.cartesian import FROM_CONFORMERS, CartesianSettings, train_cartesian
+from tiltflow.molecules.cartesian import FROM_CONFORMERS, train_cartesian
 from tiltflow.molecules.covering import EXTRA, chosen, covering
 from tiltflow.molecules.energies import open_energy
 from tiltflow.molecules.geom import Listed, Reference, list_molecules, read_reference
 from tiltflow.molecules.molecule import Molecule, positions_of
 from tiltflow.molecules.rmsd import coverage, rmsd_matrix
+from tiltflow.molecules.settings import CartesianSettings
 from tiltflow.molecules.split import read_training_smiles, unseen
 from tiltflow.molecules.templates import RELAXATION, relax
 from tiltflow.molecules.torsions import place, rotatable_torsions

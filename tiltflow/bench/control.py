@@ -2,7 +2,7 @@ r"""`tiltflow bench control`: the stochastic-optimal-control methods on problems
 
 Two linear-quadratic problems with a running cost (Riccati) and the double well (backward equation on a grid). Error:
 E∫‖u − u*‖² / E∫‖u*‖² on optimal paths and on the policy's own. The objective J and its lower bound, −log Z averaged over
-starts, stand beside it. One network, one number of paths for all.
+starts, stand beside it. One network, one number of paths and one gradient step per round for all.
 """
 
 from __future__ import annotations
@@ -16,21 +16,13 @@ import torch
 
 from tiltflow.bench.budget import peak_memory_mb
 from tiltflow.bench.tilt import Row, run_apart
-from tiltflow.core.chain import DriftChain
 from tiltflow.core.control import NetworkControl
-from tiltflow.core.cost import Cost
-from tiltflow.core.errors import TiltflowError
 from tiltflow.core.value import objective
-from tiltflow.methods.adjoint_matching import AdjointMatching
-from tiltflow.methods.backpropagation import discrete_adjoint
-from tiltflow.methods.log_variance import LogVariance
-from tiltflow.methods.policy_gradient import reinforce
-from tiltflow.methods.socm import SOCM, LearnedMatrices
+from tiltflow.methods.registry import METHODS
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.control import ControlProblem, control_error, double_well, linear_quadratic
-from tiltflow.train.buffer import Buffer
 from tiltflow.train.fit import fit
-from tiltflow.train.method import Method, State
+from tiltflow.train.method import State
 from tiltflow.train.settings import Training
 
 PROBLEMS: dict[str, Callable[[], ControlProblem]] = {
@@ -38,16 +30,6 @@ PROBLEMS: dict[str, Callable[[], ControlProblem]] = {
     "linear-quadratic-hard": lambda: linear_quadratic(4, hard=True),
     "double-well": lambda: double_well(2),
 }
-METHODS: dict[str, Callable[[DriftChain, Cost, int, int], Method]] = {
-    "adjoint_matching_plain": lambda chain, cost, n, dim: AdjointMatching(chain, cost, n),
-    "adjoint_matching_weighted": lambda chain, cost, n, dim: AdjointMatching(chain, cost, n, importance=True),
-    "adjoint_matching_basic": lambda chain, cost, n, dim: AdjointMatching(chain, cost, n, adjoint="full"),
-    "discrete_adjoint": lambda chain, cost, n, dim: discrete_adjoint(chain, cost, n),
-    "log_variance": lambda chain, cost, n, dim: LogVariance(chain, cost, n, paths_per_start=16),
-    "socm": lambda chain, cost, n, dim: SOCM(chain, cost, LearnedMatrices(dim), n),
-    "reinforce": lambda chain, cost, n, dim: reinforce(chain, cost, n),
-}
-
 
 @dataclass(frozen=True)
 class ControlSettings:
@@ -73,10 +55,9 @@ def bench_problem(problem: str, method: str, seed: int, settings: ControlSetting
     dim = chain.source(1, generator).shape[1]
     control = NetworkControl(MLP(dim, dim, settings.hidden, settings.layers))
     fit(
-        METHODS[method](chain, exact.cost, settings.batch, dim),
+        METHODS[method].made(chain=chain, cost=exact.cost, batch=settings.batch, generator=generator),
         State(control, generator),
-        Training(rounds=settings.rounds, learning_rate=settings.learning_rate),
-        Buffer(),
+        Training(rounds=settings.rounds, learning_rate=settings.learning_rate, ema=0.99),
     )
     seconds = time.perf_counter() - started
     error = control_error(chain, control, exact.control, settings.paths, generator)
@@ -100,20 +81,12 @@ def bench_problem(problem: str, method: str, seed: int, settings: ControlSetting
 
 
 def bench_control(
-    methods: str,
+    methods: tuple[str, ...],
     seed: int,
     rounds: int | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[Row]:
-    """One row per problem and method; ``methods``: all, or names with commas.
-
-    Raises:
-        TiltflowError: an unknown method.
-    """
-    wanted = tuple(METHODS) if methods == "all" else tuple(m.strip() for m in methods.split(","))
-    for name in wanted:
-        if name not in METHODS:
-            raise TiltflowError(f"unknown method {name!r} here: use all, or some of {', '.join(METHODS)}.")
+    """One row per problem and method."""
     settings = ControlSettings() if rounds is None else ControlSettings(rounds=rounds)
-    jobs: list[Any] = [(problem, method, seed, settings) for problem in PROBLEMS for method in wanted]
+    jobs: list[Any] = [(problem, method, seed, settings) for problem in PROBLEMS for method in methods]
     return run_apart(bench_problem, jobs, progress)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tiltflow.bench.tilt import TiltSettings, chain_of, mode_weights, train
+from tiltflow.bench.tilt import METHOD, TiltSettings, chain_of, mode_weights, train
 from tiltflow.core.chain import InterpolantChain, euler_maruyama, uniform_grid
 from tiltflow.core.control import FineTuned
 from tiltflow.core.noise import Constant, Memoryless, NoiseSchedule, memoryless_residual
@@ -54,7 +54,7 @@ def memoryless_demo(
                 progress(name, row["iteration"] + 1, rounds)
 
             settings = TiltSettings(steps=STEPS, budget=rounds)
-            method = "adjoint_matching" if chain.memoryless else "adjoint_matching_weighted"  # no end-point rows elsewhere
+            method = METHOD if chain.memoryless else "adjoint_matching"  # no end-point rows elsewhere
             control = FineTuned(train(problem, seed, settings, advance, chain, method))
             x = sample(chain, control, chain.source(SAMPLES, generator), generator).x
             panels[name] = x[:SHOWN]

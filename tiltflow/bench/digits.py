@@ -25,11 +25,12 @@ from tiltflow.core.control import FineTuned
 from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.weights import ess, evidence, log_mean_exp, normalised, systematic
-from tiltflow.methods.registry import FREE, METHODS, TRAINED
+from tiltflow.methods.registry import METHODS
 from tiltflow.metrics.distance import mean_w2, pairwise_mean
 from tiltflow.nn.lora import merge_low_rank
 from tiltflow.rewards.spec import RewardSpec
 from tiltflow.tilting.chain import trainable_copy, training_chain, tuned_process
+from tiltflow.tilting.draw import draw_paths
 from tiltflow.tilting.names import load_base, load_reward
 from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.train.settings import Training
@@ -74,14 +75,14 @@ def train(method: str, seed: int, settings: DigitsSettings, counter: Counter) ->
     cost = RewardCost(counted_reward(reward, counter), settings.strength)
     net = trainable_copy(base, settings.rank, generator)
     control = FineTuned(tuned_process(meter, Counted(net, counter)))
-    preset = TRAINED[method]
+    row = METHODS[method]
     fit_within(
         settings.budget,
         counter,
-        preset.build(replace(chain, base=meter), cost, settings.batch, generator),
-        preset,
+        row.made(chain=replace(chain, base=meter), cost=cost, batch=settings.batch, generator=generator),
+        row,
         control,
-        Training(rounds=1, learning_rate=settings.learning_rate, minibatch=settings.minibatch, warmup=5, ema=0.97),
+        Training(learning_rate=settings.learning_rate, minibatch=settings.minibatch, warmup=5, ema=0.97),
         generator,
     )
     merge_low_rank(net)
@@ -129,12 +130,12 @@ def bench_method(
     spec, counter, started = load_reward(settings.reward), Counter(), time.perf_counter()
     generator = torch.Generator().manual_seed(10_000 + seed)
     row: Row
-    if method in TRAINED:
+    if METHODS[method].trained:
         chain, control = train(method, seed, settings, counter)
         spent = {"base_evaluations": counter.base, "reward_calls": counter.reward}
         seconds = time.perf_counter() - started
-        x = draw(replace(chain, base=control.process), None, settings.samples, generator).x
-        paths = draw(chain, control, settings.path_samples, generator)
+        x = draw_paths(replace(chain, base=control.process), None, settings.samples, generator).x
+        paths = draw_paths(chain, control, settings.path_samples, generator)
         found = evidence(settings.strength * spec.reward(paths.x).detach() + paths.log_ratio)
         row = {"kl": float(paths.kl.mean()), "ess": found.ess, "log_z_error": abs(found.log_z - log_mean_exp(reference[1]))}
     else:
@@ -143,14 +144,14 @@ def bench_method(
         chain, cost = replace(chain, base=counted(base, counter)), RewardCost(
             counted_reward(spec.reward, counter), settings.strength
         )
-        drawn = FREE[method].build(chain, cost).sample(None, settings.samples, generator)
+        drawn = METHODS[method].made(chain=chain, cost=cost).sample(None, settings.samples, generator)
         spent = {"base_evaluations": counter.base, "reward_calls": counter.reward}
         seconds, row = time.perf_counter() - started, {}
         x = drawn.x[systematic(drawn.log_weights.double(), generator)]
         if drawn.log_z is not None:
             row = {"ess": ess(drawn.log_weights), "log_z_error": abs(drawn.log_z - log_mean_exp(reference[1]))}
     return [
-        {"method": method, "seed": seed, "biased": METHODS[method].bias is not None}
+        {"method": method, "seed": seed, "biased": bool(METHODS[method].bias)}
         | scores(spec, x.detach(), reference, settings, generator)
         | row
         | spent
@@ -172,7 +173,7 @@ def bench_digits(
     generator = torch.Generator().manual_seed(20_000 + seed)
     base, reward = load_base("digits"), load_reward(settings.reward).reward
     chain = training_chain(base, FinetuneSettings(steps=settings.steps, noiseless_last=True), generator)
-    x = draw(chain, None, settings.reference_samples, generator).x
+    x = draw_paths(chain, None, settings.reference_samples, generator).x
     reference = (x, settings.strength * reward(x).detach())
     jobs: list[Any] = [(method, seed, settings, reference) for method in methods]
     return run_apart(_bench_or_fail, jobs, progress)

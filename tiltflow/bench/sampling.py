@@ -1,9 +1,10 @@
 r"""`tiltflow bench sampling`: samplers of e^{−E} side by side, and parallel tempering as the classical one.
 
 Protocol: 10,000 samples (LJ13 4,000, LJ55 1,000: they cost most); log Z and ESS from all of them, distances from 2,000
-(LJ55: 500) beside their floors (:mod:`~tiltflow.sampling.assess`). Each method has the problem's default settings
-but for its name. Counted during training only: calls of the energy and rows it evaluated (an energy with its gradient
-is one), rows through the network, gradient steps, seconds of clock and processor.
+(LJ55: 500) beside their floors (:mod:`~tiltflow.sampling.assess`). Each method has the settings that suit it and the
+problem (:meth:`~tiltflow.sampling.settings.SamplerSettings.of`). Counted during training only: calls of the energy and
+rows it evaluated (an energy with its gradient is one), rows through the network, gradient steps, seconds of clock and
+processor.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,74 +25,34 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from tiltflow.bench.names import COLUMNS, SAMPLING, TEMPERING
 from tiltflow.bench.tilt import run_apart
 from tiltflow.core.cost import clip_rows
 from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import EnergyProblem, Evaluator
 from tiltflow.energies.mcmc import parallel_tempering
+from tiltflow.energies.tempering import Tempering
 from tiltflow.sampling.assess import assess_all
 from tiltflow.sampling.drawn import Drawn
-from tiltflow.sampling.job import EVALUATION_SEED, base_draws, default_settings
+from tiltflow.sampling.job import base_draws
+from tiltflow.sampling.model import Sampler
 from tiltflow.sampling.names import load_problem
-from tiltflow.sampling.sampler import METHODS, ON_POLICY
+from tiltflow.sampling.outcome import EVALUATION_SEED
+from tiltflow.sampling.settings import SamplerSettings
 from tiltflow.sampling.train import network, train_sampler
 
 Row = dict[str, Any]
-TEMPERING = "parallel_tempering"
-NAMES = (*METHODS, TEMPERING)
 SAMPLES, COMPARED, PILOT = 10_000, 2_000, 1_000
 FEWER = {"lj13": (4_000, COMPARED), "lj55": (1_000, 500)}  # samples, and those compared
-COLUMNS = (
-    "problem", "method", "seed", "w2", "w2_floor", "energy_w2", "energy_w2_floor", "mode_tv", "ess", "log_z_error",
-    "energy_calls", "gradient_steps", "seconds", "processor_seconds", "network_evaluations", "energy_evaluations",
-)  # fmt: skip
-"""Keys of every row; None where they do not apply."""
-
-
-@dataclass(frozen=True)
-class Tempering:
-    """A plan of parallel tempering: a geometric ladder 1 … ``top`` of ``replicas``, and its ``chains`` and moves."""
-
-    top: float = 10.0
-    replicas: int = 8
-    chains: int = 50
-    steps: int = 4_000
-    burn_in: int = 2_000
-    relax: int = 500
-
-    @property
-    def ladder(self) -> list[float]:
-        """The temperatures."""
-        return [self.top ** (i / (self.replicas - 1)) for i in range(self.replicas)]
-
-
-LADDERS = {
-    "gmm9": Tempering(30.0, 6),
-    "gmm40": Tempering(200.0, 10),
-    "gmm40-50d": Tempering(1000.0, 40),
-    "many-well": Tempering(10.0, 12),
-    "ring": Tempering(30.0, 8),
-    "lj13": Tempering(10.0, 14),
-    "lj55": Tempering(10.0, 28),
-}
-"""Others: the default. The replicas grow with √d, so that neighbours overlap."""
+NAMES = SAMPLING
 GENTLER: dict[tuple[str, str], dict[str, Any]] = {
     ("gmm40", "idem"): {"gradient_steps": 20},
     ("lj13", "pis"): {"batch": 64},
     ("lj13", "dds"): {"batch": 64},
 }
-"""Settings of a method where the problem's diverge or do not fit: after 100 updates on few end points iDEM's next ones
-are at 10⁸; a gradient through 60 steps of 512 clusters takes more than 21 GB.
+"""Settings of a method where the problem's diverge or do not fit: after 100 gradient steps on few end points iDEM's next
+ones are at 10⁸; a gradient through 60 steps of 512 clusters takes more than 21 GB.
 """
-
-
-def chosen_samplers(text: str) -> tuple[str, ...]:
-    """ "all" or names with commas. Raises TiltflowError for an unknown one."""
-    names = NAMES if text == "all" else tuple(text.split(","))
-    unknown = [n for n in names if n not in NAMES]
-    if unknown:
-        raise TiltflowError(f"unknown method {unknown[0]!r}: use all, or names with commas of {', '.join(NAMES)}.")
-    return names
 
 
 def bench_sampling(
@@ -113,16 +74,14 @@ def bench_sampling(
         reference: a NumPy file (N, *event) to compare with instead of the problem's own samples; one problem only.
 
     Raises:
-        TiltflowError: an unknown problem, a reference that does not fit.
+        TiltflowError: an unknown problem, a reference that does not fit, rounds and minutes together.
     """
     if reference is not None and len(problems) != 1:
         raise TiltflowError(f"--reference is for one --problem, got {len(problems)}.")
-    if rounds is not None and rounds < 1:
-        raise TiltflowError(f"--rounds must be at least 1, got {rounds}.")
+    if minutes is not None and rounds is not None:
+        raise TiltflowError(f"give --rounds or --minutes, not both; got {rounds} and {minutes:g}.")
     for name in problems:
         _problem(name, reference)
-    if minutes is not None and (rounds is not None or not minutes > 0):
-        raise TiltflowError(f"give --rounds, or --minutes above 0, not both; got {rounds} and {minutes}.")
     jobs = [(name, method, seed, rounds, minutes, reference) for name in problems for method in methods]
     return run_apart(_bench_apart, jobs, progress)
 
@@ -144,37 +103,38 @@ def bench_one(
     row: Row = dict.fromkeys(COLUMNS) | {"problem": name, "method": method, "seed": seed}
     samples, compared = FEWER.get(name, (SAMPLES, COMPARED))
     budget = None if minutes is None else 60 * minutes * torch.get_num_threads()  # of processor seconds
-    trained: TrainedSampler | None = None
+    trained: Sampler | None = None
     if method == TEMPERING:
-        plan = LADDERS.get(name, Tempering())
+        plan = problem.tempering
         if budget is not None:
             _, pilot = temper(problem, replace(plan, steps=PILOT, burn_in=0), seed, samples)
             rounds = max(1, int(budget * PILOT / (1.5 * pilot["processor_seconds"])))
         plan = plan if rounds is None else replace(plan, steps=rounds, burn_in=rounds // 2)
         drawn, spent = temper(problem, plan, seed, samples)
     else:
-        settings = replace(default_settings(name), method=method, **GENTLER.get((name, method), {}))
+        settings = SamplerSettings.of(method, problem.settings, **GENTLER.get((name, method), {}))
         if budget is not None:
-            pilot_rounds = train_sampler(problem, replace(settings, rounds=4), seed=seed).history[1:]
+            pilot_rounds = train_sampler(problem, method, replace(settings, rounds=4), seed=seed).history[1:]
             rounds = max(1, int(budget / median(r["processor_seconds"] for r in pilot_rounds)))
         settings = settings if rounds is None else replace(settings, rounds=rounds)
         with counted_rows(type(network(problem, settings)[0])) as through:
             started, busy = time.perf_counter(), time.process_time()
-            trained = train_sampler(problem, settings, seed=seed)
+            trained = train_sampler(problem, method, settings, seed=seed)
             spent = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - busy}
         spent |= {
             "energy_calls": trained.energy.calls,
             "energy_evaluations": trained.energy.evaluations,
             "network_evaluations": through["rows"],
-            "gradient_steps": settings.rounds * (1 if method in ON_POLICY else settings.gradient_steps),
+            "gradient_steps": settings.rounds * settings.gradient_steps,
             "rounds": settings.rounds,
             "steps": settings.steps,
         }
         started = time.perf_counter()
-        drawn = trained.draw(samples, seed=EVALUATION_SEED + seed)
+        drawn = trained.sample(samples, seed=EVALUATION_SEED + seed)
         spent["sample_seconds"] = time.perf_counter() - started
+    chain, control = (None, None) if trained is None else (trained.chain, trained.control)
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
-    return row | assess_all(problem, drawn, trained, generator, compared).row | spent
+    return row | assess_all(problem, drawn, chain, control, generator, compared).row | spent
 
 
 @contextmanager

@@ -9,22 +9,16 @@ resampled by their weights.
 
 from __future__ import annotations
 
-import json
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tiltflow._version import __version__
 from tiltflow.bench.budget import Budget, Counter, counted, counted_reward, fit_within, peak_memory_mb
 from tiltflow.core.chain import InterpolantChain, memoryless_chain, residual_variance, uniform_grid
 from tiltflow.core.control import FineTuned, tilted
@@ -34,12 +28,11 @@ from tiltflow.core.ode import ode
 from tiltflow.core.process import Process
 from tiltflow.core.simulate import Samples, sample
 from tiltflow.core.weights import ess, evidence, systematic
-from tiltflow.methods.registry import FREE, METHODS, TRAINED
+from tiltflow.methods.registry import METHODS
 from tiltflow.metrics.distance import mean_w2, total_variation
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import TILT_PROBLEMS, TiltProblem
 from tiltflow.train.settings import Training
-from tiltflow.train.store import write_text
 
 Row = dict[str, Any]
 
@@ -69,6 +62,8 @@ class TiltSettings:
     w2_draws: int = 10
 
 
+METHOD = "adjoint_matching_endpoint"
+"""At the full budget: its rows of end points want a base whose X̂_1 is exact, as these are."""
 COMPARISON = TiltSettings(budget=Budget(2_000_000, 50_000), w2_draws=3)
 
 
@@ -85,7 +80,7 @@ def train(
     settings: TiltSettings,
     callback: Callable[[Row], None] | None = None,
     chain: InterpolantChain | None = None,
-    method: str = "adjoint_matching",
+    method: str = METHOD,
     counter: Counter | None = None,
 ) -> Process:
     """Fine-tune a correction of the closed-form base by a named method; returns the fine-tuned process.
@@ -100,18 +95,18 @@ def train(
     base = counted(chain.base, counter)
     chain, cost = replace(chain, base=base), RewardCost(counted_reward(problem.reward, counter))
     control = FineTuned(tilted(base, MLP(2 * dim, dim, settings.hidden, settings.layers)))
-    preset = TRAINED[method]
+    row = METHODS[method]
     fit_within(
         settings.budget,
         counter,
-        preset.build(chain, cost, settings.batch, generator),
-        preset,
+        row.made(chain=chain, cost=cost, batch=settings.batch, generator=generator),
+        row,
         control,
         Training(
-            rounds=1,
             learning_rate=settings.learning_rate,
             minibatch=settings.minibatch,
-            gradient_clip=float("inf"),  # rare large gradients carry the mode weights: clipping them would bias the tilt
+            gradient_clip=None,  # rare large gradients carry the mode weights: clipping them would bias the tilt
+            ema=0.99,
         ),
         generator,
         callback,
@@ -189,7 +184,7 @@ def evaluate_free(problem: TiltProblem, method: str, seed: int, settings: TiltSe
     chain = replace(chain, base=counted(chain.base, counter))
     cost = RewardCost(counted_reward(problem.reward, counter))
     started = time.perf_counter()
-    drawn = FREE[method].build(chain, cost).sample(None, settings.samples, generator)
+    drawn = METHODS[method].made(chain=chain, cost=cost).sample(None, settings.samples, generator)
     seconds = time.perf_counter() - started
     (row,) = judge(problem, settings, generator, sde=drawn.x[systematic(drawn.log_weights.double(), generator)])
     if drawn.log_z is not None:
@@ -206,12 +201,12 @@ def bench_problem(
     problem: TiltProblem,
     seed: int,
     settings: TiltSettings,
-    method: str = "adjoint_matching",
+    method: str = METHOD,
     callback: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Train if needed and evaluate one method on one problem: a row per sampler, with what was spent."""
     started, counter = time.perf_counter(), Counter()
-    if method in TRAINED:
+    if METHODS[method].trained:
         process = train(problem, seed, settings, callback, method=method, counter=counter)
         spent = {"base_evaluations": counter.base, "reward_calls": counter.reward, "steps": settings.steps}
         seconds = time.perf_counter() - started
@@ -221,7 +216,7 @@ def bench_problem(
         spent = {"base_evaluations": counter.base, "reward_calls": counter.reward, "steps": settings.sample_steps}
         seconds = 0.0
     return [
-        {"problem": problem.name, "method": method, "seed": seed, "biased": METHODS[method].bias is not None}
+        {"problem": problem.name, "method": method, "seed": seed, "biased": bool(METHODS[method].bias)}
         | row
         | spent
         | {
@@ -243,7 +238,7 @@ def _bench_named(name: str, method: str, seed: int, settings: TiltSettings, thre
 
 def failed_row(method: str, seed: int, error: TiltflowError) -> Row:
     """The row of a method that could not finish."""
-    return {"method": method, "seed": seed, "biased": METHODS[method].bias is not None, "error": str(error), "seconds": 0.0}
+    return {"method": method, "seed": seed, "biased": bool(METHODS[method].bias), "error": str(error), "seconds": 0.0}
 
 
 def bench_tilt(
@@ -262,7 +257,7 @@ def bench_tilt(
     if unknown:
         raise TiltflowError(f"unknown problem {unknown[0]!r}: use one of {', '.join(TILT_PROBLEMS)}.")
     if methods is None:
-        settings, jobs = TiltSettings(), [(n, "adjoint_matching") for n in names or tuple(TILT_PROBLEMS)]
+        settings, jobs = TiltSettings(), [(n, METHOD) for n in names or tuple(TILT_PROBLEMS)]
     else:
         settings, jobs = COMPARISON, [(n, m) for n in names or ("mixture2d",) for m in methods]
     if rounds is not None:
@@ -282,22 +277,3 @@ def run_apart(
             job.result()
             progress("jobs", done + 1, len(jobs))
     return [row for job in running for row in job.result()]
-
-
-def write_result(path: Path, document: dict[str, Any], seconds: float) -> None:
-    """Write a command's document as a benchmark result, with the commit it ran on and how long it took."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stamped = document | {"commit": head.stdout.strip() or None, "duration": seconds}
-    write_text(path, json.dumps(stamped, indent=1) + "\n")
-
-
-def publish(
-    rows: list[Row], seed: int, out: Path | None, started: float, verdict: str | None = None, **more: Any
-) -> None:
-    """How a script under benchmarks/ ends: print its document, and write it to ``out``; ``started`` is a perf_counter."""
-    head = {"command": shlex.join(["python", *sys.argv]), "version": __version__, "seed": seed, "device": "cpu"}
-    document = head | more | {"rows": rows, "verdict": verdict}
-    if out is not None:
-        write_result(out, document, time.perf_counter() - started)
-    print(json.dumps(document))

@@ -19,6 +19,7 @@ from tiltflow.core.errors import TiltflowError
 COMMANDS = {
     "finetune": "finetune:finetune_command",
     "check-reward": "finetune:check_reward_command",
+    "check-base": "check:check_base_command",
     "finetune-pipeline": "pipeline:finetune_pipeline_command",
     "export": "pipeline:export_command",
     "compare": "compare:compare_command",

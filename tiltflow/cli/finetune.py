@@ -28,9 +28,8 @@ def finetune_command(out: Path, resume: bool, overwrite: bool, log: str | None, 
     from tiltflow.tilting.job import TiltJob
 
     bars = Bars()
-    result = run(
-        TiltJob(**fields, settings=training), out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log
-    )  # fmt: skip
+    job = TiltJob(**fields, settings=training)
+    result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
     bars.close()
     finish_run(result, out, scores_of(result["rows"][0]), ["", "base", "reference", "reached"], as_json)
 
@@ -90,7 +89,10 @@ def check_reward_command(
     condition = spec.conditions(1, generator) if spec.conditions else {}
     seen = {} if spec.adapt is not None else condition
     x0 = process.source(samples, generator, device=device)
-    parts = [ode(process, x, steps, **{k: v.expand(len(x), *v.shape[1:]) for k, v in seen.items()}) for x in x0.split(1000)]
+    parts = []
+    for x in x0.split(1000):
+        one: dict[str, Any] = {k: v.expand(len(x), *v.shape[1:]) for k, v in seen.items()}
+        parts.append(ode(process, x, steps, **one))
     found = check_reward(
         process, spec.reward, samples=torch.cat(parts), generator=generator, strengths=strengths,
         judge=None if spec.conditions else next(iter(spec.judges.values()), None), **condition,

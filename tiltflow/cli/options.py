@@ -74,7 +74,8 @@ def option(field: Field, default: Any = ...) -> Callable[[Command], Command]:
     """The option of a field; it is None where it was not given."""
     shown = field.default if default is ... else default
     said = "" if shown in (None, ()) or shown is ... else f"  [default: {_told(shown)}]"
-    flag, help = "--" + field.name.replace("_", "-"), field.help.rstrip(".") + said
+    flag = ("-" if len(field.name) == 1 else "--") + field.name.replace("_", "-")
+    help = field.help.rstrip(".") + said
     parts, _ = _plain(field.kind)
     if parts == [bool]:
         return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=help)
@@ -89,14 +90,17 @@ def _told(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def options(*classes: type, leave: tuple[str, ...] = ("settings",)) -> Callable[[Command], Command]:
-    """Options for all fields of the classes, but for those to ``leave`` out; :func:`given` sorts them out again."""
+def options(*classes: Any, leave: tuple[str, ...] = ("settings",)) -> Callable[[Command], Command]:
+    """Options for all fields of the classes, but for those to ``leave`` out; :func:`given` sorts them out again.
+
+    In place of a class, settings may be given, whose values are then the defaults that are shown.
+    """
 
     def decorate(command: Command) -> Command:
-        for cls in reversed(classes):
-            for field in reversed(describe_fields(cls)):
+        for one in reversed(classes):
+            for field in reversed(describe_fields(one if isinstance(one, type) else type(one))):
                 if field.name not in leave:
-                    command = option(field)(command)
+                    command = option(field, ... if isinstance(one, type) else getattr(one, field.name))(command)
         return command
 
     return decorate
@@ -125,7 +129,7 @@ def run_options(command: Command) -> Command:
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output"),
         click.option("--log", help="Also log every round to tensorboard, wandb or trackio"),
         click.option("--overwrite", is_flag=True, help="Replace the run in the folder"),
-        click.option("--resume", is_flag=True, help="Continue an interrupted run, exactly; or a finished one, with more --rounds"),
+        click.option("--resume", is_flag=True, help="Continue an interrupted run exactly, a finished one with more rounds"),
         click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder"),
     ):
         command = one(command)

@@ -88,7 +88,7 @@ def check_energy_command(problem: str, samples: int, seed: int, device: str, as_
 @click.command("sample")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("-n", "count", type=click.IntRange(1, 10_000_000), default=64, show_default=True, help="How many samples.")
-@click.option("--noise", help="Of a fine-tuned run: chain (as it was trained; default), ode, memoryless, or a σ such as 0.5.")
+@click.option("--noise", help="Of a fine-tuned run: chain (as trained; default), ode, memoryless, or a σ such as 0.5.")
 @click.option("--steps", type=click.IntRange(1, 100_000), help="Of a fine-tuned run (default: those of the training).")
 @click.option("--ode-method", help="Of a fine-tuned run: euler, heun (default), or torchdiffeq's (dopri5).")
 @click.option("--exact", is_flag=True, help="Of a fine-tuned run: weigh paths by their path weights and resample.")

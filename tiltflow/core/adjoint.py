@@ -18,7 +18,7 @@ from torch import Tensor
 from tiltflow.core.chain import Chain, at, times
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
-from tiltflow.core.simulate import Path, event_sum
+from tiltflow.core.simulate import Path, energy
 
 
 class Adjoint(NamedTuple):
@@ -63,15 +63,16 @@ def full_adjoint(
     ``device`` as in :func:`lean_adjoint`.
     """
     kept, a = _last(path, cost, device, condition)
+    noisy = set(chain.controlled.tolist())
     for k in reversed(range(len(path.mean))):
         with torch.enable_grad():
             x = path.x[k].to(a.device).detach().requires_grad_(True)
             std = at(chain.std, k, x)
             base_mean = chain.base_mean(k, x, **condition)
-            if bool((std > 0).all()):
+            if k in noisy:
                 mean = control.mean(chain, k, x, base_mean=base_mean, **condition)
-                energy = 0.5 * event_sum(((mean - base_mean) / std) ** 2)
-                (a,) = torch.autograd.grad((mean * a).sum() + energy.sum(), x)
+                own = energy((mean - base_mean) / std)
+                (a,) = torch.autograd.grad((mean * a).sum() + own.sum(), x)
             else:
                 (a,) = torch.autograd.grad(base_mean, x, a)
         a = a + _running_grad(chain, cost, k, x)

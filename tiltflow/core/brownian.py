@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from tiltflow.core.chain import Chain, Index, at, uniform_grid
+from tiltflow.core.chain import Chain, Index, at, noisy_steps, one_start, uniform_grid
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Geometry, noise
 
@@ -56,6 +56,16 @@ class BrownianChain:
     def std(self) -> Tensor:
         """s_k, (K,)."""
         return self.variance.diff().sqrt()
+
+    @cached_property
+    def controlled(self) -> Tensor:
+        """All steps, (K,)."""
+        return noisy_steps(self.std)
+
+    @cached_property
+    def memoryless(self) -> bool:
+        """Whether all paths start at one point: without a drift the end keeps the start."""
+        return one_start(self)
 
     @property
     def end_variance(self) -> float:
@@ -140,6 +150,7 @@ class OrnsteinUhlenbeckChain:
     steps: int
     scale: float
     initial: ClassVar[None] = None
+    memoryless: ClassVar[bool] = True
 
     @property
     def t(self) -> Tensor:
@@ -155,6 +166,11 @@ class OrnsteinUhlenbeckChain:
     def std(self) -> Tensor:
         """s_k = σ√a_k, (K,)."""
         return self.scale * (1 - self._signal[:-1] / self._signal[1:]).sqrt()
+
+    @cached_property
+    def controlled(self) -> Tensor:
+        """The steps with noise, (n,): not those, if any, on which ᾱ is held at 1e-4."""
+        return noisy_steps(self.std)
 
     @property
     def end_variance(self) -> float:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -53,6 +54,16 @@ class Chain(Protocol):
     @property
     def geometry(self) -> Geometry: ...
 
+    @property
+    def controlled(self) -> Tensor:
+        """The steps with noise, hence with a control: LongTensor (n,)."""
+        ...
+
+    @property
+    def memoryless(self) -> bool:
+        """Whether the value V(x_0, 0) of the start is the same for all starts."""
+        ...
+
     def base_mean(self, k: Index, x: Tensor, **condition: Any) -> Tensor:
         """E[x_{k+1} | x_k = x] of the base; k an int, or a LongTensor (B,) with one step per sample."""
         ...
@@ -60,6 +71,17 @@ class Chain(Protocol):
     def source(self, n: int, generator: torch.Generator) -> Tensor:
         """n draws of x_0."""
         ...
+
+
+def noisy_steps(std: Tensor) -> Tensor:
+    """The steps of ``std`` (K, …) that have noise in every coordinate, LongTensor (n,)."""
+    return torch.tensor([k for k, s in enumerate(std) if bool((s > 0).all())], dtype=torch.long)
+
+
+def one_start(chain: Chain) -> bool:
+    """Whether the chain always starts at the same point, judged by two draws."""
+    first, second = chain.source(2, torch.Generator().manual_seed(0))
+    return torch.equal(first, second)
 
 
 def at(values: Tensor, k: Index, x: Tensor) -> Tensor:
@@ -89,6 +111,11 @@ class InterpolantChain:
     std: Tensor
     memoryless: bool
     geometry: ClassVar[Geometry] = Euclidean()
+
+    @cached_property
+    def controlled(self) -> Tensor:
+        """The steps with noise, (n,)."""
+        return noisy_steps(self.std)
 
     def mean(self, k: Index, x: Tensor, x1: Tensor) -> Tensor:
         """A_k x + B_k x1, for the base's or a fine-tuned model's X̂_1."""
@@ -198,6 +225,16 @@ class DriftChain:
         """On the grid ``t`` (K+1,), which may start and end anywhere."""
         t = torch.as_tensor(t, dtype=torch.float64)
         return cls(drift, initial, t, sigma(t[:-1]) * t.diff().sqrt())
+
+    @cached_property
+    def controlled(self) -> Tensor:
+        """The steps with noise, (n,)."""
+        return noisy_steps(self.std)
+
+    @cached_property
+    def memoryless(self) -> bool:
+        """Whether all paths start at one point; nothing more is known of a general drift."""
+        return one_start(self)
 
     def base_mean(self, k: Index, x: Tensor, **condition: Any) -> Tensor:
         """x + h b(x, t_k)."""

@@ -32,6 +32,10 @@ class Control(Protocol):
         """mean_u(k, x); ``base_mean`` saves a base evaluation when the caller has it."""
         ...
 
+    def ratios(self, chain: Any) -> Tensor | None:
+        """ρ_k, (K,): standard deviation of a step over the base's s_k; None where they are the same."""
+        ...
+
 
 @dataclass(frozen=True)
 class FineTuned:
@@ -66,10 +70,14 @@ class FineTuned:
             return chain.mean(k, x, model.from_base(b, x, t, **condition))
         return chain.mean(k, x, self.process.x1(x, t, **condition))
 
+    def ratios(self, chain: Chain) -> Tensor | None:
+        """The base\'s step variance."""
+        return None
+
 
 @dataclass(frozen=True)
 class NetworkControl:
-    """u = σ(t) net(x, t): mean_u = mean_base + s_k² net(x, t_k)."""
+    """u = σ(t) net(x, t) on the tangent space: mean_u = mean_base + s_k² net(x, t_k)."""
 
     module: nn.Module
 
@@ -79,7 +87,12 @@ class NetworkControl:
         """mean_base + s_k² net(x, t_k, **condition)."""
         if base_mean is None:
             base_mean = chain.base_mean(k, x, **condition)
-        return base_mean + at(chain.std, k, x) ** 2 * self.module(x, times(chain, k, x), **condition)
+        field = chain.geometry.project(self.module(x, times(chain, k, x), **condition))
+        return base_mean + at(chain.std, k, x) ** 2 * field
+
+    def ratios(self, chain: Chain) -> Tensor | None:
+        """The base\'s step variance."""
+        return None
 
 
 class StepVariance(nn.Module):

@@ -18,8 +18,8 @@ Reward = Callable[..., Tensor]
 
 
 def mean_reward(cost: Cost, value: Tensor) -> float:
-    """Mean reward from values of g = −λr, (B,); of −g if the cost has no strength, or strength 0."""
-    return float(-value.mean() / (getattr(cost, "strength", 1.0) or 1.0))
+    """Mean reward from values of g = −λr, (B,); of −g at strength 0."""
+    return float(-value.mean() / (cost.strength or 1.0))
 
 
 def clip_rows(grad: Tensor, bound: float, each_particle: bool = False) -> Tensor:
@@ -34,6 +34,16 @@ class Cost(Protocol):
 
     @property
     def running(self) -> Callable[[Tensor, Tensor], Tensor] | None: ...
+
+    @property
+    def strength(self) -> float:
+        """λ of g = −λr; 1 if the cost is no reward's."""
+        ...
+
+    @property
+    def auxiliary(self) -> dict[str, Any]:
+        """What a checkpoint keeps: objects with ``state_dict`` and ``load_state_dict``."""
+        ...
 
     def value(self, x: Tensor, **condition: Any) -> Tensor:
         """g(x), (B,)."""
@@ -69,9 +79,14 @@ class RewardCost:
                 "raising it, negate the reward."
             )
 
+    @property
+    def auxiliary(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
     def reward_of(self, x: Tensor, **condition: Any) -> Tensor:
-        """r(x), checked."""
-        r = self.reward(x, **condition)
+        """r(x), checked. The reward is given a copy of x, which it may change."""
+        r = self.reward(x.clone(), **condition)
         name = getattr(self.reward, "__name__", type(self.reward).__name__)
         if not isinstance(r, Tensor) or r.shape != x.shape[:1]:
             got = f"shape {tuple(r.shape)}" if isinstance(r, Tensor) else type(r).__name__

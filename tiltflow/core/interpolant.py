@@ -49,6 +49,11 @@ class Interpolant(ABC):
         """η = β(κβ − β̇), half the squared memoryless noise (infinite where α = 0)."""
         return self.beta(t) / self.alpha(t) * self.wronskian(t)
 
+    def from_velocity(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of X̂_1 = ax + bv: a = −β̇/W, b = β/W."""
+        w = self.wronskian(t)
+        return -self.d_beta(t) / w, self.beta(t) / w
+
 
 @dataclass(frozen=True)
 class Linear(Interpolant):
@@ -125,6 +130,10 @@ class VP(Interpolant):
         """κ = half the noise rate."""
         return 0.5 * self._rate(t)
 
+    def from_velocity(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a = α, b = β²/α̇ (finite at t = 1, where β̇ is not)."""
+        return self.alpha(t), self.beta(t) ** 2 / self.d_alpha(t)
+
 
 @dataclass(frozen=True)
 class Follmer(Interpolant):
@@ -165,3 +174,10 @@ class Follmer(Interpolant):
     def eta(self, t: Tensor) -> Tensor:
         """η = ½h²ζ̇."""
         return 0.5 * self.variance * self.d_alpha(t)
+
+    def from_velocity(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a = (2ζ−1)/ζ, b = 2(1−ζ)/ζ̇; at ζ = 0, where x = 0, a is taken as 0."""
+        zeta = self.alpha(t)
+        start = zeta == 0
+        a = torch.where(start, 0.0, (2 * zeta - 1) / torch.where(start, 1.0, zeta))
+        return a, 2 * (1 - zeta) / self.d_alpha(t)

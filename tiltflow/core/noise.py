@@ -52,7 +52,7 @@ class Memoryless:
         inside = torch.linspace(0.01, 1.0, 100, dtype=torch.float64)
         lowest = float((2 * self.interpolant.eta(inside)).min()) if self.chi else 0.0
         if not lowest + self.chi >= 0:
-            raise TiltflowError(f"chi = {self.chi:g} makes σ² = 2η + χ negative, whose least 2η is {lowest:.3g}; give χ ≥ 0.")
+            raise TiltflowError(f"chi = {self.chi:g} makes σ² = 2η + χ negative: the least 2η is {lowest:.3g}. Give χ ≥ 0.")
 
     def __call__(self, t: Tensor) -> Tensor:
         if self.offset == 0.0:

@@ -7,6 +7,8 @@ With x = αX_1 + βX_0 and v = α̇X_1 + β̇X_0, each of the four predictors de
     eps        X̂_1 = (x − β·eps)/α          eps = X̂_0 = (x − αX̂_1)/β
     score      X̂_1 = (x + β²s)/α            s = −X̂_0/β
     x1         X̂_1 = model(x, t)
+
+Where α or β vanish, the pair follows by the limits of :mod:`tiltflow.core.limits`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.interpolant import Interpolant
+from tiltflow.core.limits import score_limit, velocity_limit, x1_limit
 
 Predicts = Literal["velocity", "eps", "x1", "score"]
 Model = Callable[..., Tensor]
@@ -30,17 +33,20 @@ def expand(a: Tensor, like: Tensor) -> Tensor:
     return a.reshape(a.shape + (1,) * (like.ndim - a.ndim)).to(like.dtype)
 
 
+def _rows(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.reshape(mask.shape + (1,) * (like.ndim - 1))
+
+
 def to_x1(prediction: Tensor, x: Tensor, t: Tensor, interpolant: Interpolant, predicts: Predicts) -> Tensor:
     """X̂_1 = E[X_1|x] from any predictor's output; t (B,). Infinite where α_t = 0 for eps and score."""
     if predicts == "x1":
         return prediction
-    alpha, beta = expand(interpolant.alpha(t), x), expand(interpolant.beta(t), x)
     if predicts == "velocity":
-        d_beta = expand(interpolant.d_beta(t), x)
-        return (beta * prediction - d_beta * x) / expand(interpolant.wronskian(t), x)
-    if predicts == "eps":
-        return (x - beta * prediction) / alpha
-    return (x + beta**2 * prediction) / alpha
+        a, b = (expand(c, x) for c in interpolant.from_velocity(t))
+        return a * x + b * prediction
+    alpha, beta = expand(interpolant.alpha(t), x), expand(interpolant.beta(t), x)
+    noise = -beta * prediction if predicts == "eps" else beta**2 * prediction
+    return (x + torch.where(beta == 0, torch.zeros_like(noise), noise)) / alpha  # x is X_1 where there is no noise
 
 
 def from_x1(x1: Tensor, x: Tensor, t: Tensor, interpolant: Interpolant, predicts: Predicts) -> Tensor:
@@ -90,8 +96,16 @@ class Process:
         return out
 
     def x1(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
-        """Denoised sample X̂_1 = E[X_1 | X_t = x]."""
-        return to_x1(self._predict(x, t, condition), x, t, self.interpolant, self.predicts)
+        """Denoised sample X̂_1 = E[X_1 | X_t = x]; where α_t = 0, its limit (:mod:`tiltflow.core.limits`)."""
+        path = self.interpolant
+        if self.predicts in ("velocity", "x1") or not bool((start := path.alpha(t) == 0).any()):
+            return to_x1(self._predict(x, t, condition), x, t, path, self.predicts)
+        zero, inside = torch.zeros_like(t), torch.where(start, 0.5, t)
+        limit = x1_limit(lambda s: self._predict(x, s, condition), x, zero, path, self.predicts)
+        if bool(start.all()):
+            return limit
+        regular = to_x1(self._predict(x, inside, condition), x, inside, path, self.predicts)
+        return torch.where(_rows(start, x), limit, regular)
 
     def velocity(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """v(x, t) = E[Ẋ_t | X_t = x]."""
@@ -106,10 +120,33 @@ class Process:
         return self._convert("score", x, t, condition)
 
     def _convert(self, to: Predicts, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
-        out = self._predict(x, t, condition)
         if to == self.predicts:
-            return out
-        return from_x1(to_x1(out, x, t, self.interpolant, self.predicts), x, t, self.interpolant, to)
+            return self._predict(x, t, condition)
+        path = self.interpolant
+        noiseless = path.beta(t) == 0
+        if not bool(noiseless.any()):
+            return from_x1(self.x1(x, t, **condition), x, t, path, to)
+        inside = torch.where(noiseless, 0.5, t)
+        regular = from_x1(self.x1(x, inside, **condition), x, inside, path, to)
+        point = noiseless & (path.alpha(t) == 0)
+        end = self._at_end(to, x, torch.ones_like(t), condition) if bool((noiseless & ~point).any()) else regular
+        if bool(point.any()):
+            end = torch.where(_rows(point, x), self._at_point(to, x, torch.zeros_like(t), condition), end)
+        return torch.where(_rows(noiseless, x), end, regular)
+
+    def _at_end(self, to: Predicts, x: Tensor, one: Tensor, condition: dict[str, Any]) -> Tensor:
+        """The limits where β = 0 < α."""
+        if to == "eps":
+            return torch.zeros_like(x)
+        limit = score_limit if to == "score" else velocity_limit
+        return limit(lambda s: self._predict(x, s, condition), x, one, self.interpolant, self.predicts)
+
+    def _at_point(self, to: Predicts, x: Tensor, zero: Tensor, condition: dict[str, Any]) -> Tensor:
+        """The limits at x = 0 where β = α = 0."""
+        if to == "eps":
+            return torch.zeros_like(x)
+        x1 = 0.5 * expand(self.interpolant.d_alpha(zero), x) * self.x1(x, zero, **condition)
+        return x1 if to == "velocity" else x1 / expand(self.interpolant.eta(zero), x)
 
     def source(
         self, n: int, generator: torch.Generator, dtype: torch.dtype = torch.float32, device: Any = "cpu"

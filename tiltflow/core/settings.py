@@ -92,11 +92,15 @@ def settings(cls: type[T]) -> type[T]:
     return dataclass(frozen=True, kw_only=True)(cls)
 
 
-@cache
-def hints(cls: type) -> dict[str, Any]:
+def hints(cls: Any) -> dict[str, Any]:
     """The fields of a settings class with their annotations."""
+    return _hints(cls)
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
     found = get_type_hints(cls, include_extras=True)
-    return {f.name: found[f.name] for f in fields(cls)}  # type: ignore[arg-type]
+    return {f.name: found[f.name] for f in fields(cls)}
 
 
 def check_value(name: str, value: Any, kind: Any) -> None:
@@ -149,12 +153,12 @@ def _limit(limit: Range) -> str:
 
 
 @cache
-def describe_fields(cls: type) -> tuple[Field, ...]:
+def describe_fields(cls: Any) -> tuple[Field, ...]:
     """The settings of a class in their order, with the sentences of its docstring and of those that it extends."""
     told: dict[str, str] = {}
     for part in reversed(cls.__mro__):
         told |= _sentences(part.__doc__ or "")
-    defaults = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    defaults = {f.name: f for f in fields(cls)}
     return tuple(
         Field(name, kind, _default(defaults[name]), told.get(name, "")) for name, kind in hints(cls).items()
     )

@@ -1,10 +1,13 @@
-r"""Simulation: walks along a chain, controlled or not, and the probability-flow ODE.
+r"""Simulation: walks along a chain, controlled or not, and all that is said of their transitions.
 
-One walk serves paths (for adjoints), end points (for samples) and path weights. With ε_k ~ N(0, I):
+One walk serves paths (for adjoints), end points (for samples) and path weights. With ε_k ~ N(0, I) on the tangent space:
 
     x_{k+1} = mean_u(k, x_k) + ρ_k s_k ε_k,        s_k u_k = mean_u − mean_base
 
-ρ_k = 1, unless the control has its own step variance (:class:`~tiltflow.core.control.DriftControl`).
+ρ_k = 1, unless the control has its own step variance (:class:`~tiltflow.core.control.DriftControl`). Per transition, d being
+the geometry's dimension,
+
+    log p_base/p_u = −½‖u + ρε‖² + ½‖ε‖² + d log ρ,        KL(p_u ‖ p_base) = ½‖u‖² + d(½(ρ² − 1) − log ρ).
 """
 
 from __future__ import annotations
@@ -20,6 +23,29 @@ from tiltflow.core.chain import Chain, InterpolantChain, at, times
 from tiltflow.core.control import Control
 from tiltflow.core.geometry import noise as tangent_noise
 
+Running = Callable[[Tensor, Tensor], Tensor]
+
+
+def event_sum(x: Tensor) -> Tensor:
+    """Sum over all axes but the first."""
+    return x.reshape(x.shape[0], -1).sum(1)
+
+
+def energy(u: Tensor) -> Tensor:
+    """½‖u‖², (B,)."""
+    return 0.5 * event_sum(u**2)
+
+
+def log_ratio(u: Tensor, noise: Tensor, dimension: int, ratio: float | Tensor = 1.0) -> Tensor:
+    """log p_base/p_u of transitions, (B,); u, noise (B, *event), ρ a number or one per row, broadcastable against u.
+
+    With ρ = 1 this is log N(x; m, s²) − log N(x; m', s²) of any two means, at x = m' + s·noise and m' = m + s·u.
+    """
+    if isinstance(ratio, float) and ratio == 1.0:
+        return -event_sum(u * (0.5 * u + noise))
+    log_rho = math.log(ratio) if isinstance(ratio, float) else ratio.reshape(len(u)).log()
+    return 0.5 * event_sum(noise**2 - (u + ratio * noise) ** 2) + dimension * log_rho
+
 
 class Step(NamedTuple):
     """One transition; ``u`` (scaled: √h times the control) is None if the base mean was not asked for; ``ratio`` is ρ_k."""
@@ -33,17 +59,14 @@ class Step(NamedTuple):
     ratio: float = 1.0
 
     def log_ratio(self, dimension: int) -> Tensor:
-        """log p_base/p_u of the transition, −½‖u + ρε‖² + ½‖ε‖² + d log ρ, (B,)."""
+        """log p_base/p_u of the transition, (B,)."""
         assert self.u is not None
-        if self.ratio == 1.0:
-            return -event_sum(self.u * (0.5 * self.u + self.noise))
-        squares = event_sum(self.noise**2 - (self.u + self.ratio * self.noise) ** 2)
-        return 0.5 * squares + dimension * math.log(self.ratio)
+        return log_ratio(self.u, self.noise, dimension, self.ratio)
 
     def kl(self, dimension: int) -> Tensor:
-        """KL(p_u ‖ p_base) of the transition, ½‖u‖² + d(½(ρ² − 1) − log ρ), (B,)."""
+        """KL(p_u ‖ p_base) of the transition, (B,)."""
         assert self.u is not None
-        return 0.5 * event_sum(self.u**2) + dimension * (0.5 * (self.ratio**2 - 1) - math.log(self.ratio))
+        return energy(self.u) + dimension * (0.5 * (self.ratio**2 - 1) - math.log(self.ratio))
 
 
 class Path(NamedTuple):
@@ -59,7 +82,7 @@ class Samples(NamedTuple):
     log_ratio: log dP_base/dP_u of the chain, Σ_k −(½‖u_k‖² + u_k·ε_k) where ρ_k = 1.
     kl: Σ_k ½‖u_k‖² (ρ_k = 1), whose mean estimates KL(P^u ‖ P_base).
     running: Σ_k h f(x_k, t_k) of the cost's state part (zeros without one).
-    log_kernel_ratio: Σ_k log q(x_k|x_{k+1}) − log p_0(x_0) − Σ_k log N(x_{k+1}; mean_u, s_k²), or None where the chain
+    log_kernel_ratio: Σ_k log q(x_k|x_{k+1}) − log p_0(x_0) − Σ_k log N(x_{k+1}; mean_u, ρ_k²s_k²), or None where the chain
     is not memoryless or ends noiselessly.
     """
 
@@ -70,15 +93,74 @@ class Samples(NamedTuple):
     log_kernel_ratio: Tensor | None
 
 
-def event_sum(x: Tensor) -> Tensor:
-    """Sum over all axes but the first."""
-    return x.reshape(x.shape[0], -1).sum(1)
-
-
 def normal_log_prob(x: Tensor, mean: Tensor | float, std: Tensor) -> Tensor:
     """log N(x; mean, std²) summed over the event, (B,); std broadcasts against x."""
     z = (x - mean) / std
     return event_sum(-0.5 * z**2 - (std.log() + 0.9189385332046727).expand_as(x))
+
+
+def running_cost(chain: Chain, running: Running | None, k: int, x: Tensor) -> Tensor:
+    """h f(x, t_k), (B,); zeros without a state cost f."""
+    if running is None:
+        return x.new_zeros(len(x))
+    return float(chain.t[k + 1] - chain.t[k]) * running(x, times(chain, k, x))
+
+
+def actors(chain: Chain, control: Control | None) -> list[tuple[Control | None, float]]:
+    """Who makes each step, with its ρ_k: the control where there is noise, elsewhere (and with None) the base."""
+    if control is None:
+        return [(None, 1.0)] * len(chain.std)
+    ratios, noisy = control.ratios(chain), set(chain.controlled.tolist())
+    return [
+        (control, 1.0 if ratios is None else float(ratios[k])) if k in noisy else (None, 1.0)
+        for k in range(len(chain.std))
+    ]
+
+
+def transition(
+    chain: Chain,
+    control: Control | None,
+    k: int,
+    x: Tensor,
+    noise: Tensor,
+    ratio: float,
+    condition: dict[str, Any],
+    with_base: bool = False,
+    base_mean: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Step:
+    """One step from given noise, differentiable; ``control`` None is the base.
+
+    Args:
+        with_base: evaluate the base mean too, hence u. base_mean: it, if it is known. shift: added to the mean, (B, *event).
+    """
+    std = at(chain.std, k, x)
+    if base_mean is None and (with_base or control is None):
+        base_mean = chain.base_mean(k, x, **condition)
+    mean = base_mean if control is None else control.mean(chain, k, x, base_mean=base_mean, **condition)
+    assert mean is not None
+    mean = mean if shift is None else mean + shift
+    u = None
+    if with_base and base_mean is not None:
+        u = torch.zeros_like(x) if mean is base_mean else (mean - base_mean) / std
+    return Step(k, x, noise, mean + ratio * std * noise, mean, u, ratio)
+
+
+def walk_from(
+    start: int,
+    chain: Chain,
+    control: Control | None,
+    x: Tensor,
+    generator: torch.Generator,
+    with_base: bool,
+    condition: dict[str, Any],
+) -> Iterator[Step]:
+    """:func:`walk` from states ``x`` at step ``start``."""
+    for k, (actor, ratio) in list(enumerate(actors(chain, control)))[start:]:
+        noise = tangent_noise(chain.geometry, x, generator)
+        step = transition(chain, actor, k, x, noise, ratio, condition, with_base)
+        yield step
+        x = step.x_next
 
 
 def walk(
@@ -93,20 +175,15 @@ def walk(
 
     ``control`` None walks the base. ``with_base`` also evaluates the base mean, hence u.
     """
-    x, ratios = x0, getattr(control, "ratios", lambda chain: None)(chain)
-    for k in range(len(chain.t) - 1):
-        std, ratio = at(chain.std, k, x), 1.0 if ratios is None else float(ratios[k])
-        if control is None or not bool((chain.std[k] > 0).all()):
-            mean = chain.base_mean(k, x, **condition)
-            u = torch.zeros_like(x) if with_base else None
-        else:
-            base_mean = chain.base_mean(k, x, **condition) if with_base else None
-            mean = control.mean(chain, k, x, base_mean=base_mean, **condition)
-            u = (mean - base_mean) / std if base_mean is not None else None
-        noise = tangent_noise(chain.geometry, x, generator)
-        x_next = mean + ratio * std * noise
-        yield Step(k, x, noise, x_next, mean, u, ratio)
-        x = x_next
+    return walk_from(0, chain, control, x0, generator, with_base, condition)
+
+
+def retrace(chain: Chain, control: Control, path: Path, base_mean: Tensor) -> Iterator[Step]:
+    """The transitions of a stored path of ``control``, with mean_base(x_k) (K, B, *event), where there is noise."""
+    for k, (actor, ratio) in enumerate(actors(chain, control)):
+        if actor is not None:
+            x, x_next, mean, std = path.x[k], path.x[k + 1], path.mean[k], at(chain.std, k, path.x[k])
+            yield Step(k, x, (x_next - mean) / (ratio * std), x_next, mean, (mean - base_mean[k]) / std, ratio)
 
 
 @torch.no_grad()
@@ -136,7 +213,7 @@ def sample(
     control: Control | None,
     x0: Tensor,
     generator: torch.Generator,
-    running: Callable[[Tensor, Tensor], Tensor] | None = None,
+    running: Running | None = None,
     **condition: Any,
 ) -> Samples:
     """End points and path log-ratios from ``x0``; paths are not kept. Two network evaluations per step if controlled.
@@ -151,9 +228,7 @@ def sample(
         x = s.x_next
         kl = kl + s.kl(dimension)
         log_ratio = log_ratio + s.log_ratio(dimension)
-        if running is not None:
-            h = float(chain.t[s.k + 1] - chain.t[s.k])
-            state_cost = state_cost + h * running(s.x, times(chain, s.k, s.x))
+        state_cost = state_cost + running_cost(chain, running, s.k, s.x)
         if log_kernel is not None:
             assert isinstance(chain, InterpolantChain)
             rho, variance = chain.noising_kernel(s.k)
@@ -161,9 +236,5 @@ def sample(
                 log_kernel = log_kernel + normal_log_prob(s.x, rho.to(x.dtype) * x, variance.sqrt().to(x.dtype))
             else:
                 log_kernel = torch.zeros_like(log_kernel)
-            log_kernel = log_kernel - normal_log_prob(x, s.mean, at(chain.std, s.k, x))
+            log_kernel = log_kernel - normal_log_prob(x, s.mean, s.ratio * at(chain.std, s.k, x))
     return Samples(x, log_ratio, kl, state_cost, log_kernel)
-
-
-
-

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.brownian import BrownianChain
-from tiltflow.core.chain import Chain, at, times
+from tiltflow.core.chain import Chain, at
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost, mean_reward
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import noise as tangent_noise
-from tiltflow.core.simulate import Step, event_sum, sample, walk
+from tiltflow.core.simulate import Step, actors, running_cost, sample, walk, walk_from
 from tiltflow.core.weights import ess
 
 
@@ -64,13 +64,6 @@ class WeightedPaths(NamedTuple):
         }
 
 
-def running_cost(chain: Chain, cost: Cost, k: int, x: Tensor) -> Tensor:
-    """h f(x, t_k), (B,); zeros without a state cost."""
-    if cost.running is None:
-        return x.new_zeros(len(x))
-    return float(chain.t[k + 1] - chain.t[k]) * cost.running(x, times(chain, k, x))
-
-
 @torch.no_grad()
 def weighted_paths(
     chain: Chain, control: Control | None, cost: Cost, x0: Tensor, generator: torch.Generator, **condition: Any
@@ -80,7 +73,7 @@ def weighted_paths(
     running, energy, log_ratio = (x0.new_zeros(len(x0)) for _ in range(3))
     for s in walk(chain, control, x0, generator, with_base=True, **condition):
         assert s.u is not None
-        running = running + running_cost(chain, cost, s.k, s.x)
+        running = running + running_cost(chain, cost.running, s.k, s.x)
         energy, log_ratio = energy + s.kl(dimension), log_ratio + s.log_ratio(dimension)
         states.append(s.x_next)
         means.append(s.mean - at(chain.std, s.k, s.x) * s.u)
@@ -113,17 +106,10 @@ def value(
         raise TiltflowError(f"value needs a step k in 0…{steps} and n ≥ 2 paths per row; got k = {k}, n = {n}.")
     condition = {name: v.repeat_interleave(n, 0) for name, v in condition.items()}
     y = x.repeat_interleave(n, 0)
-    log_w = y.new_zeros(len(y))
-    for j in range(k, steps):
-        log_w = log_w - running_cost(chain, cost, j, y)
-        base_mean, std = chain.base_mean(j, y, **condition), at(chain.std, j, y)
-        noise = tangent_noise(chain.geometry, y, generator)
-        mean = base_mean
-        if control is not None and bool((chain.std[j] > 0).all()):
-            mean = control.mean(chain, j, y, base_mean=base_mean, **condition)
-            u = (mean - base_mean) / std
-            log_w = log_w - 0.5 * event_sum(u**2) - event_sum(u * noise)
-        y = mean + std * noise
+    log_w, dimension = y.new_zeros(len(y)), chain.geometry.dimension(x.shape[1:])
+    for s in walk_from(k, chain, control, y, generator, True, condition):
+        log_w = log_w - running_cost(chain, cost.running, s.k, s.x) + s.log_ratio(dimension)
+        y = s.x_next
     log_w = (log_w - cost.value(y, **condition)).double().reshape(len(x), n)
     first, second = torch.logsumexp(log_w, 1), torch.logsumexp(2 * log_w, 1)
     spread = (n * (second - 2 * first).exp() - 1).clamp_min(0.0)  # 1/ESS − 1
@@ -160,13 +146,12 @@ def reversed_log_ratio(chain: BrownianChain, control: Control, x1: Tensor, gener
         raise TiltflowError("paths can be reversed exactly for a base that starts at the point 0 only.")
     x_next = chain.geometry.lift(x1, chain.end_variance, generator)
     log_ratio = x1.new_zeros(len(x1))
-    ratios = getattr(control, "ratios", lambda chain: None)(chain)
     dimension = chain.geometry.dimension(chain.event_shape)
-    for k in reversed(range(len(chain.std))):
+    for k, (_, ratio) in reversed(list(enumerate(actors(chain, control)))):
         shrink = chain.variance[k] / chain.variance[k + 1]
         spread = float((chain.variance[k] * (1 - shrink)).sqrt())
         x = float(shrink) * x_next + spread * tangent_noise(chain.geometry, x_next, generator)
-        std, ratio = at(chain.std, k, x), 1.0 if ratios is None else float(ratios[k])
+        std = at(chain.std, k, x)
         u = (control.mean(chain, k, x) - x) / std
         step = Step(k, x, ((x_next - x) / std - u) / ratio, x_next, x + std * u, u, ratio)
         log_ratio += step.log_ratio(dimension)

@@ -29,6 +29,7 @@ class EnergyCost:
     max_grad_norm: float | None = None
     temperature: float = 1.0
     running: ClassVar[None] = None
+    strength: ClassVar[float] = 1.0
 
     @property
     def auxiliary(self) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from tiltflow.core.chain import Chain, InterpolantChain, at
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost, mean_reward
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.simulate import event_sum, simulate
+from tiltflow.core.simulate import event_sum, retrace, running_cost, simulate
 from tiltflow.core.weights import tempered
-from tiltflow.methods.ends import renoise, toward
+from tiltflow.methods.ends import renoise, require_memoryless, toward
 from tiltflow.train.buffer import Material, condition_rows, conditions_of, repeat_rows
 from tiltflow.train.loss import QuantileMask, matching_terms, reduce_terms
 from tiltflow.train.method import Conditions, Method, Round, State
@@ -72,11 +72,11 @@ class AdjointMatching(Method):
     keep: torch.device | None = None
 
     def __post_init__(self) -> None:
-        n = len(self._controlled())
+        n = len(self.chain.controlled)
         if self.endpoint_share is not None and not self.importance:
             raise TiltflowError("endpoint_share is right under path weights only: pass importance=True too.")
-        if self.endpoint_share is not None and not getattr(self.chain, "memoryless", False):
-            raise TiltflowError("endpoint_share needs a memoryless chain: elsewhere the end point depends on the start too.")
+        if self.endpoint_share is not None:
+            require_memoryless(self.chain)
         if self.endpoint_share is not None and self.keep is not None:
             raise TiltflowError("endpoint_share computes where paths are kept: leave keep out.")
         if self.last_steps is not None and self.last_steps + self.random_steps > n:
@@ -87,14 +87,11 @@ class AdjointMatching(Method):
 
     @property
     def auxiliary(self) -> dict[str, Any]:
-        """The mask's moving average."""
-        return {} if self.mask is None else {"mask": self.mask}
-
-    def _controlled(self) -> list[int]:
-        return [k for k, s in enumerate(self.chain.std) if bool((s > 0).all())]
+        """The mask's moving average, and what the cost keeps."""
+        return self.cost.auxiliary | ({} if self.mask is None else {"mask": self.mask})
 
     def _steps(self, generator: torch.Generator) -> list[int]:
-        steps = self._controlled()
+        steps = self.chain.controlled.tolist()
         if self.last_steps is None:
             return steps
         split = len(steps) - self.last_steps
@@ -105,19 +102,25 @@ class AdjointMatching(Method):
         """Simulate, run the adjoint, and lay out the chosen (x_k, k, ã_{k+1}) as rows."""
         generator = state.generator
         condition: dict[str, Any] = self.conditions(self.batch, generator) if self.conditions else {}
-        x0 = self.chain.source(self.batch, generator)
+        x0, policy = self.chain.source(self.batch, generator), self.rollout or state.control
         with parametrize.cached():  # low-rank updates are added to their weights once, not at every step
-            path = simulate(self.chain, self.rollout or state.control, x0, generator, self.keep, **condition)
+            path = simulate(self.chain, policy, x0, generator, self.keep, **condition)
         if self.adjoint == "lean":
             adjoint = lean_adjoint(self.chain, path, self.cost, x0.device, **condition)
         else:
             adjoint = full_adjoint(self.chain, state.control, path, self.cost, x0.device, **condition)
         steps = torch.tensor(self._steps(generator))
         n = len(steps) * self.batch
-        weight = torch.ones_like(path.x[0].reshape(self.batch, -1)[:, 0])
+        weight = torch.ones_like(event_sum(path.x[0]))
+        kl, log_ratio, dimension = torch.zeros(()), torch.zeros_like(weight), self.chain.geometry.dimension(x0.shape[1:])
+        for step in retrace(self.chain, policy, path, adjoint.base_mean):
+            kl, log_ratio = kl + step.kl(dimension).mean(), log_ratio + step.log_ratio(dimension)
         cost = self.cost.value(path.x[-1].to(x0.device), **condition).detach().to(path.x.device)
         if self.importance:
-            weight = self._path_weights(path.x, path.mean, adjoint.base_mean, cost)
+            log_w = log_ratio - cost
+            for k, x in enumerate(path.x[:-1]):
+                log_w = log_w - running_cost(self.chain, self.cost.running, k, x)
+            weight = (tempered(log_w) * self.batch).to(path.x.dtype)
         rows = weight.repeat(len(steps))
         if self.time_weight is not None:
             rows = rows * self.time_weight(self.chain.t[steps]).to(rows).repeat_interleave(self.batch)
@@ -135,18 +138,14 @@ class AdjointMatching(Method):
         }
         if self.endpoint_share is not None:
             self._renoise(material, path.x[-1].repeat(len(steps), *(1,) * (path.x[-1].ndim - 1)), generator)
-        kl = sum(
-            0.5 * event_sum(((path.mean[k] - adjoint.base_mean[k]) / at(self.chain.std, k, path.x[k])) ** 2).mean()
-            for k in self._controlled()
-        )
         norms = adjoint.a.reshape(len(adjoint.a), self.batch, -1).norm(dim=2).mean(1)
         metrics = {"reward": mean_reward(self.cost, cost), "kl": float(kl)}
         return Round(material, metrics, {"adjoint_norm": norms.tolist()})
 
     def _renoise(self, material: Material, ends: Tensor, generator: torch.Generator) -> None:
         """Make a random share c_k of the rows into end-point rows: x_k ~ q(· | x_K) anew, and the end point as target."""
-        chain, k = self.chain, material["k"]
-        assert isinstance(chain, InterpolantChain) and self.endpoint_share is not None
+        chain, k = require_memoryless(self.chain), material["k"]
+        assert self.endpoint_share is not None
         draw = torch.rand(len(k), generator=generator, device=generator.device).cpu()
         picked = torch.nonzero(draw < self.endpoint_share[k])[:, 0]
         condition = {name: v[picked] for name, v in conditions_of(material).items()}
@@ -154,18 +153,6 @@ class AdjointMatching(Method):
         material["x"][picked] = anew.x
         material["base_mean"][picked] = anew.base_mean
         material["a_next"][picked] = -toward(chain, anew.k, anew.x, ends[picked], anew.base_mean)
-
-    def _path_weights(self, x: Tensor, mean: Tensor, base_mean: Tensor, cost: Tensor) -> Tensor:
-        log_w = -cost
-        for k in self._controlled():
-            std = at(self.chain.std, k, x[k])
-            log_w = log_w + event_sum(
-                0.5 * ((x[k + 1] - mean[k]) / std) ** 2 - 0.5 * ((x[k + 1] - base_mean[k]) / std) ** 2
-            )
-            if self.cost.running is not None:
-                h = float(self.chain.t[k + 1] - self.chain.t[k])
-                log_w = log_w - h * self.cost.running(x[k], self.chain.t[k].to(x.dtype).expand(x.shape[1]))
-        return (tempered(log_w) * len(log_w)).to(x.dtype)
 
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """The matching loss of a batch of rows."""
@@ -184,11 +171,12 @@ def endpoint_share(chain: InterpolantChain, cost: Cost, paths: int, generator: t
     path = simulate(chain, None, x0, generator, **condition)
     adjoint = lean_adjoint(chain, path, cost, **condition)
     shares = []
+    noisy = set(chain.controlled.tolist())
     for k, a in enumerate(adjoint.a[1:]):
-        std = at(chain.std, k, a)
-        if not bool((std > 0).all()):
+        if k not in noisy:
             shares.append(0.0)
             continue
+        std = at(chain.std, k, a)
         end = std * toward(chain, k, path.x[k], path.x[-1], path.mean[k])
         spread, other = (float((event_sum(z**2).double() ** 2).mean().sqrt()) for z in (std * a, end))
         shares.append(spread / (spread + other))

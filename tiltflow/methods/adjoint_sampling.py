@@ -32,6 +32,7 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import event_sum, sample
 from tiltflow.core.weights import evidence, tempered
 from tiltflow.energies.cost import EnergyCost
+from tiltflow.methods.ends import require_brownian
 from tiltflow.methods.step_variance import update_step_variance
 from tiltflow.train.buffer import Material, condition_rows, conditions_of
 from tiltflow.train.loss import matching_terms, reduce_terms
@@ -50,7 +51,7 @@ class AdjointSampling(Method):
         temperature: T of the round's target as a function of the iteration, falling to 1; None: 1.
 
     Raises:
-        TiltflowError: a chain with a random source, an unknown target, an ESS outside (0, 1).
+        TiltflowError: a chain that is not Brownian, or with a random source, an unknown target, an ESS outside (0, 1).
     """
 
     chain: BrownianChain
@@ -61,6 +62,7 @@ class AdjointSampling(Method):
     temperature: Callable[[int], float] | None = None
 
     def __post_init__(self) -> None:
+        require_brownian(self, self.chain)
         if self.chain.initial is not None:
             raise TiltflowError("Adjoint Sampling starts at the point 0; from a random source use AdjointBridgeSampling.")
         if self.target not in ("adjoint", "bridge", "least_variance"):

@@ -1,6 +1,6 @@
 r"""Truncated backpropagation: the gradient of the objective, or of the reward alone, through the simulated chain itself.
 
-    x_{k+1} = mean_u(k, x_k) + s_k ε_k,   ε fixed:   min E[ Σ_{k ≥ K−last} (½‖u_k‖² + h f(x_k)) + g(x_K) ]
+    x_{k+1} = mean_u(k, x_k) + ρ_k s_k ε_k,   ε fixed:   min E[ Σ_{k ≥ K−last} (½‖u_k‖² + h f(x_k)) + g(x_K) ]
 
 With all steps this is the discrete adjoint, and for a sampler from a point the Path Integral Sampler (Zhang, Chen 2021,
 arXiv:2111.15141): an unbiased gradient of KL(P^u ‖ P*), path by path that of basic Adjoint Matching. Fewer bias it.
@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from tiltflow.core.chain import Chain, at, times
+from tiltflow.core.chain import Chain, times
 from tiltflow.core.control import Control, FineTuned
 from tiltflow.core.cost import Cost, mean_reward
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import noise as tangent_noise
-from tiltflow.core.simulate import event_sum
+from tiltflow.core.simulate import actors, event_sum, running_cost, transition
 from tiltflow.train.buffer import Material, condition_rows, conditions_of
 from tiltflow.train.method import Conditions, Method, Round, State
 
@@ -79,7 +79,7 @@ class Backpropagation(Method):
 
     @property
     def auxiliary(self) -> dict[str, Any]:
-        return getattr(self.cost, "auxiliary", {})  # the counters of an energy
+        return self.cost.auxiliary
 
     def collect(self, state: State) -> Round:
         """Simulate without gradients; the draws come in the order of :func:`tiltflow.core.simulate.walk`."""
@@ -110,26 +110,24 @@ class Backpropagation(Method):
         if self.stop is not None:
             return self._terminal(self._predict(control, x, material["k"], condition), condition).mean()
 
-        def transition(k: int, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        def step(k: int, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
             x_next, cost = self._step(control, k, x, noise, self.kl, condition)
-            if self.kl and self.cost.running is not None:
-                cost = cost + float(self.chain.t[k + 1] - self.chain.t[k]) * self.cost.running(x, times(self.chain, k, x))
-            return x_next, cost
+            return x_next, cost + running_cost(self.chain, self.cost.running, k, x) if self.kl else cost
 
         total = torch.zeros_like(event_sum(x))
         first = len(self.chain.std) - material["noise"].shape[1]
         with nullcontext() if self.checkpointing else parametrize.cached():  # a cache would be gone when steps are repeated
             for j, noise in enumerate(material["noise"].unbind(1)):
                 if self.checkpointing:
-                    x, cost = checkpoint(transition, first + j, x, noise, use_reentrant=False)
+                    x, cost = checkpoint(step, first + j, x, noise, use_reentrant=False)
                 else:
-                    x, cost = transition(first + j, x, noise)
+                    x, cost = step(first + j, x, noise)
                 total = total + cost
         return (total + self._terminal(x, condition)).mean()
 
     def _acts(self, control: Control, k: int) -> bool:
         """Whether the control makes step k: a noiseless one only if no KL is asked for and the control is a model."""
-        return bool((self.chain.std[k] > 0).all()) or (not self.kl and isinstance(control, FineTuned))
+        return k in self.chain.controlled or (not self.kl and isinstance(control, FineTuned))
 
     def _first(self, control: Control, generator: torch.Generator) -> int:
         """The first step that carries gradient."""
@@ -147,15 +145,12 @@ class Backpropagation(Method):
     def _step(
         self, control: Control, k: int, x: Tensor, noise: Tensor, with_base: bool, condition: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """x_{k+1} and ½‖u_k‖² (B,): zero without the base's mean, and for a noiseless step."""
-        std, acts = at(self.chain.std, k, x), self._acts(control, k)
-        base_mean = self.chain.base_mean(k, x, **condition) if with_base or not acts else None
-        mean = control.mean(self.chain, k, x, base_mean=base_mean, **condition) if acts else base_mean
-        assert mean is not None
-        energy = torch.zeros_like(event_sum(x))
-        if acts and base_mean is not None and bool((std > 0).all()):
-            energy = 0.5 * event_sum(((mean - base_mean) / std) ** 2)
-        return mean + std * noise, energy
+        """x_{k+1} and KL(p_u ‖ p_base) (B,): zero without the base's mean, and for a noiseless step."""
+        actor, ratio = actors(self.chain, control)[k]
+        base_mean = self.chain.base_mean(k, x, **condition) if with_base else None
+        made = control if self._acts(control, k) else None
+        s = transition(self.chain, made, k, x, noise, ratio, condition, with_base and actor is not None, base_mean)
+        return s.x_next, torch.zeros_like(event_sum(x)) if s.u is None else s.kl(self.chain.geometry.dimension(x.shape[1:]))
 
     def _predict(self, control: Control, x: Tensor, k: Tensor, condition: dict[str, Any]) -> Tensor:
         """X̂_1(x_k) of the fine-tuned model."""

@@ -32,6 +32,7 @@ from tiltflow.core.control import Control, DriftControl
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import event_sum, sample
 from tiltflow.energies.cost import EnergyCost
+from tiltflow.methods.ends import require_brownian
 from tiltflow.methods.step_variance import update_step_variance
 from tiltflow.train.buffer import Material
 from tiltflow.train.loss import matching_terms, reduce_terms
@@ -93,6 +94,7 @@ class AdjointBridgeSampling(Method):
     bound: Callable[[int], float] | None = None
 
     def __post_init__(self) -> None:
+        require_brownian(self, self.chain)
         if self.target not in ("adjoint", "least_variance"):
             raise TiltflowError(f"target={self.target!r}: choose adjoint or least_variance.")
 
@@ -175,6 +177,7 @@ class DampedBridgeMatching(Method):
     previous: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
+        require_brownian(self, self.chain)
         if not 0 < self.damping <= 1:
             raise TiltflowError(f"damping is the share of a step taken, in (0, 1]; got {self.damping}.")
         object.__setattr__(self, "previous", copy.deepcopy(self.control.module).requires_grad_(False))

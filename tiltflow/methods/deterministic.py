@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from tiltflow.core.adjoint import lean_adjoint
-from tiltflow.core.chain import InterpolantChain, euler_maruyama
+from tiltflow.core.chain import Chain, euler_maruyama
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost, mean_reward
 from tiltflow.core.noise import zero
 from tiltflow.core.simulate import Path
+from tiltflow.methods.ends import require_memoryless
+from tiltflow.methods.step_variance import require_base_variance
 from tiltflow.train.buffer import Material, condition_rows, conditions_of, repeat_rows
 from tiltflow.train.loss import matching_terms, reduce_terms
 from tiltflow.train.method import Conditions, Method, Round, State
@@ -36,16 +38,23 @@ class DeterministicAdjointMatching(Method):
         chain: the memoryless chain, whose steps' controls are regressed. cost: g.
         batch: paths per round.
         conditions: draws one condition row per path.
+
+    Raises:
+        TiltflowError: a chain that is not memoryless; while collecting, a control with its own step variance.
     """
 
-    chain: InterpolantChain
+    chain: Chain
     cost: Cost
     batch: int = 256
     conditions: Conditions | None = None
 
+    def __post_init__(self) -> None:
+        require_memoryless(self.chain)
+
     def collect(self, state: State) -> Round:
         """Rows x, k, a_next, base_mean (of the chain) for all steps that have a control."""
-        flow = euler_maruyama(self.chain.base, self.chain.t, zero)
+        require_base_variance(self, self.chain, state.control)
+        flow = euler_maruyama(require_memoryless(self.chain).base, self.chain.t, zero)
         condition: dict[str, Any] = self.conditions(self.batch, state.generator) if self.conditions else {}
         x = self.chain.source(self.batch, state.generator)
         states, means = [x], []
@@ -57,7 +66,7 @@ class DeterministicAdjointMatching(Method):
             reward = mean_reward(self.cost, self.cost.value(states[-1], **condition))
         path = Path(torch.stack(states), torch.stack(means))
         adjoint = lean_adjoint(flow, path, self.cost, **condition)
-        steps = torch.tensor([k for k, s in enumerate(self.chain.std) if bool((s > 0).all())])
+        steps = self.chain.controlled
 
         def rows(v: Tensor) -> Tensor:
             return v[steps].reshape(len(steps) * self.batch, *v.shape[2:])

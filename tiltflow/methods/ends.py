@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from tiltflow.core.brownian import BrownianChain
 from tiltflow.core.chain import Chain, Index, InterpolantChain, at
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost, mean_reward
@@ -40,18 +41,31 @@ class Projected(NamedTuple):
     condition: dict[str, Tensor]
 
 
-def require_reciprocal(chain: Chain, cost: Cost) -> InterpolantChain:
-    """The chain, if end points may be re-noised. Raises TiltflowError if not memoryless, or with a running cost."""
+def require_memoryless(chain: Chain) -> InterpolantChain:
+    """The chain, if end points can be re-noised on it. Raises TiltflowError without an interpolant, or if not memoryless."""
     if not isinstance(chain, InterpolantChain) or not chain.memoryless:
-        raise TiltflowError("end points can be re-noised on a memoryless chain only; build it with memoryless_chain(...).")
-    if cost.running is not None:
-        raise TiltflowError("the cost has a running part f: only whole paths know it. Use AdjointMatching.")
+        raise TiltflowError(
+            "end points can be re-noised on the memoryless chain of an interpolant only; build it with "
+            "memoryless_chain(...), not with euler_maruyama, a drift or pure noise."
+        )
     return chain
 
 
-def controlled(chain: Chain) -> Tensor:
-    """The steps with noise, hence with a control, (n,)."""
-    return torch.tensor([k for k, s in enumerate(chain.std) if bool((s > 0).all())])
+def require_reciprocal(chain: Chain, cost: Cost) -> InterpolantChain:
+    """The chain, if end points are all a method needs. Raises TiltflowError as above, or with a running cost."""
+    memoryless = require_memoryless(chain)
+    if cost.running is not None:
+        raise TiltflowError("the cost has a running part f: only whole paths know it. Use AdjointMatching.")
+    return memoryless
+
+
+def require_brownian(method: object, chain: Chain) -> None:
+    """Raises TiltflowError unless ``chain`` has the bridges of a Brownian motion, which ``method`` draws from."""
+    if not isinstance(chain, BrownianChain):
+        raise TiltflowError(
+            f"{type(method).__name__} draws from the bridges of a Brownian chain (geometric_chain, constant_chain); "
+            f"it cannot use {type(chain).__name__}."
+        )
 
 
 def draw_ends(
@@ -79,7 +93,7 @@ def project(
 ) -> tuple[Material, Projected]:
     """Each row of end points ``draws`` times over, each re-noised to a controlled step drawn uniformly."""
     rows = repeat_rows(material, draws)
-    steps = controlled(chain)
+    steps = chain.controlled
     pick = torch.randint(len(steps), (len(rows["x1"]),), generator=generator, device=generator.device).cpu()
     return rows, renoise(chain, steps[pick], rows["x1"], generator, **conditions_of(rows))
 

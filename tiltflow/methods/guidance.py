@@ -20,13 +20,16 @@ from tiltflow.core.chain import Chain, InterpolantChain, at, times
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.core.errors import TiltflowError
-from tiltflow.train.method import Sampler, Weighted
+from tiltflow.core.geometry import noise
+from tiltflow.core.simulate import actors, transition
+from tiltflow.train.method import TrainingFree, Weighted
 
 
 class Ahead(NamedTuple):
     """What one base evaluation at x_k tells, each (B, *event).
 
-    x1: X̂_1(x_k) over an interpolant, x_k itself on other chains. base_mean: of the step. ascent: −∇_x g(x1), or None.
+    x1: X̂_1(x_k) over an interpolant, x_k itself on other chains. base_mean: of the step. ascent: −∇_x g(x1) on the tangent
+    space, or None.
     """
 
     x1: Tensor
@@ -43,6 +46,7 @@ def look_ahead(chain: Chain, k: int, x: Tensor, cost: Cost | None = None, **cond
     if cost is not None:
         pull = -cost.grad(x1.detach(), **condition)
         ascent = torch.autograd.grad(x1, x, pull)[0] if x1.requires_grad else torch.zeros_like(x)
+        ascent = chain.geometry.project(ascent)
     x, x1 = x.detach(), x1.detach()
     with torch.no_grad():
         mean = chain.mean(k, x, x1) if isinstance(chain, InterpolantChain) else chain.base_mean(k, x, **condition)
@@ -50,7 +54,7 @@ def look_ahead(chain: Chain, k: int, x: Tensor, cost: Cost | None = None, **cond
 
 
 @dataclass(frozen=True)
-class GradientGuidance(Sampler):
+class GradientGuidance(TrainingFree):
     """Biased by construction: the weights it returns are zeros and there is no log Z.
 
     Args:
@@ -72,15 +76,12 @@ class GradientGuidance(Sampler):
 
     def sample(self, control: Control | None, n: int, generator: torch.Generator, **condition: Any) -> Weighted:
         """n guided walks, (n, *event); with a control the push (at the base's X̂_1) comes on top of its mean."""
-        x = self.chain.source(n, generator)
-        for k in range(len(self.chain.t) - 1):
-            std = at(self.chain.std, k, x)
-            noisy = bool((std > 0).all())
-            _, mean, ascent = look_ahead(self.chain, k, x, self.cost if noisy else None, **condition)
-            if noisy and control is not None:
-                with torch.no_grad():
-                    mean = control.mean(self.chain, k, x, base_mean=mean, **condition)
-            if ascent is not None:
-                mean = mean + self.scale * std**2 * ascent
-            x = mean + std * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        chain, x = self.chain, self.chain.source(n, generator)
+        noisy = set(chain.controlled.tolist())
+        for k, (actor, ratio) in enumerate(actors(chain, control)):
+            _, base_mean, ascent = look_ahead(chain, k, x, self.cost if k in noisy else None, **condition)
+            shift = None if ascent is None else self.scale * at(chain.std, k, x) ** 2 * ascent
+            with torch.no_grad():
+                e = noise(chain.geometry, x, generator)
+                x = transition(chain, actor, k, x, e, ratio, condition, False, base_mean, shift).x_next
         return Weighted(x, x.new_zeros(n), None)

@@ -24,6 +24,7 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import noise
 from tiltflow.core.simulate import sample
 from tiltflow.energies.cost import EnergyCost
+from tiltflow.methods.ends import require_brownian
 from tiltflow.train.buffer import Material
 from tiltflow.train.loss import matching_terms
 from tiltflow.train.method import Method, Round, State
@@ -47,6 +48,7 @@ class IteratedDenoising(Method):
     max_score: float | None = None
 
     def __post_init__(self) -> None:
+        require_brownian(self, self.chain)
         if self.chain.initial is None:
             raise TiltflowError("iDEM reverses the noising from N(0, σ_max² I): build its chain with that source.")
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from tiltflow.core.chain import Chain, at
+from tiltflow.core.chain import Chain, at, one_start
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.simulate import event_sum
+from tiltflow.core.simulate import log_ratio
 from tiltflow.core.value import weighted_paths
 from tiltflow.train.buffer import Material, condition_rows, conditions_of
 from tiltflow.train.method import Conditions, Method, Round, State
@@ -61,17 +61,15 @@ class LogVariance(Method):
             return
         if self.conditions is not None:
             raise TiltflowError("with conditions log Z differs from row to row: pass paths_per_start, e.g. 16.")
-        if not getattr(self.chain, "memoryless", False):
-            a, b = self.chain.source(2, torch.Generator().manual_seed(0))
-            if not torch.equal(a, b):
-                raise TiltflowError(
-                    "on a chain that is not memoryless the value of the start differs from path to path and would count as "
-                    "variance: pass paths_per_start, e.g. 16, or start from one point."
-                )
+        if not (self.chain.memoryless or one_start(self.chain)):
+            raise TiltflowError(
+                "on a chain that is not memoryless the value of the start differs from path to path and would count as "
+                "variance: pass paths_per_start, e.g. 16, or start from one point."
+            )
 
     @property
     def auxiliary(self) -> dict[str, Any]:
-        return getattr(self.cost, "auxiliary", {})  # the counters of an energy
+        return self.cost.auxiliary
 
     def collect(self, state: State) -> Round:
         """Simulate; rows x (B, K+1, *event), base_mean (B, K, *event), cost Σ h f + g (B,), start (B,) its number."""
@@ -96,18 +94,18 @@ class LogVariance(Method):
 
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """Sample variance of log dP^θ/dP* among paths of the same start, pooled over the starts."""
-        log_ratio = path_log_ratio(control, self.chain, material) + material["cost"]
+        gap = path_log_ratio(control, self.chain, material) + material["cost"]
         number, row = material["start"].unique(return_inverse=True)
-        row = row.to(log_ratio.device)
-        count = torch.bincount(row, minlength=len(number)).to(log_ratio)
-        mean = torch.zeros_like(count).index_add(0, row, log_ratio) / count
-        return (log_ratio - mean[row]).square().sum() / (count - 1).sum().clamp_min(1.0)
+        row = row.to(gap.device)
+        count = torch.bincount(row, minlength=len(number)).to(gap)
+        mean = torch.zeros_like(count).index_add(0, row, gap) / count
+        return (gap - mean[row]).square().sum() / (count - 1).sum().clamp_min(1.0)
 
 
 def path_log_ratio(control: Control, chain: Chain, material: Material) -> Tensor:
     """log dP^θ/dP_base of stored paths, (B,), differentiable in the control's weights."""
     x, base_mean = material["x"], material["base_mean"]
-    noisy = torch.tensor([k for k, s in enumerate(chain.std) if bool((s > 0).all())])
+    noisy, ratios = chain.controlled, control.ratios(chain)
     paths, steps = len(x), len(noisy)
 
     def flat(v: Tensor) -> Tensor:
@@ -116,6 +114,8 @@ def path_log_ratio(control: Control, chain: Chain, material: Material) -> Tensor
     condition = {name: v.repeat_interleave(steps, 0) for name, v in conditions_of(material).items()}
     here, after, base = flat(x[:, noisy]), flat(x[:, noisy + 1]), flat(base_mean[:, noisy])
     k = noisy.repeat(paths)
-    std = at(chain.std, k, here)
-    u = (control.mean(chain, k, here, base_mean=base, **condition) - base) / std
-    return event_sum(u * (after - base) / std - 0.5 * u**2).reshape(paths, steps).sum(1)
+    std, ratio = at(chain.std, k, here), 1.0 if ratios is None else at(ratios, k, here)
+    mean = control.mean(chain, k, here, base_mean=base, **condition)
+    u, noise = (mean - base) / std, (after - mean) / (ratio * std)
+    terms = log_ratio(u, noise, chain.geometry.dimension(x.shape[2:]), ratio)
+    return -terms.reshape(paths, steps).sum(1)

@@ -1,6 +1,6 @@
 r"""Policy gradient: the steps of a chain are Gaussian actions, and actions that led to a better end become more likely.
 
-With log π_k = log N(x_{k+1}; mean_θ(x_k), s_k²), advantages A_k held fixed and weight β of the KL to the base,
+With log π_k = log N(x_{k+1}; mean_θ(x_k), ρ_k²s_k²), advantages A_k held fixed and weight β of the KL to the base,
 
     L = E Σ_k [ −min(ϱ_k A_k, clamp(ϱ_k, 1 ± c) A_k) + β ½‖u_k(x_k)‖² ],     ϱ_k = π_k/π_k^collected.
 
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from tiltflow.core.chain import Chain, at, times
+from tiltflow.core.chain import Chain, at
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost, mean_reward
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.simulate import event_sum, walk
+from tiltflow.core.simulate import energy, log_ratio, running_cost, walk
 from tiltflow.train.buffer import Material, condition_rows, conditions_of, repeat_rows
 from tiltflow.train.method import Conditions, Method, Round, State
 
@@ -71,6 +71,10 @@ class PolicyGradient(Method):
             raise TiltflowError(f"kl must be at least 0 and clip above 0, got kl={self.kl}, clip={self.clip}.")
 
     @property
+    def auxiliary(self) -> dict[str, Any]:
+        return self.cost.auxiliary
+
+    @property
     def _group(self) -> int:
         return self.batch if self.group is None else self.group
 
@@ -86,21 +90,19 @@ class PolicyGradient(Method):
         with parametrize.cached():
             steps = list(walk(chain, state.control, x0, generator, with_base=True, **condition))
         cost = self.cost.value(steps[-1].x_next, **condition).double()
-        kl = torch.zeros_like(cost)
+        kl, dimension, noisy = torch.zeros_like(cost), chain.geometry.dimension(x0.shape[1:]), set(chain.controlled.tolist())
         to_go, columns = cost, []
         for s in reversed(steps):
             assert s.u is not None
-            std = at(chain.std, s.k, s.x)
-            if bool((std > 0).all()):
-                row = {"x": s.x, "x_next": s.x_next, "mean": s.mean, "base_mean": s.mean - std * s.u}
+            if s.k in noisy:
+                base_mean = s.mean - at(chain.std, s.k, s.x) * s.u
+                row = {"x": s.x, "x_next": s.x_next, "mean": s.mean, "base_mean": base_mean}
                 columns.append(row | {"k": torch.full((self.batch,), s.k), "advantage": self._advantage(to_go)})
-            energy = 0.5 * event_sum(s.u**2).double()
-            kl = kl + energy
+            spent = s.kl(dimension).double()
+            kl = kl + spent
             if self.future_kl:
-                to_go = to_go + self.kl * energy
-            if self.cost.running is not None:
-                h = float(chain.t[s.k + 1] - chain.t[s.k])
-                to_go = to_go + h * self.cost.running(s.x, times(chain, s.k, s.x)).double()
+                to_go = to_go + self.kl * spent
+            to_go = to_go + running_cost(chain, self.cost.running, s.k, s.x).double()
         material = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
         material |= repeat_rows(condition_rows(condition), len(columns))
         return Round(material, {"reward": mean_reward(self.cost, cost), "kl": float(kl.mean())}, {})
@@ -119,16 +121,17 @@ class PolicyGradient(Method):
         """L over a batch of rows, scaled to a sum over the steps of a path."""
         condition = conditions_of(material)
         x, k, base_mean = material["x"], material["k"], material["base_mean"]
-        std = at(self.chain.std, k, x)
+        std, ratios = at(self.chain.std, k, x), control.ratios(self.chain)
+        own = std if ratios is None else std * at(ratios, k, x)
         mean = control.mean(self.chain, k, x, base_mean=base_mean, **condition)
-        moved, noise = (mean - material["mean"]) / std, (material["x_next"] - material["mean"]) / std
-        ratio = event_sum(moved * (noise - 0.5 * moved)).exp()
+        moved, noise = (material["mean"] - mean) / own, (material["x_next"] - material["mean"]) / own
+        ratio = log_ratio(moved, noise, 0).exp()
         advantage = material["advantage"].to(ratio)
         gain = ratio * advantage
         if self.clip is not None:
             gain = torch.minimum(gain, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage)
-        terms = self.kl * 0.5 * event_sum(((mean - base_mean) / std) ** 2) - gain
-        return terms.mean() * int((self.chain.std.reshape(len(self.chain.std), -1) > 0).all(1).sum())
+        terms = self.kl * energy((mean - base_mean) / std) - gain
+        return terms.mean() * len(self.chain.controlled)
 
 
 def reinforce(

@@ -24,11 +24,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.nn.utils import parametrize
 
-from tiltflow.core.chain import InterpolantChain, at
+from tiltflow.core.chain import Chain, at
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost, mean_reward
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.simulate import sample
+from tiltflow.core.simulate import energy, sample
+from tiltflow.methods.ends import require_memoryless
+from tiltflow.methods.step_variance import require_base_variance
 from tiltflow.train.buffer import Material, condition_rows, conditions_of
 from tiltflow.train.loss import matching_terms
 from tiltflow.train.method import Conditions, Method, Round, State
@@ -49,10 +51,11 @@ class PreferencePairs(Method):
         conditions: draws one condition row per pair, ``(n, generator) -> {name: (n, …)}``.
 
     Raises:
-        TiltflowError: a chain that is not memoryless, β ≤ 0, or unknown labels.
+        TiltflowError: a chain that is not memoryless, β ≤ 0, or unknown labels; while collecting, a control with its own
+            step variance.
     """
 
-    chain: InterpolantChain
+    chain: Chain
     cost: Cost
     batch: int = 64
     beta: float = 1.0
@@ -61,8 +64,7 @@ class PreferencePairs(Method):
     conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
-        if not getattr(self.chain, "memoryless", False):
-            raise TiltflowError("preference pairs re-noise end points: that needs a memoryless chain (memoryless_chain).")
+        require_memoryless(self.chain)
         if not self.beta > 0:
             raise TiltflowError(f"beta divides the strength and must be above 0, got {self.beta}.")
         if self.labels not in ("bradley-terry", "reward"):
@@ -70,6 +72,7 @@ class PreferencePairs(Method):
 
     def collect(self, state: State) -> Round:
         """Sample pairs and label them; rows are winner and loser, each (batch, *event)."""
+        require_base_variance(self, self.chain, state.control)
         generator, n = state.generator, self.batch
         condition: dict[str, Any] = self.conditions(n, generator) if self.conditions else {}
         both: dict[str, Any] = {name: torch.cat([v, v]) for name, v in condition.items()}
@@ -95,20 +98,20 @@ class PreferencePairs(Method):
         """The logistic loss of a batch of pairs at one random step each."""
         condition = conditions_of(material)
         winner, loser = material["winner"], material["loser"]
-        controlled = (self.chain.std.reshape(len(self.chain.std), -1) > 0).all(1).nonzero().reshape(-1)
-        draw = torch.randint(len(controlled), (len(winner),), generator=generator, device=generator.device)
-        k = controlled[draw.to(controlled.device)]
+        chain = require_memoryless(self.chain)
+        controlled = chain.controlled
+        k = controlled[torch.randint(len(controlled), (len(winner),), generator=generator, device=generator.device).cpu()]
         noise = torch.randn(winner.shape, generator=generator, dtype=winner.dtype, device=generator.device).to(winner.device)
-        path = self.chain.base.interpolant
-        rho = path.alpha(self.chain.t) / path.alpha(self.chain.t[-1])
-        spread = (path.beta(self.chain.t) ** 2 - rho**2 * path.beta(self.chain.t[-1]) ** 2).clamp_min(0).sqrt()
+        path = chain.base.interpolant
+        rho = path.alpha(chain.t) / path.alpha(chain.t[-1])
+        spread = (path.beta(chain.t) ** 2 - rho**2 * path.beta(chain.t[-1]) ** 2).clamp_min(0).sqrt()
         distances = []
         for end in (winner, loser):
             x = at(rho, k, end) * end + at(spread, k, end) * noise
-            std = at(self.chain.std, k, x)
+            std = at(chain.std, k, x)
             with torch.no_grad():
-                base_mean = self.chain.base_mean(k, x, **condition)
-                pull = (self.chain.mean(k, x, end) - base_mean) / std
-            terms = matching_terms(control, self.chain, x, k, -pull / std, base_mean, **condition)
-            distances.append(terms - 0.5 * pull.reshape(len(x), -1).square().sum(1))
+                base_mean = chain.base_mean(k, x, **condition)
+                pull = (chain.mean(k, x, end) - base_mean) / std
+            terms = matching_terms(control, chain, x, k, -pull / std, base_mean, **condition)
+            distances.append(terms - energy(pull))
         return -logsigmoid(-self.beta * len(controlled) * (distances[0] - distances[1])).mean()

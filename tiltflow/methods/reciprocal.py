@@ -75,10 +75,11 @@ def from_velocity(path: Interpolant, c: Gain) -> Gain:
 
 
 def score_at_end(base: Process, t: float = 0.99) -> Score:
-    """s_base(x_1) ≈ α s_t(αx_1): the score at exactly t = 1 is 0/0 for every predictor but "score".
+    """s_base(x_1) ≈ α s_t(αx_1): at exactly t = 1 only the predictor "score" says it.
 
-    It is that of the base smoothed by noise of variance (β/α)², 1e-4 at t = .99 on the linear path; float32 errors of the
-    model are divided by β², so do not go closer to 1 than the model is accurate.
+    Any other is 0/0 there, and its limit (:mod:`tiltflow.core.limits`) hangs on derivatives in t that training does not fix.
+    The score returned is that of the base smoothed by noise of variance (β/α)², 1e-4 at t = .99 on the linear path; float32
+    errors of the model are divided by β², so do not go closer to 1 than the model is accurate.
     """
 
     def score(x1: Tensor, **condition: Any) -> Tensor:

@@ -1,8 +1,8 @@
 """The one table of methods: what the front doors, the command line and the benchmarks call by name.
 
-A row is a class or function of :mod:`tiltflow.methods` with settings. ``bias`` says why its fixed point is not the target, and
-is empty where the method is right in the limit (of paths, of steps and of a network that can hold the answer). A new method
-takes a file and a row. Nothing here needs torch: a row's method is imported when it is built.
+A row is a class or function of :mod:`tiltflow.methods` with settings. ``bias`` says why its fixed point is not the target,
+and is empty where the method is right in the limit (of paths, of steps and of a network that can hold the answer). A new
+method takes a file and a row. Nothing here needs torch: a row's method is imported when it is built.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ ROWS: tuple[Row, ...] = (
     Row("discrete_adjoint", "backpropagation:discrete_adjoint", "Zhang & Chen 2022, arXiv:2111.15141", on_policy=True),
     Row("log_variance", "variants:log_variance", "Nüsken & Richter 2021, arXiv:2005.05409",
         jobs=("finetune", "sample"), needs=VALUES, on_policy=True, compares=True),
-    Row("socm", "variants:socm", "Domingo-Enrich et al. 2024, arXiv:2312.02027", needs=("gradient", "vectors"), on_policy=True),
+    Row("socm", "variants:socm", "Domingo-Enrich et al. 2024, arXiv:2312.02027", needs=("gradient", "vectors"),
+        on_policy=True),
     Row("draft_1", "backpropagation:draft", DRAFT, bias=NO_KL, rate=0.1, on_policy=True),
     Row("draft_10", "backpropagation:draft", DRAFT, bias=NO_KL, rate=0.1, on_policy=True, options={"last": 10}),
     Row("refl", "backpropagation:refl", "Xu et al. 2023, arXiv:2304.05977", bias=NO_KL, rate=0.1, on_policy=True,

@@ -30,7 +30,8 @@ from tiltflow.core.chain import Chain, InterpolantChain, at
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.core.errors import TiltflowError
-from tiltflow.methods.ends import controlled, draw_ends, renoise, require_reciprocal, residual_variances, toward
+from tiltflow.methods.ends import draw_ends, renoise, require_reciprocal, residual_variances, toward
+from tiltflow.methods.step_variance import require_base_variance
 from tiltflow.train.buffer import Material, condition_rows, conditions_of
 from tiltflow.train.loss import matching_terms, reduce_terms
 from tiltflow.train.method import Conditions, Method, Round, State
@@ -54,7 +55,8 @@ class ReinforceAdjointMatching(Method):
         conditions: draws one condition row per path.
 
     Raises:
-        TiltflowError: a chain that is not memoryless, a running cost, too many steps, or a batch that is not made of groups.
+        TiltflowError: a chain that is not memoryless, a running cost, too many steps, or a batch that is not made of groups;
+            while collecting, a control with its own step variance.
     """
 
     chain: Chain
@@ -66,7 +68,7 @@ class ReinforceAdjointMatching(Method):
     conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
-        n = len(controlled(require_reciprocal(self.chain, self.cost)))
+        n = len(require_reciprocal(self.chain, self.cost).controlled)
         if self.steps is not None and not 1 <= self.steps <= n:
             raise TiltflowError(f"steps = {self.steps}, but the chain has {n} controlled steps; ask for 1 to {n} of them.")
         group = self.batch if self.group is None else self.group
@@ -75,11 +77,12 @@ class ReinforceAdjointMatching(Method):
 
     def collect(self, state: State) -> Round:
         """Simulate, centre the costs, re-noise, and estimate."""
+        require_base_variance(self, self.chain, state.control)
         chain, generator = cast(InterpolantChain, self.chain), state.generator
         ends = draw_ends(chain, self.cost, state.control, self.batch, generator, self.conditions)
         values = ends.cost - ends.samples.log_ratio if self.adjoint == "full" else ends.cost
         centred = advantage(values, self.group or self.batch)
-        steps = controlled(chain)
+        steps = chain.controlled
         if self.steps is not None:
             order = torch.randperm(len(steps), generator=generator, device=generator.device).cpu()
             steps = steps[order[: self.steps]]

@@ -1,6 +1,6 @@
 r"""Sequential Monte Carlo on the paths of a chain: particles are weighted on the way and the light ones are replaced.
 
-    log w += L_{k+1}(x_{k+1}) − L_k(x_k) − h f(x_k, t_k) + log N(x_{k+1}; mean_base, s_k²) − log N(x_{k+1}; mean, s_k²)
+    log w += L_{k+1}(x_{k+1}) − L_k(x_k) − h f(x_k, t_k) + log N(x_{k+1}; mean_base, s_k²) − log N(x_{k+1}; mean, ρ_k²s_k²)
 
 with L_0 counted at the start and L_K = −g. The potentials telescope: whatever L_k and the walk's ``mean`` are, a path ends
 with e^{−g − Σhf} dP_base/dP, so the target is p_base^chain · e^{−g} and Ẑ is unbiased, resampled or not. L_k and ``mean``
@@ -21,25 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.core.chain import Chain, at, times
+from tiltflow.core.chain import Chain, at
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.simulate import event_sum
+from tiltflow.core.geometry import noise
+from tiltflow.core.simulate import actors, running_cost, transition
 from tiltflow.core.weights import ess, log_mean_exp, systematic
 from tiltflow.methods.guidance import look_ahead
-from tiltflow.train.method import Sampler, Weighted
+from tiltflow.train.method import TrainingFree, Weighted
 
 Potential = Callable[..., Tensor]
 
 
-def log_ratio(u: Tensor, noise: Tensor) -> Tensor:
-    """log N(x; mean_base, s²) − log N(x; mean_base + s u, s²) at x = mean_base + s (u + noise), (B,)."""
-    return -event_sum(u * (0.5 * u + noise)).double()
-
-
 @dataclass(frozen=True)
-class PathSMC(Sampler):
+class PathSMC(TrainingFree):
     """One population of particles per call.
 
     Args:
@@ -73,31 +69,27 @@ class PathSMC(Sampler):
                     f"the rows of condition {name!r} differ, but particles of one population replace each other: "
                     "call sample once per condition."
                 )
-        x = self.chain.source(n, generator)
+        chain, x = self.chain, self.chain.source(n, generator)
+        dimension, noisy = chain.geometry.dimension(x.shape[1:]), set(chain.controlled.tolist())
         log_w = torch.zeros(n, dtype=torch.float64, device=x.device)
         counted = torch.zeros_like(log_w)  # L_k, already in log_w
-        for k in range(len(self.chain.t) - 1):
-            std = at(self.chain.std, k, x)
-            noisy = bool((std > 0).all())
-            guide = self.cost if self.guided and control is None and noisy else None
-            x1, base_mean, ascent = look_ahead(self.chain, k, x, guide, **condition)
+        for k, (actor, ratio) in enumerate(actors(chain, control)):
+            guide = self.cost if self.guided and control is None and k in noisy else None
+            x1, base_mean, ascent = look_ahead(chain, k, x, guide, **condition)
             with torch.no_grad():
                 if self.potential is not None:
                     potential = self.potential(k, x, x1, **condition).double()
                     log_w, counted = log_w + potential - counted, potential
-                u = ascent * std if ascent is not None else torch.zeros_like(x)
+                shift = None if ascent is None else at(chain.std, k, x) ** 2 * ascent
                 if ess(log_w) < self.threshold:
                     keep = systematic(log_w, generator)
                     log_w = torch.full_like(log_w, log_mean_exp(log_w))
-                    x, base_mean, u, counted = x[keep], base_mean[keep], u[keep], counted[keep]
-                if control is not None and noisy:
-                    u = (control.mean(self.chain, k, x, base_mean=base_mean, **condition) - base_mean) / std
-                if self.cost.running is not None:
-                    h = float(self.chain.t[k + 1] - self.chain.t[k])
-                    log_w = log_w - h * self.cost.running(x, times(self.chain, k, x)).double()
-                noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-                log_w = log_w + log_ratio(u, noise)
-                x = base_mean + std * (u + noise)
+                    x, base_mean, counted = x[keep], base_mean[keep], counted[keep]
+                    shift = None if shift is None else shift[keep]
+                log_w = log_w - running_cost(chain, self.cost.running, k, x).double()
+                e = noise(chain.geometry, x, generator)
+                step = transition(chain, actor, k, x, e, ratio, condition, True, base_mean, shift)
+                log_w, x = log_w + step.log_ratio(dimension).double(), step.x_next
         with torch.no_grad():
             log_w = log_w + self.correction(x, counted, **condition)
         return Weighted(x, log_w.to(x.dtype), log_mean_exp(log_w))

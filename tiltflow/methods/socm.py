@@ -59,21 +59,20 @@ def stein_terms(chain: Chain, paths: WeightedPaths, cost: Cost, **condition: Any
     Noiseless last steps are pulled back into the terminal cost. Raises TiltflowError if a noiseless step
     comes before a noisy one.
     """
-    noisy = [bool((s > 0).all()) for s in chain.std]
-    steps = sum(noisy)
-    if not all(noisy[:steps]):
+    steps = len(chain.controlled)
+    if steps and int(chain.controlled[-1]) >= steps:
         raise TiltflowError("this chain has a noiseless step before a noisy one: paths have no density there. Add noise.")
     after = cost.grad(paths.x[-1], **condition)
     c, y = [], []
-    for k in reversed(range(len(noisy))):
+    for k in reversed(range(len(chain.std))):
         force = torch.zeros_like(after)
-        if noisy[k]:
+        if k < steps:
             force = (paths.x[k + 1] - paths.base_mean[k]) / at(chain.std, k, after) ** 2
             c.append(after)
             y.append(after + force)
         with torch.enable_grad():
             x = paths.x[k].detach().requires_grad_(True)
-            pull = -force if noisy[k] else after
+            pull = -force if k < steps else after
             total = (chain.base_mean(k, x, **condition) * pull).sum()
             if cost.running is not None:
                 total = total + float(chain.t[k + 1] - chain.t[k]) * cost.running(x, times(chain, k, x)).sum()
@@ -117,11 +116,11 @@ class SOCM(Method):
 
     @property
     def auxiliary(self) -> dict[str, Any]:
-        """The matrices, which the same loss trains."""
-        return {"matrices": self.matrices}
+        """The matrices, which the same loss trains, and what the cost keeps."""
+        return {"matrices": self.matrices, **self.cost.auxiliary}
 
     def _matrices(self) -> Tensor:
-        steps = sum(bool((s > 0).all()) for s in self.chain.std)
+        steps = len(self.chain.controlled)
         out = self.matrices(self.chain.t[: steps + 1])
         if out.ndim != 4 or out.shape[:2] != (steps, steps) or out.shape[2] != out.shape[3]:
             raise TiltflowError(f"matrices returned {tuple(out.shape)}; it must be ({steps}, {steps}, d, d).")

@@ -1,4 +1,4 @@
-r"""How the step variance of a control over pure noise is learned."""
+r"""Controls with their own step variance: how it is learned, and which methods cannot have it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.brownian import BrownianChain
-from tiltflow.core.chain import at
+from tiltflow.core.chain import Chain, at
 from tiltflow.core.control import Control, DriftControl, StepVariance
+from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import event_sum
 from tiltflow.train.buffer import Material
+
+
+def require_base_variance(method: object, chain: Chain, control: Control) -> None:
+    """Raises TiltflowError if a step of the control has another variance than s_k², on which ``method`` is built."""
+    if control.ratios(chain) is not None:
+        raise TiltflowError(
+            f"{type(method).__name__} is derived for steps of the base's variance s_k², and this control has its own "
+            "(StepVariance): train it without, or use AdjointMatching, AdjointSampling or LogVariance."
+        )
 
 
 @torch.no_grad()

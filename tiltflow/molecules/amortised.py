@@ -14,11 +14,11 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,46 +26,23 @@ from torch import Tensor
 
 from tiltflow.core.control import DriftControl, StepVariance
 from tiltflow.core.errors import TiltflowError
+from tiltflow.core.settings import as_json, from_json
 from tiltflow.methods.several import SeveralAdjointSampling
 from tiltflow.molecules.energies import MolecularEnergy, UnsupportedMolecule, open_energy
 from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.nn.torsion import TorsionNet
+from tiltflow.molecules.settings import AmortisedSettings, TorsionalSettings
 from tiltflow.molecules.systems import systems
 from tiltflow.molecules.templates import templates
-from tiltflow.molecules.torsional import TorsionalSampler, TorsionalSettings, target, torsion_energies
+from tiltflow.molecules.torsional import TorsionalSampler, target, torsion_energies
 from tiltflow.molecules.torsions import Torsions, rotatable_torsions
 from tiltflow.sampling.train import noise_left
-from tiltflow.train.buffer import Buffer
-from tiltflow.train.fit import History, fit
+from tiltflow.train.fit import Callback, History, fit
 from tiltflow.train.method import State
-from tiltflow.train.settings import Training
 from tiltflow.train.store import load_weights, save_weights
 
 SHIPPED = Path(str(files("tiltflow.molecules") / "assets" / "torsions-spice.safetensors"))
 """A model that saw 168 molecules of SPICE; see its MODEL_CARD.md."""
-
-
-@dataclass(frozen=True)
-class AmortisedSettings:
-    """How to train one sampler for many molecules.
-
-    Args:
-        energy: see :func:`tiltflow.molecules.energies.open_energy`. temperature: of training, in K.
-        conjugated: turn amides, esters and acids too (:mod:`tiltflow.molecules.torsions`).
-        templates: most kinds of rigid geometry per molecule. visited: (molecule, template) pairs per round.
-        sampler: of the torsions; its ``batch`` is per pair.
-    """
-
-    energy: str = "mmff94"
-    temperature: float = 700.0
-    conjugated: bool = True
-    templates: int = 2
-    visited: int = 8
-    sampler: TorsionalSettings = field(
-        default_factory=lambda: TorsionalSettings(
-            rounds=400, batch=64, gradient_steps=20, buffer_rounds=30, steps=12, learning_rate=2e-3, minimum_ess=0.2
-        )
-    )
 
 
 class Prepared(NamedTuple):
@@ -131,45 +108,39 @@ def train_amortised(
     seed: int = 0,
     checkpoint: Path | None = None,
     resume: bool = False,
-    callback: Callable[[dict[str, Any]], None] | None = None,
+    callback: Callback | None = None,
 ) -> Amortised:
     """Train on all templates of all molecules; the last three as in :func:`~tiltflow.train.fit.fit`.
 
     Raises:
-        TiltflowError: ``rounds`` is None, divergence, an energy that is not finite on most draws.
+        TiltflowError: divergence, an energy that is not finite on most draws.
     """
     s = settings.sampler
-    if s.rounds is None:
-        raise TiltflowError("an amortised sampler needs a number of rounds: TorsionalSettings(rounds=…).")
     samplers = []
     for one in prepared:
-        _, evaluators = torsion_energies(one.energy, settings.temperature, one.templates, one.torsions)
+        _, evaluators = torsion_energies(one.energy, settings.kelvin, one.templates, one.torsions)
         samplers += [target(e, len(one.torsions.atoms), s) for e in evaluators]
     table = systems([(one.molecule, one.torsions, x) for one in prepared for x in one.templates])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         control = _control(TorsionNet(table, s.hidden, s.layers, noise=_noise(s)), s)
     method = SeveralAdjointSampling(samplers, min(settings.visited, len(samplers)))
-    fit_settings = Training(
-        rounds=s.rounds, learning_rate=s.learning_rate, ema=0.95, gradient_steps=s.gradient_steps, minibatch=s.minibatch, checkpoint_every=10
-    )
-    buffer = Buffer(s.buffer_rounds * s.batch * method.visited)
     state = State(control, torch.Generator().manual_seed(seed))
-    history = fit(method, state, fit_settings, buffer, checkpoint, resume, callback)
+    history = fit(method, state, s, checkpoint, resume, callback)
     return Amortised(control, settings, [one.molecule.smiles for one in prepared], history)
 
 
 def _control(net: TorsionNet, s: TorsionalSettings) -> DriftControl:
-    return DriftControl(StepVariance(net, s.steps), s.finest)
+    return DriftControl(StepVariance(net, s.steps), s.sigma_min)
 
 
 def _noise(s: TorsionalSettings) -> Callable[[Tensor], Tensor]:
-    return partial(noise_left, "geometric", s.scale, s.finest)
+    return partial(noise_left, "geometric", s.sigma_max, s.sigma_min)
 
 
 def save_amortised(path: Path, model: Amortised) -> None:
     """Weights, settings and training molecules in one safetensors file."""
-    said = {"settings": json.dumps(asdict(model.settings)), "smiles": json.dumps(model.smiles)}
+    said = {"settings": json.dumps(as_json(model.settings)), "smiles": json.dumps(model.smiles)}
     save_weights(path, model.control.module, said)
 
 
@@ -178,8 +149,7 @@ def load_amortised(path: Path) -> Amortised:
     try:
         with safe_open(path, framework="pt") as f:
             said = f.metadata() or {}
-        saved = json.loads(said["settings"])
-        settings = AmortisedSettings(**(saved | {"sampler": TorsionalSettings(**saved["sampler"])}))
+        settings = from_json(AmortisedSettings, json.loads(said["settings"]), "its settings")
         smiles = json.loads(said["smiles"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise TiltflowError(f"{path}: not a conformer model of `tiltflow train-conformers` ({error}).") from error

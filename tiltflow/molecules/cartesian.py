@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,50 +31,12 @@ from tiltflow.molecules.energies import MolecularEnergy, Reduced
 from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.nn.molecule import MoleculeNet
 from tiltflow.molecules.regular import Regulariser, regulariser
+from tiltflow.molecules.settings import CartesianSettings
 from tiltflow.molecules.templates import embed
 from tiltflow.sampling.drawn import Drawn, draw
 from tiltflow.sampling.train import noise_left
-from tiltflow.train.buffer import Buffer
-from tiltflow.train.fit import History, fit
+from tiltflow.train.fit import Callback, History, fit
 from tiltflow.train.method import Method, State
-from tiltflow.train.settings import Training
-
-
-@dataclass(frozen=True)
-class CartesianSettings:
-    """How to train a Cartesian sampler; lengths in Å.
-
-    The adjoint target moves far and overshoots, the more the larger the gradients; that of least variance moves by about
-    ∇E/E‖∇E‖² and keeps what is nearly right. Hence first the one, its bound growing, then the other.
-
-    Args:
-        pretrain, pretrain_rounds: conformers of RDKit for bridge matching (0: none), and rounds of it.
-        rounds: of the adjoint target. bounds: on ‖∇(E/kT + U)‖ of an atom, per Å, at their beginning and end.
-        fine_rounds, fine_rate: rounds with the target of least variance, and their share of the learning rate.
-        batch: end points per round. gradient_steps, minibatch: gradient steps per round, and their rows.
-        kept: rounds in the buffer.
-        steps, draw_steps: simulation steps K in training, and of finished samples.
-        scale, finest: σ_max and σ_min of the geometric noise. hidden, layers: of the network.
-    """
-
-    pretrain: int = 0
-    pretrain_rounds: int = 20
-    rounds: int = 36
-    bounds: tuple[float, float] = (30.0, 100.0)
-    fine_rounds: int = 0
-    fine_rate: float = 0.5
-    batch: int = 64
-    gradient_steps: int = 40
-    minibatch: int = 32
-    kept: int = 6
-    steps: int = 20
-    draw_steps: int = 50
-    scale: float = 1.0
-    finest: float = 0.03
-    hidden: int = 32
-    layers: int = 3
-    learning_rate: float = 3e-3
-
 
 FROM_CONFORMERS = CartesianSettings(pretrain=100, pretrain_rounds=32, rounds=0, fine_rounds=6)
 """Mostly bridge matching: many rounds on energies lose what it learned (docs/lab-notes.md)."""
@@ -140,7 +101,7 @@ def aligned(x: Tensor, to: Tensor) -> Tensor:
 def cartesian_chain(settings: CartesianSettings, regular: Regulariser, atoms: int, steps: int) -> BrownianChain:
     """The base: Brownian motion of centred atoms from the harmonic source."""
     source = harmonic_source(regular.bonds, regular.lengths, atoms)
-    return geometric_chain(Centred(), (atoms, 3), steps, settings.scale, settings.finest, source)
+    return geometric_chain(Centred(), (atoms, 3), steps, settings.sigma_max, settings.sigma_min, source)
 
 
 def train_cartesian(
@@ -149,7 +110,7 @@ def train_cartesian(
     molecule: Molecule,
     settings: CartesianSettings | None = None,
     seed: int = 0,
-    callback: Callable[[dict[str, Any]], None] | None = None,
+    callback: Callback | None = None,
 ) -> CartesianSampler:
     """Train a sampler of e^{−E/kT − U} over all atoms of a molecule.
 
@@ -162,14 +123,14 @@ def train_cartesian(
     zero = float(energy.energy_and_forces(reference[None])[0])
     regular = regulariser(molecule, reference)
     evaluator = Evaluator(CartesianEnergy(Reduced(energy, kelvin, zero), regular))
-    noise = partial(noise_left, "geometric", s.scale, s.finest)
+    noise = partial(noise_left, "geometric", s.sigma_max, s.sigma_min)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = MoleculeNet(molecule, reference, noise, s.hidden, s.layers)
         corrector = MoleculeNet(molecule, reference, noise, s.hidden // 2, 1)  # smooth, and of t = 1 only
-    control = DriftControl(StepVariance(net, s.steps), s.finest)
+    control = DriftControl(StepVariance(net, s.steps), s.sigma_min)
     chain = cartesian_chain(s, regular, atoms, s.steps)
-    low, high = s.bounds
+    low, high = s.max_cost_gradient
     method = AdjointBridgeSampling(chain, EnergyCost(evaluator, chain, high), corrector, s.batch)
     coarse = replace(method, bound=lambda iteration: low * (high / low) ** (iteration / max(s.rounds - 1, 1)))
     fine = replace(method, target="least_variance")
@@ -179,14 +140,15 @@ def train_cartesian(
         x1 = conformers[torch.randint(len(conformers), (n,), generator=generator)].to(x0)
         return x0, aligned(x1, x0)
 
-    rate, generator = s.learning_rate, torch.Generator().manual_seed(seed)
-    stages: list[tuple[Method, int, float, int]] = [
-        (BridgeMatching(fine, pairs), s.pretrain_rounds if s.pretrain else 0, rate, 1),
-        (coarse, s.rounds, rate, s.kept),
-        (fine, s.fine_rounds, rate * s.fine_rate, s.kept),
+    generator = torch.Generator().manual_seed(seed)
+    pretraining = replace(s, rounds=s.pretrain_rounds if s.pretrain else 0, buffer_rounds=1)
+    refining = replace(s, rounds=s.fine_rounds, learning_rate=s.learning_rate * s.fine_rate)
+    stages: list[tuple[Method, CartesianSettings]] = [
+        (BridgeMatching(fine, pairs), pretraining),
+        (coarse, s),
+        (fine, refining),
     ]
     history: History = []
-    for stage, rounds, rate, kept in stages:
-        how = Training(rounds=rounds, learning_rate=rate, ema=0.9, gradient_steps=s.gradient_steps, minibatch=s.minibatch)
-        history += fit(stage, State(control, generator), how, Buffer(kept * s.batch), callback=callback)
+    for stage, how in stages:
+        history += fit(stage, State(control, generator), how, callback=callback)
     return CartesianSampler(s, zero, cartesian_chain(s, regular, atoms, s.draw_steps), control, evaluator, history)

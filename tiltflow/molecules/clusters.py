@@ -14,8 +14,7 @@ from rdkit.ML.Cluster import Butina
 from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
-from tiltflow.molecules.ensemble import Ensemble
-from tiltflow.molecules.molecule import with_positions
+from tiltflow.molecules.molecule import Molecule, with_positions
 
 THRESHOLD = 1.0
 """Å."""
@@ -36,21 +35,30 @@ class Clusters(NamedTuple):
     lowest: list[int]
 
 
-def clusters(ensemble: Ensemble, threshold: float = THRESHOLD) -> Clusters:
+def clusters(
+    molecule: Molecule, positions: Tensor, energy: Tensor, weights: Tensor | None, threshold: float = THRESHOLD
+) -> Clusters:
     """Clusters whose members are within ``threshold`` Å of their centre. The cost grows with n².
+
+    Args:
+        molecule: Whose conformers.
+        positions: (n, N, 3), in Å.
+        energy: (n,).
+        weights: (n,), summing to 1; None: they cannot be told, and clusters are ordered by size.
+        threshold: In Å.
 
     Raises:
         TiltflowError: the threshold is not positive.
     """
     if not threshold > 0:
         raise TiltflowError(f"the RMSD threshold must be positive, in Å; got {threshold}.")
-    n = len(ensemble)
-    heavy = Chem.RemoveAllHs(with_positions(ensemble.molecule.mol, ensemble.positions))
-    shape = heavy if heavy.GetNumAtoms() else with_positions(ensemble.molecule.mol, ensemble.positions)
+    n = len(positions)
+    full = with_positions(molecule.mol, positions)
+    heavy = Chem.RemoveAllHs(full)
+    shape = heavy if heavy.GetNumAtoms() else full
     rmsd = rdMolAlign.GetAllConformerBestRMS(shape, numThreads=1, maxMatches=MOST_MATCHES) if n > 1 else ()
     found = Butina.ClusterData(rmsd, n, threshold, isDistData=True, reordering=True) if n else ()
     members = [torch.tensor(rows) for rows in found]
-    weights = ensemble.weights if ensemble.reliable else None
     members.sort(key=lambda rows: -len(rows) if weights is None else -float(weights[rows].sum()))
     labels = torch.zeros(n, dtype=torch.int64)
     for k, rows in enumerate(members):
@@ -59,5 +67,5 @@ def clusters(ensemble: Ensemble, threshold: float = THRESHOLD) -> Clusters:
         labels,
         [len(rows) for rows in members],
         None if weights is None else [float(weights[rows].sum()) for rows in members],
-        [int(rows[ensemble.energy[rows].argmin()]) for rows in members],
+        [int(rows[energy[rows].argmin()]) for rows in members],
     )

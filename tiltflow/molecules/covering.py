@@ -16,12 +16,12 @@ from torch import Tensor
 
 from tiltflow.molecules.energies import open_energy
 from tiltflow.molecules.ensemble import Ensemble
-from tiltflow.molecules.generate import ConformerSettings, generate
+from tiltflow.molecules.generate import generate
 from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.rmsd import rmsd_matrix
 from tiltflow.molecules.select import cover
+from tiltflow.molecules.settings import ConformerSettings, TorsionalSettings
 from tiltflow.molecules.templates import embed, relax
-from tiltflow.molecules.torsional import TorsionalSettings
 from tiltflow.molecules.torsions import dihedrals, place, rotatable_torsions
 
 HOT, EXTRA, RADIUS = 8_000.0, 512, 1.0
@@ -59,7 +59,7 @@ def covering(
     """
     sampler = TorsionalSettings(rounds=ROUNDS, batch=BATCH, draw_steps=STEPS if model is None else STEPS_OF_MODEL)
     settings = ConformerSettings(
-        temperature=HOT, n=n + EXTRA, templates=8, conjugated=True, sampler=sampler, model=model
+        temperature=HOT, n=n + EXTRA, templates=8, conjugated=model is None, sampler=sampler, model=model
     )
     made = generate(molecule, settings, seed, progress)
     torsions = rotatable_torsions(molecule, conjugated=True)

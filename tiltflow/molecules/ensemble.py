@@ -7,17 +7,26 @@ its normalised path weight, w_i / Σ w. It is never multiplied by e^{−E/kT}: t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.weights import ess, normalised
-from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.judge import RELIABLE, judge_conformers
+from tiltflow.molecules.settings import require_rdkit
+from tiltflow.run.folder import FORMAT, RunFolder
+from tiltflow.train.store import load_state, save_state
+from tiltflow.verdict.line import Verdict
 
-RELIABLE = 0.05
-"""Least ESS fraction at which weights are stated."""
+if TYPE_CHECKING:  # RDKit is imported where it is used
+    from tiltflow.molecules.clusters import Clusters
+    from tiltflow.molecules.molecule import Molecule
+
+UNKNOWN, NO_WEIGHT = "cannot tell", "none"
+"""In place of the weights of an unreliable ensemble; and of conformers that were chosen, not drawn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,3 +105,100 @@ class Ensemble:
             log_weights=None if self.log_weights is None else self.log_weights[rows],
             discarded=self.discarded + int((~rows).sum()),
         )
+
+    def verdict(self) -> Verdict:
+        """Can the weights be told? See :mod:`tiltflow.molecules.judge`. TiltflowError: there are none."""
+        found = judge_conformers([self.row()])
+        if found is None:
+            raise TiltflowError(f"{self.molecule.name}: conformers that were chosen to cover have no weights to judge.")
+        return found
+
+    def row(self) -> dict[str, Any]:
+        """The ensemble in numbers."""
+        some, weighted = len(self) > 0, self.log_weights is not None
+        return {
+            "name": self.molecule.name,
+            "smiles": self.molecule.smiles,
+            "conformers": len(self),
+            "rejected": self.discarded,
+            "ess": self.ess if weighted else None,
+            "reliable": self.reliable if weighted else None,
+            "energy_min": float(self.energy.min()) if some else None,
+            "energy_max": float(self.energy.max()) if some else None,
+            "energy_unit": self.unit,
+        }
+
+    def clusters(self, threshold: float = 1.0) -> Clusters:
+        """Clusters by shape, within ``threshold`` Å; the largest population first. The cost grows with n²."""
+        from tiltflow.molecules.clusters import clusters
+
+        weights = self.weights if self.reliable else None
+        return clusters(self.molecule, self.positions, self.energy, weights, threshold)
+
+    def records(self, clusters: Clusters) -> list[dict[str, str]]:
+        """One row of texts per conformer, as conformers.csv holds them.
+
+        name, smiles, conformer (from 1), energy and energy_unit, weight at the temperature (those of a molecule sum to 1;
+        "cannot tell" if they are unreliable, "none" if there are none), cluster (from 1, the most populated first).
+        """
+        numbers = zip(self.energy.double().tolist(), self._weight_texts(), clusters.labels.tolist())
+        return [
+            {
+                "name": self.molecule.name,
+                "smiles": self.molecule.smiles,
+                "conformer": str(i),
+                "energy": repr(energy),
+                "energy_unit": self.unit,
+                "weight": weight,
+                "cluster": str(cluster + 1),
+                "temperature": NO_WEIGHT if self.log_weights is None else f"{self.temperature:g} K",
+            }
+            for i, (energy, weight, cluster) in enumerate(numbers, 1)
+        ]
+
+    def _weight_texts(self) -> list[str]:
+        if self.log_weights is None:
+            return [NO_WEIGHT] * len(self)
+        return [repr(w) for w in self.weights.tolist()] if self.reliable else [UNKNOWN] * len(self)
+
+    def to_sdf(self, path: Path | str) -> Path:
+        """Write every conformer, with its record and where it comes from, into an SD file; returns the path."""
+        from tiltflow.molecules.sdf import write_sdf
+
+        rows = [{**self.provenance, **row} for row in self.records(self.clusters())]
+        write_sdf(Path(path), [(self.molecule, self.positions, rows)])
+        return Path(path)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the ensemble into a new folder, for :func:`tiltflow.load`, which gives a list of this one.
+
+        Raises:
+            TiltflowError: the folder exists and is not empty.
+        """
+        target = Path(folder)
+        with RunFolder(target, {"job": "conformers", "format": FORMAT, "input": None}):
+            self.write(target / state_file(0))
+        return target
+
+    def write(self, path: Path, **more: Any) -> None:
+        """Write the molecule, with its atoms in their order, and all its samples; with ``more`` beside them."""
+        from tiltflow.molecules.molecule import packed
+
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "molecule"}
+        save_state(path, {"ensemble": {**fields, "molecule": packed(self.molecule)}, **more})
+
+
+def state_file(i: int) -> str:
+    """The file of molecule i in a run folder."""
+    return f"molecule-{i:05}.safetensors"
+
+
+def read_ensemble(path: Path) -> Ensemble | None:
+    """What :meth:`Ensemble.write` wrote; None if the file says that the molecule was refused."""
+    require_rdkit()
+    from tiltflow.molecules.molecule import unpacked
+
+    state = load_state(path).get("ensemble")
+    if state is None:
+        return None
+    return Ensemble(**{**state, "molecule": unpacked(state["molecule"])})

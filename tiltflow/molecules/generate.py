@@ -1,7 +1,8 @@
 """Conformers of one molecule: templates from RDKit, torsions from a sampler trained on the energy, exact path weights.
 
-    from tiltflow.molecules.generate import ConformerSettings, generate
+    from tiltflow.molecules.generate import generate
     from tiltflow.molecules.molecule import molecule
+    from tiltflow.molecules.settings import ConformerSettings
     ensemble = generate(molecule("CC(=O)Oc1ccccc1C(=O)O"), ConformerSettings(), seed=0)
     ensemble.positions, ensemble.energy, ensemble.weights      # (n, N, 3) Å, (n,) kcal/mol, (n,)
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +23,12 @@ from tiltflow.molecules.amortised import load_amortised
 from tiltflow.molecules.energies import MolecularEnergy, kt_per, open_energy
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.settings import ConformerSettings
 from tiltflow.molecules.templates import templates
-from tiltflow.molecules.torsional import TorsionalSettings, train_torsional
+from tiltflow.molecules.torsional import train_torsional
 from tiltflow.molecules.torsions import place, rotatable_torsions
 
 COORDINATES = "torsions about rotatable bonds at fixed bond lengths, angles and rings"
-
-
-@dataclass(frozen=True)
-class ConformerSettings:
-    """How to make an ensemble.
-
-    Args:
-        energy: see :func:`tiltflow.molecules.energies.open_energy`.
-        temperature: of the ensemble, in K.
-        sampling_temperature: of training, in K; None: that of the ensemble. A hotter one finds more conformers.
-            With a model it is the model's.
-        conjugated: turn amides, esters and acids too, which hardly turn at room temperature; of a model, what it learned.
-        n: conformers. templates: most kinds of rigid geometry (rings, amides) to sample.
-        rescore: another energy, whose ensemble the samples are weighted for in the end; its energies are reported.
-        sampler: of the torsions; with a model only its ``draw_steps`` count.
-        model: file of ``tiltflow train-conformers`` to draw from instead of training.
-    """
-
-    energy: str = "mmff94"
-    temperature: float = 300.0
-    sampling_temperature: float | None = None
-    conjugated: bool = False
-    n: int = 100
-    templates: int = 4
-    sampler: TorsionalSettings = field(default_factory=TorsionalSettings)
-    model: str | None = None
-    rescore: str | None = None
 
 
 def rescored(ensemble: Ensemble, old: MolecularEnergy, new: MolecularEnergy) -> Ensemble:
@@ -82,42 +57,42 @@ def generate(
     seed: int,
     progress: Callable[[int, int, str], None] = lambda done, total, said: None,
 ) -> Ensemble:
-    """n conformers with their log path weights at ``settings.temperature``, of each template as its share among embeddings.
+    """n conformers with their log path weights at the settings' temperature, of each template as its share among embeddings.
 
     Raises:
         UnsupportedMolecule: the energy does not take it. TiltflowError: no geometry, missing package, divergence.
     """
-    if settings.n < 1 or settings.templates < 1:
-        raise TiltflowError(f"one conformer and one template are the least, got {settings.n} and {settings.templates}.")
     energy = open_energy(settings.energy, molecule)
     if settings.rescore is not None:
         judge = open_energy(settings.rescore, molecule)
         return rescored(generate(molecule, replace(settings, rescore=None), seed, progress), energy, judge)
     model = None if settings.model is None else load_amortised(Path(settings.model))
-    hot = model.settings.temperature if model else settings.sampling_temperature or settings.temperature
+    hot = settings.training_kelvin if model is None else model.settings.kelvin
     torsions = rotatable_torsions(molecule, settings.conjugated if model is None else model.settings.conjugated)
     rigid, share = templates(molecule, torsions, min(settings.templates, settings.n), seed)
     if not len(torsions.atoms):
         return _rigid_ensemble(molecule, energy, settings, rigid.repeat(-(-settings.n // len(rigid)), 1, 1)[: settings.n])
 
+    sampler, rounds = settings.sampler, settings.sampler.rounds_of(len(torsions.atoms))
+
     def report(row: dict[str, Any]) -> None:
         said = f"median energy {row['energy']:.1f} kT, ESS {row['ess']:.2f}"
-        progress(row["iteration"] + 1, settings.sampler.rounds(len(torsions.atoms)), said)
+        progress(row["iteration"] + 1, rounds, said)
 
     if model is None:
-        trained = train_torsional(energy, hot, rigid, torsions, settings.sampler, seed, report)
+        trained = train_torsional(energy, hot, rigid, torsions, sampler, seed, report)
     else:
-        trained = model.of(molecule, energy, torsions, rigid, hot, settings.sampler.draw_steps)
+        trained = model.of(molecule, energy, torsions, rigid, hot, sampler.draw_steps)
     counts = allot(settings.n, share)
     drawn = trained.draw(counts, torch.Generator().manual_seed(seed))
     x = torch.cat([place(template, torsions, one.x.double()) for template, one in zip(rigid, drawn)])
     reduced = torch.cat([one.energy.double() for one in drawn])
     per_draw = [one.log_weights - math.log(n) for n, one in zip(counts, drawn) if one.log_weights is not None]
-    log_w = torch.cat(per_draw).double() + reduced * (1 - hot / settings.temperature)  # E/kT for that of training
+    log_w = torch.cat(per_draw).double() + reduced * (1 - hot / settings.kelvin)  # E/kT for that of training
     value = reduced / kt_per(energy.unit, hot) + trained.zero
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     said = {"coordinates": COORDINATES, "templates": str(len(rigid)), "energy_evaluations": str(trained.energy_calls)}
-    return Ensemble(molecule, x[rows], value[rows], energy.unit, log_w[rows], settings.temperature, hot, said)
+    return Ensemble(molecule, x[rows], value[rows], energy.unit, log_w[rows], settings.kelvin, hot, said)
 
 
 def allot(n: int, share: Tensor) -> list[int]:
@@ -132,6 +107,6 @@ def allot(n: int, share: Tensor) -> list[int]:
 def _rigid_ensemble(molecule: Molecule, energy: MolecularEnergy, settings: ConformerSettings, x: Tensor) -> Ensemble:
     """Without rotatable bonds the templates are the states: weights e^{−E/kT} over them."""
     value = energy.energy_and_forces(x)[0].double()
-    log_w = -(value - value.min()) * kt_per(energy.unit, settings.temperature)
+    log_w = -(value - value.min()) * kt_per(energy.unit, settings.kelvin)
     said = {"coordinates": "templates of a rigid molecule", "templates": str(len(x)), "energy_evaluations": str(len(x))}
-    return Ensemble(molecule, x, value, energy.unit, log_w, settings.temperature, settings.temperature, said)
+    return Ensemble(molecule, x, value, energy.unit, log_w, settings.kelvin, settings.kelvin, said)

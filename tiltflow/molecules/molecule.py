@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,17 @@ def molecule(smiles: str, name: str = "molecule") -> Molecule:
     """The molecule of a SMILES that is known to be good; :mod:`tiltflow.molecules.read` checks those that are not."""
     mol = Chem.MolFromSmiles(smiles)
     return Molecule(name, Chem.MolToSmiles(mol), Chem.AddHs(mol))
+
+
+def packed(molecule: Molecule) -> dict[str, Any]:
+    """The molecule, its atoms in their order, as texts and bytes (RDKit's own format: JSON would lose what E and Z are)."""
+    mol = torch.from_numpy(np.frombuffer(molecule.mol.ToBinary(), np.uint8).copy())
+    return {"name": molecule.name, "smiles": molecule.smiles, "mol": mol}
+
+
+def unpacked(saved: dict[str, Any]) -> Molecule:
+    """The inverse of :func:`packed`."""
+    return Molecule(saved["name"], saved["smiles"], Chem.Mol(saved["mol"].numpy().tobytes()))
 
 
 def with_positions(mol: Chem.Mol, positions: Tensor) -> Chem.Mol:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
 
 import numpy as np
 from rdkit import Chem
@@ -16,43 +15,26 @@ from torch import Tensor
 
 from tiltflow.molecules.audit import label
 from tiltflow.molecules.clusters import Clusters
-from tiltflow.molecules.ensemble import RELIABLE, Ensemble
+from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.molecule import with_positions
 from tiltflow.molecules.read import Reject
-from tiltflow.report import Block, Figure, Figures, Markup, Page, Table, plots
+from tiltflow.report import Block, Figure, Figures, Markup, Table, plots
 from tiltflow.report.figures import weight_figures
 from tiltflow.report.page import fill
-from tiltflow.verdict.line import Verdict
 
 DETAILED, SHAPES, TORSIONS, REJECTS = 20, 10, 12, 200
 """Most molecules with a section of their own; clusters, torsions of each; rejects. The files hold them all."""
 
 
-def conformers_page(
-    found: Sequence[tuple[Ensemble, Clusters]],
-    rejects: Sequence[Reject],
-    command: str,
-    config: Mapping[str, Any],
-    version: str,
-) -> Page:
-    """What a run found: clustered ensembles, rejects, the command, its settings and the version."""
+def conformer_blocks(found: Sequence[tuple[Ensemble, Clusters]], rejects: Sequence[Reject]) -> list[Block]:
+    """The blocks of the page of a run: all molecules, those with a section of their own, and what was rejected."""
     detailed = [(e, c) for e, c in found if len(e)][:DETAILED]
-    conformers, untold = sum(len(e) for e, _ in found), sum(_weights(e) == "cannot tell" for e, _ in found)
     blocks = [_molecules(found, len(detailed)), *_viewer([shape for e, c in detailed for shape in _shapes(e, c)])]
     for e, c in detailed:
         blocks += _section(e, c, alone=len(detailed) == 1)
     more = f"{REJECTS} of {len(rejects)}; all are in rejects.csv." if len(rejects) > REJECTS else ""
     rows = [(r.line, r.name, r.input, r.reason) for r in rejects[:REJECTS]]
-    facts = {"rejected": len(rejects)} | ({f"weights that cannot be told (ESS below {RELIABLE})": untold} if untold else {})
-    return Page(
-        title=f"{conformers} conformers of {len(found)} molecule{'' if len(found) == 1 else 's'}",
-        command=command,
-        verdict=Verdict("cannot tell", []) if untold else None,
-        blocks=[*blocks, Table("Rejected", ("line", "name", "input", "reason"), rows, more)],
-        facts=facts,
-        config=config,
-        version=version,
-    )
+    return [*blocks, Table("Rejected", ("line", "name", "input", "reason"), rows, more)]
 
 
 def torsions(mol: Chem.Mol) -> list[tuple[int, int, int, int]]:

@@ -84,6 +84,29 @@ def read_molecules(source: str, elements: frozenset[int] | None, max_atoms: int)
     return read
 
 
+def one_molecule(given: Any, max_atoms: int) -> Molecule:
+    """The molecule of a SMILES or of an RDKit molecule, whose atoms keep their order; or the molecule itself.
+
+    Raises:
+        TiltflowError: it is refused; something else was given.
+    """
+    if isinstance(given, Molecule):
+        return given
+    if isinstance(given, str):
+        with rdBase.BlockLogs():
+            _, name, said, mol, problem = _from_smiles(1, given.strip())
+    elif isinstance(given, Chem.Mol):
+        mol = Chem.Mol(given)
+        name, said, problem = "molecule", Chem.MolToSmiles(mol), _problems(mol)
+        mol = None if Chem.SanitizeMol(mol, catchErrors=True) else mol
+    else:
+        raise TiltflowError(f"a molecule is a SMILES, an RDKit Mol or a Molecule, not a {type(given).__name__}.")
+    checked = problem if mol is None else _checked(mol, None, max_atoms)
+    if isinstance(checked, str):
+        raise TiltflowError(f"{said}: {checked}.")
+    return _bare(checked, name)
+
+
 def _text(source: str) -> str:
     try:
         return Path(source).read_text(encoding="utf-8-sig")

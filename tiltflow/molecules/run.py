@@ -1,161 +1,138 @@
-"""A run over molecules: generate, audit, cluster, write. What was generated is kept, so that a run can be resumed."""
+"""Ensembles of many molecules: generate, audit, cluster. What was generated is kept, so that a run can be resumed."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tiltflow._version import __version__
+from tiltflow.core.settings import as_json
 from tiltflow.molecules.audit import audit
-from tiltflow.molecules.clusters import Clusters, clusters
 from tiltflow.molecules.covering import covering_ensemble
-from tiltflow.molecules.ensemble import Ensemble
-from tiltflow.molecules.generate import ConformerSettings, generate
+from tiltflow.molecules.energies import UnsupportedMolecule
+from tiltflow.molecules.ensemble import Ensemble, read_ensemble, state_file
+from tiltflow.molecules.generate import generate
 from tiltflow.molecules.molecule import Molecule
-from tiltflow.molecules.page import conformers_page
 from tiltflow.molecules.read import Read, Reject
-from tiltflow.molecules.write import Clustered, write_conformers, write_rejects
-from tiltflow.report import write_page
-from tiltflow.run.folder import RunFolder
+from tiltflow.molecules.settings import ConformerSettings
+from tiltflow.molecules.write import Clustered
+from tiltflow.run.job import Tell
 from tiltflow.train.store import load_state, save_state
 
-Progress = Callable[[str, int, int, str], None]
+Progress = Callable[[int, int, str], None]
 
 
-def run_conformers(
-    read: Read,
-    settings: ConformerSettings,
-    seed: int,
-    folder: RunFolder,
-    command: str,
-    progress: Progress,
-    cover: bool = False,
-) -> list[dict[str, Any]]:
-    """Ensembles of all molecules, in ``folder``: conformers.sdf, conformers.csv, rejects.csv, report.html.
+class Made(NamedTuple):
+    """What a run made: clustered ensembles, a row for each, refused inputs, and these with conformers left out."""
 
-    ``cover`` asks for conformers that cover the minima instead (:mod:`tiltflow.molecules.covering`), which has a recipe of
-    its own: of the settings only n and ``model`` count.
+    found: list[Clustered]
+    rows: list[dict[str, Any]]
+    refused: list[Reject]
+    rejects: list[Reject]
 
-    Molecule i has seed ``seed + i``. A conformer with a fault (:func:`~tiltflow.molecules.audit.audit`), or without a finite
-    energy or a weight, is left out and named in rejects.csv. Molecules that the folder has finished are not generated again.
 
-    Returns:
-        One row per molecule, then one per refused input ("kind": "conformers" or "refused").
+def silent(done: int, total: int, said: str) -> None:
+    """Tells nobody."""
+
+
+def make(
+    molecule: Molecule, settings: ConformerSettings, seed: int, cover: bool = False, progress: Progress = silent
+) -> Ensemble:
+    """All samples of one molecule, and where they come from; or, with ``cover``, conformers that cover its minima.
+
+    Raises:
+        UnsupportedMolecule: the energy does not take it.
+        TiltflowError: no geometry, a missing package, divergence.
     """
-    found: list[Clustered] = []
-    refused, faulty, rows = list(read.rejects), list[Reject](), list[dict[str, Any]]()
-    paths = [folder.path / f"molecule-{i:05}.safetensors" for i in range(len(read.molecules))]
-    todo = [(i, path, m) for i, (path, m) in enumerate(zip(paths, read.molecules)) if not path.is_file()]
-    missing = [(path, m, settings, seed + i, cover) for i, path, m in todo]
-    _generate_all(missing, progress)
+    e = (covering_ensemble if cover else generate)(molecule, settings, seed, progress)
+    said = {"tiltflow_version": __version__, "energy_model": settings.energy, "seed": str(seed)}
+    return replace(e, provenance={**said, "sampling_temperature": f"{e.sampling_temperature:g} K", **e.provenance})
+
+
+def sound(ensemble: Ensemble) -> tuple[Ensemble, list[str | None]]:
+    """The conformers without a fault, and of each its fault or None.
+
+    One without weight is no sample of the target, but counts in the ESS as one that was drawn.
+    """
+    finite = torch.isfinite(ensemble.energy).tolist()
+    weightless = [False] * len(ensemble) if ensemble.log_weights is None else ensemble.log_weights.isneginf().tolist()
+    found = audit(ensemble.molecule, ensemble.positions)
+    faults = [
+        fault or ("energy is not finite" if not good else "path weight is zero" if zero else None)
+        for fault, good, zero in zip(found, finite, weightless)
+    ]
+    return ensemble.keep(torch.tensor([fault is None for fault in faults], dtype=torch.bool)), faults
+
+
+def make_all(read: Read, settings: ConformerSettings, seed: int, cover: bool, folder: Path, tell: Tell) -> Made:
+    """Ensembles of all molecules; molecule i has seed ``seed + i``.
+
+    A conformer with a fault (:func:`~tiltflow.molecules.audit.audit`), or without a finite energy or a weight, is left out
+    and named. Molecules that the folder has finished, with the same settings, are not generated again.
+    """
+    made = Made([], [], list(read.rejects), [])
+    faulty: list[Reject] = []
+    paths = [folder / state_file(i) for i in range(len(read.molecules))]
+    jobs = [(path, m, settings, seed + i, cover) for i, (path, m) in enumerate(zip(paths, read.molecules))]
+    _generate_all([job for job in jobs if not (job[0].is_file() and load_state(job[0]).get("of") == _of(*job[2:]))], tell)
     for path, molecule, line in zip(paths, read.molecules, read.lines):
-        state = load_state(path)
-        if "refused" in state:
-            refused.append(Reject(line, molecule.name, molecule.smiles, state["refused"]))
+        ensemble, state = read_ensemble(path), load_state(path)
+        if ensemble is None:
+            made.refused.append(Reject(line, molecule.name, molecule.smiles, state["refused"]))
             continue
-        ensemble = _ensemble(molecule, state)
-        faults = _faults(ensemble)
+        kept, faults = sound(ensemble)
         faulty += [
             Reject(line, molecule.name, molecule.smiles, f"conformer {j} left out: {fault}")
             for j, fault in enumerate(faults, 1)
             if fault is not None
         ]
-        kept = ensemble.keep(torch.tensor([fault is None for fault in faults], dtype=torch.bool))
-        found.append((kept, clusters(kept)))
-        rows.append(_row(*found[-1], state["seconds"]))
-    rejects = sorted(refused + faulty, key=lambda r: r.line)
-    write_conformers(folder.path, found)
-    write_rejects(folder.path, rejects)
-    config = {**asdict(settings), "cover": cover, "seed": seed}
-    write_page(folder.path, conformers_page(found, rejects, command, config, __version__))
-    return rows + [{"kind": "refused", **r._asdict()} for r in refused]
+        made.found.append((kept, kept.clusters()))
+        made.rows.append({**kept.row(), "clusters": len(made.found[-1][1].sizes), "seconds": state["seconds"]})
+    made.rejects.extend(sorted(made.refused + faulty, key=lambda r: r.line))
+    return made
 
 
-def _generate_all(jobs: list[tuple[Path, Molecule, ConformerSettings, int, bool]], progress: Progress) -> None:
+def ensembles_of(folder: Path) -> list[Ensemble]:
+    """The ensembles that a run folder holds, one per molecule that was not refused."""
+    every = [read_ensemble(path) for path in sorted(folder.glob("molecule-*.safetensors"))]
+    return [sound(ensemble)[0] for ensemble in every if ensemble is not None]
+
+
+def _of(settings: ConformerSettings, seed: int, cover: bool) -> str:
+    """What must be the same for the samples to be the same."""
+    return json.dumps([as_json(settings), seed, cover])
+
+
+def _generate_all(jobs: list[tuple[Path, Molecule, ConformerSettings, int, bool]], tell: Tell) -> None:
     """One process per core and molecule; a lone molecule, or a lone core, stays in this process and shows more."""
     workers = min(len(jobs), torch.get_num_threads())
     if workers <= 1:
         for k, job in enumerate(jobs, 1):
-            _keep(*job, partial(progress, f"{k}/{len(jobs)} {job[1].name}"))
+            _keep(*job, partial(tell, f"{k}/{len(jobs)} {job[1].name}"))
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         running = {pool.submit(_keep, *job): job[1].name for job in jobs}
         for done, future in enumerate(as_completed(running), 1):
             future.result()
-            progress("molecules", done, len(jobs), running[future])
+            tell("molecules", done, len(jobs), running[future])
 
 
 def _keep(
-    path: Path,
-    molecule: Molecule,
-    settings: ConformerSettings,
-    seed: int,
-    cover: bool,
-    progress: Callable[[int, int, str], None] = lambda done, total, said: None,
+    path: Path, molecule: Molecule, settings: ConformerSettings, seed: int, cover: bool, progress: Progress = silent
 ) -> None:
-    save_state(path, _generated(molecule, settings, seed, cover, progress))
-
-
-def _generated(
-    molecule: Molecule, settings: ConformerSettings, seed: int, cover: bool, progress: Callable[[int, int, str], None]
-) -> dict[str, Any]:
-    from tiltflow.molecules.energies import UnsupportedMolecule
-
-    started = time.perf_counter()
+    started, of = time.perf_counter(), _of(settings, seed, cover)
     try:
-        make = covering_ensemble if cover else generate
-        e = make(molecule, settings, seed, progress)
+        ensemble = make(molecule, settings, seed, cover, progress)
     except UnsupportedMolecule as error:
-        return {"refused": error.reason}
-    said = {"tiltflow_version": __version__, "energy_model": settings.energy, "seed": str(seed)}
-    return {
-        "positions": e.positions,
-        "energy": e.energy,
-        "unit": e.unit,
-        "log_weights": e.log_weights,
-        "temperature": e.temperature,
-        "sampling_temperature": e.sampling_temperature,
-        "provenance": {**said, "sampling_temperature": f"{e.sampling_temperature:g} K", **e.provenance},
-        "seconds": time.perf_counter() - started,
-    }
-
-
-def _ensemble(molecule: Molecule, state: dict[str, Any]) -> Ensemble:
-    return Ensemble(molecule, **{key: value for key, value in state.items() if key != "seconds"})
-
-
-def _faults(ensemble: Ensemble) -> list[str | None]:
-    """Of each conformer; one without weight is no sample of the target, but counts in the ESS as one that was drawn."""
-    finite = torch.isfinite(ensemble.energy).tolist()
-    weightless = [False] * len(ensemble) if ensemble.log_weights is None else ensemble.log_weights.isneginf().tolist()
-    found = audit(ensemble.molecule, ensemble.positions)
-    return [
-        fault or ("energy is not finite" if not good else "path weight is zero" if zero else None)
-        for fault, good, zero in zip(found, finite, weightless)
-    ]
-
-
-def _row(ensemble: Ensemble, clusters: Clusters, seconds: float) -> dict[str, Any]:
-    some = len(ensemble) > 0
-    return {
-        "kind": "conformers",
-        "name": ensemble.molecule.name,
-        "smiles": ensemble.molecule.smiles,
-        "conformers": len(ensemble),
-        "rejected": ensemble.discarded,
-        "ess": None if ensemble.log_weights is None else ensemble.ess,
-        "reliable": None if ensemble.log_weights is None else ensemble.reliable,
-        "clusters": len(clusters.sizes),
-        "energy_min": float(ensemble.energy.min()) if some else None,
-        "energy_max": float(ensemble.energy.max()) if some else None,
-        "energy_unit": ensemble.unit,
-        "seconds": seconds,
-    }
+        save_state(path, {"refused": error.reason, "of": of})
+        return
+    ensemble.write(path, seconds=time.perf_counter() - started, of=of)

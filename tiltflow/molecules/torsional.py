@@ -10,10 +10,8 @@ whose mean estimates Z_j. Path weights are exact at any temperature, that of tra
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,45 +25,12 @@ from tiltflow.energies.evaluator import differentiable
 from tiltflow.methods.adjoint_sampling import AdjointSampling
 from tiltflow.methods.several import SeveralAdjointSampling
 from tiltflow.molecules.energies import MolecularEnergy, Reduced
+from tiltflow.molecules.settings import TorsionalSettings
 from tiltflow.molecules.torsions import Torsions, place
 from tiltflow.nn.mlp import SystemMLP
 from tiltflow.sampling.drawn import Drawn, draw
-from tiltflow.train.buffer import Buffer
-from tiltflow.train.fit import History, fit
+from tiltflow.train.fit import Callback, History, fit
 from tiltflow.train.method import State
-from tiltflow.train.settings import Training
-
-
-@dataclass(frozen=True)
-class TorsionalSettings:
-    """How to train a torsional sampler; angles in radians.
-
-    Args:
-        rounds: rounds (None: 20 + 10 D). batch: end points per template and round.
-        gradient_steps, minibatch: gradient steps per round, and their rows.
-        buffer_rounds: rounds kept. steps, draw_steps: simulation steps K in training, and of finished samples.
-        scale, finest: σ_max and σ_min of the geometric noise. hidden, layers: of the network.
-        max_grad_norm: bound on ‖∇E/kT‖. minimum_ess: path weights are tempered to this ESS fraction.
-    """
-
-    rounds: int | None = None
-    batch: int = 256
-    gradient_steps: int = 60
-    minibatch: int = 256
-    buffer_rounds: int = 10
-    steps: int = 25
-    draw_steps: int = 100
-    scale: float = 3.0
-    finest: float = 0.1
-    hidden: int = 64
-    layers: int = 3
-    learning_rate: float = 3e-3
-    max_grad_norm: float = 50.0
-    minimum_ess: float = 0.1
-
-    def rounds(self, dim: int) -> int:
-        """Rounds for D torsions."""
-        return 20 + 10 * dim if self.rounds is None else self.rounds
 
 
 @dataclass(frozen=True)
@@ -110,7 +75,7 @@ def _rows_of_system(system: int, rows: int) -> dict[str, Tensor]:
 
 def torsion_chain(settings: TorsionalSettings, dim: int, steps: int) -> BrownianChain:
     """The base: Brownian motion on the torus from 0."""
-    return geometric_chain(Torus(), (dim,), steps, settings.scale, settings.finest)
+    return geometric_chain(Torus(), (dim,), steps, settings.sigma_max, settings.sigma_min)
 
 
 def torsion_energies(
@@ -124,7 +89,7 @@ def torsion_energies(
 def target(energy: Evaluator, dim: int, settings: TorsionalSettings) -> AdjointSampling:
     """One target of :class:`~tiltflow.methods.several.SeveralAdjointSampling`."""
     chain = torsion_chain(settings, dim, settings.steps)
-    cost = EnergyCost(energy, chain, settings.max_grad_norm)
+    cost = EnergyCost(energy, chain, settings.max_cost_gradient)
     return AdjointSampling(chain, cost, settings.batch, "least_variance", settings.minimum_ess)
 
 
@@ -135,23 +100,21 @@ def train_torsional(
     torsions: Torsions,
     settings: TorsionalSettings | None = None,
     seed: int = 0,
-    callback: Callable[[dict[str, Any]], None] | None = None,
+    callback: Callback | None = None,
 ) -> TorsionalSampler:
     """Train a sampler of e^{−E/kT} over the torsions of J templates (J, N, 3), D ≥ 1 torsions.
 
     Raises:
         TiltflowError: an energy that is not finite on most of the base's draws, or divergence.
     """
-    s = settings or TorsionalSettings()
     dim = len(torsions.atoms)
+    s = (settings or TorsionalSettings()).of(dim)
     zero, evaluators = torsion_energies(energy, kelvin, templates, torsions)
     samplers = [target(e, dim, s) for e in evaluators]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        control = DriftControl(StepVariance(SystemMLP(len(templates), dim, s.hidden, s.layers), s.steps), s.finest)
+        control = DriftControl(StepVariance(SystemMLP(len(templates), dim, s.hidden, s.layers), s.steps), s.sigma_min)
     method = SeveralAdjointSampling(samplers, len(samplers))
-    fit_settings = Training(rounds=s.rounds(dim), learning_rate=s.learning_rate, ema=0.9, gradient_steps=s.gradient_steps, minibatch=s.minibatch)
-    buffer = Buffer(s.buffer_rounds * s.batch * len(samplers))
     state = State(control, torch.Generator().manual_seed(seed))
-    history = fit(method, state, fit_settings, buffer, callback=callback)
+    history = fit(method, state, s, callback=callback)
     return TorsionalSampler(s, dim, zero, control, evaluators, history)

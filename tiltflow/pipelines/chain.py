@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tiltflow.core.chain import Index, at, posterior_step
+from tiltflow.core.chain import Index, at, noisy_steps, posterior_step
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Euclidean, Geometry
 from tiltflow.pipelines.adapters import switched
@@ -52,6 +53,11 @@ class PipelineChain:
     micro_batch: int | None
     geometry: ClassVar[Geometry] = Euclidean()
     memoryless: ClassVar[bool] = True
+
+    @cached_property
+    def controlled(self) -> Tensor:
+        """The steps with noise, (n,)."""
+        return noisy_steps(self.std)
 
     @property
     def network(self) -> nn.Module:
@@ -160,6 +166,10 @@ class Adapted:
                 base = chain.x1(k, x, prompt, self.guidance, adapted=False)
             return base_mean + at(chain.b, k, x) * (chain.x1(k, x, prompt, self.guidance, adapted=self.on) - base)
         return chain.mean(k, x, chain.x1(k, x, prompt, self.guidance, adapted=self.on))
+
+    def ratios(self, chain: PipelineChain) -> Tensor | None:
+        """The base\'s step variance."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import Seed, check_value
-from tiltflow.methods.registry import Row, row_of
+from tiltflow.methods.registry import Row, names, row_of
 from tiltflow.pipelines.adapters import add_adapter, remove_adapter, train_all
 from tiltflow.pipelines.chain import Adapted, PipelineChain, pipeline_chain
 from tiltflow.pipelines.conditions import DrawnConditions
@@ -34,7 +34,6 @@ from tiltflow.pipelines.memory import fitting_rows
 from tiltflow.pipelines.model import TiltedPipeline
 from tiltflow.pipelines.settings import CLIP, DEFAULT_METHOD, PipelineSettings, check_prompts
 from tiltflow.rewards.combine import Score
-from tiltflow.tilting.train import with_gradient
 from tiltflow.train.distributed import world
 from tiltflow.train.fit import fit
 from tiltflow.train.method import State
@@ -160,7 +159,25 @@ def try_reward(tilted: TiltedPipeline, generator: torch.Generator) -> None:
     """Ask the reward once about noise, as the method will. Raises TiltflowError as the cost does."""
     s, x = tilted.settings, tilted.chain.source(2, generator)
     condition = DrawnConditions(len(tilted.prompts), s.per_prompt, {"prompt": s.dropout})(2, generator)
-    with_gradient(tilted.row, tilted.cost, x, condition, ("gradient", *LACKS))
+    ask_once(tilted.row, tilted.cost, x, condition)
+
+
+def ask_once(row: Row, cost: RewardCost, x: Tensor, condition: dict[str, Any]) -> None:
+    """Ask for what the method will ask for. Raises TiltflowError that names methods which need the reward's values only."""
+    if not row.needs_gradient:
+        with torch.no_grad():
+            cost.value(x, **condition)
+        return
+    try:
+        cost.grad(x, **condition)
+    except (TiltflowError, RuntimeError) as error:
+        said = str(error)
+        if "requires grad" in said:  # torch's words for a conversion to numpy
+            said = f"the reward is not differentiable: {said}"
+        elif "detached" not in said:
+            raise
+        others = ", ".join(names("finetune", without=("gradient", *LACKS)))
+        raise TiltflowError(f"{said} Or use a method that needs its values only: {others}.") from error
 
 
 def _train(
@@ -216,7 +233,7 @@ def _all_for_one_row(
 ) -> None:
     """Every kind of work: the decoder and the reward; with gradients a step of the adjoint, and the loss."""
     x = chain.source(1, torch.Generator(condition["prompt"].device))
-    with_gradient(row, cost, x, condition)
+    ask_once(row, cost, x, condition)
     with torch.enable_grad():
         leaf = x.clone().requires_grad_(row.needs_gradient)
         mean = chain.base_mean(0, leaf, **condition)

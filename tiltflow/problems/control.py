@@ -210,6 +210,10 @@ class ExactControl:
         base = chain.base_mean(k, x, **condition) if base_mean is None else base_mean
         return base + at(chain.std, k, x) * self.scaled(chain, k, x)
 
+    def ratios(self, chain: Any) -> Tensor | None:
+        """The base\'s step variance."""
+        return None
+
 
 class ControlError(NamedTuple):
     """Squared control errors with standard errors, both in units of E_{P*}∫‖u*‖²: on optimal and on own paths."""

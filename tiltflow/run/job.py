@@ -1,7 +1,7 @@
 """The one flow of a job: check → claim the folder → train → judge → write what came out, then the page.
 
-A job says what it depends on (its config), how it trains, and how what it trained is judged. What can be known to go wrong is
-found before the folder is touched; a picture that fails never costs the verdict.
+A job says what it depends on (its config), how it trains, and how what it trained is judged. What can be known to go wrong
+is found before the folder is touched; a picture that fails never costs the verdict.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def run(
     check_device(job.device)
     job.check()
     config = {"job": job.name, "format": FORMAT, **job.config()}
-    head = {"command": command, "seed": job.seed, "device": job.device}
+    head: dict[str, Any] = {"command": command, "seed": job.seed, "device": job.device}
     with RunFolder(out, config, resume, overwrite) as folder, Log(log, folder.path, config) as logged:
         work = Work(folder, tell, logged, head)
         outcome = job.perform(work)
@@ -173,24 +173,35 @@ def rows_of(outcome: Outcome, seconds: float) -> list[Row]:
     return [summary, *lines, *outcome.rows, *({"kind": "iteration", **scalars(r)} for r in outcome.history)]
 
 
+def report(outcome: Outcome, folder: Path | str, config: Mapping[str, Any]) -> Path:
+    """Write the report of a model that was trained in Python into a folder, which is made if there is none."""
+    require_report()
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    return write_page(target, page_of(outcome, "from Python", config))
+
+
 def page_of(outcome: Outcome, command: str, config: Mapping[str, Any]) -> Page:
     """The page of an outcome."""
     blocks, training = outcome.draw()
-    flat = {k: v for k, v in config.items() if not isinstance(v, dict)}
-    for inner in config.values():
-        flat |= inner if isinstance(inner, dict) else {}
     return Page(
         title=outcome.title,
         command=command,
         verdict=outcome.verdict,
         blocks=blocks,
-        config=flat,
+        config=flat(config),
         notes=outcome.notes,
         history=outcome.history,
         version=__version__,
         training=training,
         facts=outcome.facts,
     )
+
+
+def flat(config: Mapping[str, Any]) -> Row:
+    """The fields of a config, then those of the settings in it."""
+    inner = [flat(v) for v in config.values() if isinstance(v, dict)]
+    return {k: v for k, v in config.items() if not isinstance(v, dict)} | {k: v for part in inner for k, v in part.items()}
 
 
 def status(verdict: Verdict | None) -> str | None:

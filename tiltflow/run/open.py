@@ -13,6 +13,8 @@ JOBS = {
     "finetune": "tilting.job:TiltJob",
     "train-sampler": "sampling.job:SamplerJob",
     "finetune-pipeline": "pipelines.job:PipelineJob",
+    "conformers": "molecules.job:ConformersJob",
+    "train-conformers": "molecules.job:ConformerTrainingJob",
 }
 """What config.json calls a job → where it is. Each has ``read(config)`` and ``load(folder, device, **given)``."""
 
@@ -26,13 +28,13 @@ def open_run(folder: Path | str) -> Any:
     folder = Path(folder)
     config = read_config(folder)
     if config["job"] not in JOBS:
-        raise TiltflowError(f"{folder} is a run of {config['job']!r}, which leaves no model; jobs that do: {', '.join(JOBS)}.")
+        raise TiltflowError(f"{folder} is a run of {config['job']!r}, which leaves no model; these do: {', '.join(JOBS)}.")
     module, _, name = JOBS[config["job"]].partition(":")
     return getattr(import_module(f"tiltflow.{module}"), name).read(config, folder)
 
 
 def load(folder: Path | str, device: str = "cpu", **given: Any) -> Any:
-    """The model of a finished run: a TiltedModel, a Sampler or a TiltedPipeline.
+    """The model of a finished run: a TiltedModel, a Sampler or a TiltedPipeline; of conformers, a list of Ensembles.
 
     Args:
         folder: The run folder, or what a model's ``save`` wrote; it may have been moved or copied.

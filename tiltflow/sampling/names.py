@@ -48,8 +48,8 @@ def load_problem(
     if isinstance(made, EnergyProblem):
         if shape is not None or space != "vectors":
             raise TiltflowError(f"{name!r} says itself what it lives on: leave out --shape, --particles and --torus.")
-        given_lengths = {k: v for k, v in (("scale", scale), ("finest", finest)) if v is not None}
-        return replace(made, energy=_differentiable(made.energy), **given_lengths)
+        lengths: dict[str, Any] = {k: v for k, v in (("scale", scale), ("finest", finest)) if v is not None}
+        return replace(made, energy=_differentiable(made.energy), **lengths)
     given = {"--shape": shape, "--scale": scale, "--finest": finest}
     missing = [option for option, value in given.items() if value is None]
     if missing:

@@ -82,8 +82,8 @@ def draw_process(
         )
     if trained.sigma is not None and noise != str(trained.sigma):
         raise TiltflowError(
-            f"this model was fine-tuned with constant noise {trained.sigma:g}, which is biased: it may be sampled with noise "
-            f"{trained.sigma} only."
+            f"this model was fine-tuned with constant noise {trained.sigma:g}, which is biased: sample it with noise "
+            f"{trained.sigma}."
         )
     x0 = process.source(n, generator, torch.get_default_dtype(), generator.device)
     if noise == ODE:

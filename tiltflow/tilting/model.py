@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +21,17 @@ from tiltflow.core.simulate import Samples
 from tiltflow.core.weights import systematic
 from tiltflow.methods.registry import METHODS, Row
 from tiltflow.run.folder import FORMAT, RunFolder
+from tiltflow.run.job import report
 from tiltflow.tilting.draw import CHAIN, draw_paths, draw_process
+from tiltflow.tilting.outcome import Case, Evaluation, Judgement, outcome
 from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.tilting.weights import save_chain, save_network
 from tiltflow.train.method import Conditions
 from tiltflow.verdict.line import REWARD, Verdict
 from tiltflow.verdict.tilt import Tell, judge_samples, scored
 
-
-class Judgement(NamedTuple):
-    """A verdict, and λr of the samples and of the base's that it rests on, (n,) each."""
-
-    verdict: Verdict
-    reached: Tensor
-    base: Tensor
-
-
-OVERSAMPLED = 4
-"""Paths that are weighted for each exact sample."""
+OVERSAMPLED, CASES = 4, 8
+"""Paths that are weighted for each exact sample; conditions that a report judges."""
 EVALUATION_SEED = 1_000
 """Added to the seed for the samples that are judged."""
 
@@ -69,7 +62,7 @@ class TiltedModel:
 
     @property
     def module(self) -> nn.Module:
-        """The fine-tuned network, ``(x, t, **condition)``, which predicts what the base predicts. None was trained: an error.
+        """The fine-tuned network, ``(x, t, **condition)``, which predicts what the base predicts.
 
         Raises:
             TiltflowError: the method trains nothing.
@@ -190,6 +183,28 @@ class TiltedModel:
         verdict = judge_samples(drawn.x, base_samples, values, log_ratio, own, truth, strength=cost.strength)
         tell("verdict", 1, 1, "")
         return Judgement(verdict, values[REWARD][0], values[REWARD][1])
+
+    def report(
+        self,
+        folder: Path | str,
+        judges: Mapping[str, Callable[..., Tensor]] | None = None,
+        samples: int = 4_000,
+        reference_samples: int = 20_000,
+        seed: int = 0,
+    ) -> Path:
+        """Write ``folder/report.html``: the verdict, samples before and after, scores, how training went. Returns its path.
+
+        Args:
+            folder: Where; it is made if there is none.
+            judges: Held-out scores by name.
+            samples: Samples of the model.
+            reference_samples: Samples of the base.
+            seed: Of both.
+        """
+        rows = {} if self.conditions is None else self.conditions(CASES, self._generator(seed))
+        cases: list[Case] = [({k: v[i : i + 1] for k, v in rows.items()}, {}) for i in range(CASES if rows else 1)]
+        how = Evaluation(judges or {}, tuple(cases), True, samples, reference_samples, seed)
+        return report(outcome(self, how), folder, {"method": self.row.name, **as_json(self.settings)})
 
     def save_weights(self, folder: Path) -> None:
         """The chain, and what was trained (:mod:`tiltflow.tilting.weights`), into a folder."""

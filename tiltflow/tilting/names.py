@@ -51,8 +51,8 @@ def load_base(
         return load(name).process
     if ":" not in name:
         raise TiltflowError(
-            f"unknown base {name!r}: use {BASE!r}, a .safetensors file of `tiltflow pretrain`, the folder of a finished run, "
-            "or module:function."
+            f"unknown base {name!r}: use {BASE!r}, a .safetensors file of `tiltflow pretrain`, the folder of a finished "
+            "run, or module:function."
         )
     made = import_function(name)
     made = made() if callable(made) and not isinstance(made, Process | nn.Module) else made

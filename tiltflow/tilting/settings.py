@@ -34,10 +34,9 @@ class FinetuneSettings(Training):
         chi: σ² = 2η + χ; the result may then be sampled with that schedule only.
     """
 
-    rounds: Count = 100
     batch: Annotated[int, Range(2, 2**53)] = 128
     minibatch: Count | None = 1024
-    learning_rate: Positive = 3e-3
+    learning_rate: Positive = 2e-3
     warmup: Whole = 5
     steps: Steps = 25
     rank: Count | None = None

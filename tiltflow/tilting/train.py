@@ -1,8 +1,8 @@
 r"""Reward fine-tuning: from a base process and a reward to a model that samples p_base(x)·e^{λr(x)}.
 
-By default Adjoint Matching on the moment-matched memoryless chain of the base (Domingo-Enrich et al. 2025, arXiv:2409.08861).
-Because σ² = 2η is used in training, the fine-tuned process may be sampled with the ODE or with any noise schedule and step
-count. Any other method of :mod:`tiltflow.methods.registry` goes through the same door.
+By default Adjoint Matching on the moment-matched memoryless chain of the base (Domingo-Enrich et al. 2025,
+arXiv:2409.08861). Because σ² = 2η is used in training, the fine-tuned process may be sampled with the ODE or with any noise
+schedule and step count. Any other method of :mod:`tiltflow.methods.registry` goes through the same door.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tiltflow.core.chain import InterpolantChain
 from tiltflow.core.control import FineTuned
@@ -27,9 +26,12 @@ from tiltflow.tilting.model import TiltedModel
 from tiltflow.tilting.settings import DEFAULT_METHOD, FinetuneSettings
 from tiltflow.train.fit import Callback, fit
 from tiltflow.train.method import Conditions, State
+from tiltflow.verdict.check_base import require_base, starts_at_base
+from tiltflow.verdict.check_reward import quick_check
 
-SMALL = 64
-"""Most entries of a vector that methods for vectors take."""
+SMALL, TRIAL, APART = 64, 16, 1e-2
+"""Most entries of a vector that methods for vectors take; samples that a reward is tried on; largest relative
+difference of X̂_1 at the start."""
 
 
 def finetune(
@@ -74,14 +76,14 @@ def finetune(
     require_applies(row, base, s, conditions)
     require_memoryless(base.interpolant, s)
     generator = torch.Generator(device).manual_seed(seed)
-    probe: dict[str, Tensor] = conditions(2, generator) if conditions else {}
-    x = base.source(2, generator, torch.get_default_dtype(), generator.device)
-    with_gradient(row, cost, x, probe)  # fail before the work starts
+    check_door(row, base, reward, torch.Generator(device).manual_seed(seed), conditions)
     if not row.trained or strength == 0:
         process = (tuned or tuned_process(base, trainable_copy(base))) if row.trained else base
         chain = training_chain(base, s, generator, conditions)
         return TiltedModel(base, process, chain, cost, row, s, conditions, [])
     process = tuned or tuned_process(base, trainable_copy(base, s.rank, generator))
+    if tuned is not None:
+        require_start(base, tuned, torch.Generator(device).manual_seed(seed), conditions)
     chain = training_chain(base, s, generator, conditions)
     trainer = made(row, chain, cost, s, generator, conditions)
     history = fit(trainer, State(FineTuned(process), generator), s, checkpoint, resume, callback)
@@ -118,25 +120,38 @@ def require_applies(row: Row, base: Process, settings: FinetuneSettings, conditi
     row.require_training(settings.buffer_rounds, settings.accumulate)
 
 
-def with_gradient(
-    row: Row, cost: RewardCost, x: Tensor, condition: dict[str, Any], without: tuple[str, ...] = ("gradient",)
+def require_start(base: Process, tuned: Process, generator: torch.Generator, conditions: Conditions | None) -> None:
+    """Raise TiltflowError if the process to train does not start at the base: it would tilt another prior."""
+    apart = starts_at_base(base, tuned, generator, conditions)
+    if not apart <= APART:
+        raise TiltflowError(
+            f"tuned= does not start at the base: X̂_1 differs by {apart:.3g} of its size. Start from a copy of the base's "
+            "weights, or give the last layer of a correction zeros (tiltflow.tilted)."
+        )
+
+
+def check_door(
+    row: Row, base: Process, reward: Reward, generator: torch.Generator, conditions: Conditions | None, seen: bool = True
 ) -> None:
-    """Ask the reward once as the method will. Raises TiltflowError that names methods which need its values only.
+    """Base and reward, before anything is trained or written.
 
     Args:
-        without: Needs that the methods to be named must not have.
+        row: The method.
+        base: What is fine-tuned.
+        reward: What for.
+        generator: Of the samples that both are tried on.
+        conditions: Draws condition rows for the reward.
+        seen: Whether the base sees the conditions too.
+
+    Raises:
+        TiltflowError: the first thing that is wrong with the base or with the reward; for a reward without gradient it names
+            the methods that need its values only.
     """
-    if not row.needs_gradient:
-        with torch.no_grad():
-            cost.value(x, **condition)
-        return
-    try:
-        cost.grad(x, **condition)
-    except (TiltflowError, RuntimeError) as error:
-        said = str(error)
-        if "requires grad" in said:  # torch's words for a conversion to numpy
-            said = f"the reward is not differentiable: {said}"
-        elif "detached" not in said:
-            raise
-        others = ", ".join(names("finetune", without=without))
-        raise TiltflowError(f"{said} Or use a method that needs its values only: {others}.") from error
+    require_base(base, generator, conditions if seen else None)
+    condition: dict[str, Any] = conditions(TRIAL, generator) if conditions else {}
+    one = {name: v[:1].expand(TRIAL, *v.shape[1:]) for name, v in condition.items()}
+    x = base.source(TRIAL, generator, torch.get_default_dtype(), generator.device)
+    with torch.no_grad():
+        x1 = base.x1(x, torch.full((TRIAL,), 0.5).to(x), **(one if seen else {}))
+    others = ", ".join(names("finetune", without=("gradient",)))
+    quick_check(reward, x1, generator, row.needs_gradient, f"or use a method that needs its values only: {others}", **one)

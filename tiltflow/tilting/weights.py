@@ -1,8 +1,8 @@
 """The files of a tilted model: the chain, and the network in a form that cannot be mistaken for another.
 
-A network that predicts velocity, noise or score is saved under its own names: the file loads into the user's own class and is
-right there. A network that predicts x1 is fine-tuned inside a :class:`~tiltflow.core.control.Blend` with the frozen base, and
-is wrong without it: its names are prefixed, so that no class takes them by mistake, and the header says what they are.
+A network that predicts velocity, noise or score is saved under its own names: the file loads into the user's own class and
+is right there. A network that predicts x1 is fine-tuned inside a :class:`~tiltflow.core.control.Blend` with the frozen base,
+and is wrong without it: its names are prefixed, so that no class takes them by mistake, and the header says what they are.
 """
 
 from __future__ import annotations

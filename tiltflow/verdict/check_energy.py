@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,9 +22,9 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Centred, Euclidean, Geometry, Torus
 from tiltflow.energies.evaluator import Energy, ForceProvider, differentiable
 from tiltflow.energies.reference import virial
-from tiltflow.verdict.check_reward import _line, _untried
-from tiltflow.verdict.line import Line, Status, overall
-from tiltflow.verdict.probe import PROBES, QUESTIONS, Answer, Probe
+from tiltflow.verdict.line import Line
+from tiltflow.verdict.probe import PROBES, QUESTIONS, Probe
+from tiltflow.verdict.questions import Answer, Question, Report, answered, unmet, untried
 
 INVARIANCE = 1e-3
 SPREAD = 10.0
@@ -33,19 +32,8 @@ KT = "1 kT at 300 K is 2.494 kJ/mol, .596 kcal/mol, .02585 eV"
 WORDS = (("the reward", "the energy"), ("∇r", "∇E"), ("r(x_i)", "E(x_i)"), ("of r", "of E"))
 
 
-@dataclass(frozen=True)
-class EnergyReport:
+class EnergyReport(Report):
     """The ``lines`` of the check."""
-
-    lines: list[Line]
-
-    @property
-    def status(self) -> Status:
-        """The worst line: fail, then cannot tell, then warn, then pass."""
-        return overall(self.lines)
-
-
-Question = tuple[str, str, tuple[str, ...], Callable[[Probe], Answer]]
 
 
 def check_energy(
@@ -83,14 +71,15 @@ def check_energy(
     questions = _questions(space, rotation, permutation)
     if equilibrium:
         d = space.dimension(x.shape[1:])
-        questions.append(("virial", f"{d} within 3 standard errors", ("finite gradient",), partial(_virial, energy, d)))
+        within = f"{d} within 3 standard errors"
+        questions.append(Question("virial", within, ("finite gradient",), partial(_virial, energy, d)))
     lines: dict[str, Line] = {}
     for name, threshold, needs, ask in questions:
-        missing = next((n for n in needs if lines[n].status in ("fail", "cannot tell")), None)
+        missing = unmet(needs, lines)
         if missing:
-            lines[name] = _untried(name, threshold, missing)
+            lines[name] = untried(name, threshold, missing)
             continue
-        line = _line(name, threshold, partial(ask, p))
+        line = answered(name, threshold, partial(ask, p))
         lines[name] = line._replace(explanation=_about_energy(line.explanation))
         if name == "finite value" and line.status == "warn":
             p = Probe(scalar, p.x[torch.isfinite(p.values)], {}, generator)
@@ -209,17 +198,17 @@ def _questions(space: Geometry, rotation: bool | None, permutation: bool | None)
     asked: list[Question] = []
     for name, threshold, needs, ask in QUESTIONS:
         if name == "finite value":
-            asked.append((name, "0 bad", needs, _finite))
+            asked.append(Question(name, "0 bad", needs, _finite))
         elif name == "range":
-            asked.append(("spread", f"√(d/2), within a factor of {SPREAD:g}", needs, _spread))
+            asked.append(Question("spread", f"√(d/2), within a factor of {SPREAD:g}", needs, _spread))
         elif name == "gradient norm":
-            asked.append((name, threshold, needs, _gradient_norm))
+            asked.append(Question(name, threshold, needs, _gradient_norm))
         elif name != "varies":
-            asked.append((name, threshold, needs, ask))
+            asked.append(Question(name, threshold, needs, ask))
 
     def invariance(name: str, move: Move, what: str, advice: str, demanded: bool = True) -> None:
         ask = partial(_invariance, move, what, advice, demanded)
-        asked.append((name, f"≤ {INVARIANCE:g}", ("batch independent",), ask))
+        asked.append(Question(name, f"≤ {INVARIANCE:g}", ("batch independent",), ask))
 
     if isinstance(space, Centred):
         invariance("translation", _translate, "all particles shift together", "take the mean off inside the energy")

@@ -1,5 +1,7 @@
 r"""Is a reward fit to tilt with, and by how much? Answered from samples of the base alone, before any training.
 
+:func:`check_reward` writes a report, :func:`quick_check` stands at the door of a run and stops a reward that is not.
+
 Two tables: the questions of :mod:`tiltflow.verdict.probe`, each with its number, threshold and answer, and what
 :mod:`tiltflow.verdict.strength` predicts of each λ by weighting the samples with e^{λr}.
 """
@@ -7,7 +9,7 @@ Two tables: the questions of :mod:`tiltflow.verdict.probe`, each with its number
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,8 +19,8 @@ from torch import Tensor
 
 from tiltflow.core.cost import Reward
 from tiltflow.core.errors import TiltflowError
-from tiltflow.verdict.line import Line, Status, overall
-from tiltflow.verdict.probe import QUESTIONS, Answer, Probe
+from tiltflow.verdict.probe import QUESTIONS, Probe
+from tiltflow.verdict.questions import Answer, Report, answered, ask_all, untried
 from tiltflow.verdict.strength import StrengthRow, largest_strength, predict_tilt
 
 MIN_ESS = 0.05
@@ -27,17 +29,11 @@ MIN_SAMPLES = 100
 
 
 @dataclass(frozen=True)
-class RewardReport:
+class RewardReport(Report):
     """``lines`` of the check; ``strengths`` by rising λ from the base's λ = 0; the ``suggestion``, None if there is none."""
 
-    lines: list[Line]
     strengths: list[StrengthRow]
     suggestion: float | None
-
-    @property
-    def status(self) -> Status:
-        """The worst line: fail, then cannot tell, then warn, then pass."""
-        return overall(self.lines)
 
 
 class HasShape(Protocol):
@@ -78,25 +74,53 @@ def check_reward(
     wanted = {0.0, *(float(s) for s in strengths)}
     _refuse(base, samples, wanted)
     probe = Probe(reward, samples.detach(), condition, generator)
-    lines: dict[str, Line] = {}
-    for name, threshold, needs, ask in QUESTIONS:
-        missing = next((n for n in needs if lines[n].status in ("fail", "cannot tell")), None)
-        lines[name] = _untried(name, threshold, missing) if missing else _line(name, threshold, partial(ask, probe))
+    lines = ask_all(QUESTIONS, probe)
     if lines["varies"].status != "pass":
-        lines["strength"] = _untried("strength", f"ESS ≥ {MIN_ESS:.0%}", "varies")
+        lines["strength"] = untried("strength", f"ESS ≥ {MIN_ESS:.0%}", "varies")
         return RewardReport(list(lines.values()), [], None)
 
     judged: list[Tensor] = []
     if judge is not None:
         held_out = Probe(judge, probe.x, condition, generator)
-        lines["judge"] = _line("judge", "(B,), finite", partial(_judge, held_out, judged))
+        lines["judge"] = answered("judge", "(B,), finite", partial(_judge, held_out, judged))
     rewards = probe.values
     suggestion = largest_strength(rewards, MIN_ESS)
-    lines["strength"] = _line("strength", f"ESS ≥ {MIN_ESS:.0%}", partial(_strength, len(rewards), suggestion))
+    lines["strength"] = answered("strength", f"ESS ≥ {MIN_ESS:.0%}", partial(_strength, len(rewards), suggestion))
     centre = suggestion or 1 / float(rewards.std())
     ladder = sorted(wanted | {centre * factor for factor in LADDER})
     table = [predict_tilt(rewards, s, judged[0] if judged else None) for s in ladder]
     return RewardReport(list(lines.values()), table, suggestion)
+
+
+DOOR = ("output shape", "output length", "dtype", "finite value", "deterministic", "batch independent", "varies")
+GRADIENT = ("differentiable", "input unchanged", "finite gradient", "gradient norm")
+
+
+def quick_check(
+    reward: Reward, x: Tensor, generator: torch.Generator, needs_gradient: bool, otherwise: str = "", **condition: Any
+) -> None:
+    """Stop a reward that no run can use, from a few samples: some twenty calls on at most ``len(x)`` rows.
+
+    Args:
+        reward: ``(x (B, *event), **condition) -> (B,)``; x: (n, *event), about 8 to 32 samples; generator: an order of them.
+        needs_gradient: the method follows ∇r; without it a detached or piecewise constant reward is fine.
+        otherwise: what else could be done with a reward that has no gradient.
+        condition: passed on; of a tensor with rows the first, for every sample.
+
+    Raises:
+        TiltflowError: the reward raised, has the wrong shape or type, is NaN or infinite, not deterministic, mixes the rows
+            of its batch, or is constant; and where the gradient is needed, detached, changed behind autograd's back, NaN or
+            infinite, or zero at every sample (a sign, a count, a threshold).
+    """
+    if len(x) < 2 or not bool(torch.isfinite(x).all()):
+        raise TiltflowError(f"a reward is tried on at least 2 finite samples; got {tuple(x.shape)}, or some are not finite.")
+    probe = Probe(reward, x.detach(), condition, generator)
+    wanted = DOOR + (GRADIENT if needs_gradient else ())
+    called = getattr(reward, "__name__", type(reward).__name__)
+    for name, line in ask_all([q for q in QUESTIONS if q.name in wanted], probe).items():
+        if line.status == "fail":
+            advice = f"; {otherwise}" if otherwise and name in ("differentiable", "gradient norm") else ""
+            raise TiltflowError(f"reward {called!r}, {name}: {line.explanation}{advice}.")
 
 
 def _refuse(base: HasShape, samples: Tensor, strengths: Iterable[float]) -> None:
@@ -113,19 +137,6 @@ def _refuse(base: HasShape, samples: Tensor, strengths: Iterable[float]) -> None
             f"strengths must be finite and at least 0, got {bad}. To lower a reward instead of raising it, negate the "
             "reward."
         )
-
-
-def _line(name: str, threshold: str, ask: Callable[[], Answer]) -> Line:
-    """The line of an answer; an exception is the answer "fail" under its own name."""
-    try:
-        value, status, text = ask()
-    except Exception as error:
-        value, status, text = None, "fail", f"it raised {type(error).__name__}: {error}"
-    return Line(name, value, None, None, threshold, status, text)
-
-
-def _untried(name: str, threshold: str, missing: str) -> Line:
-    return Line(name, None, None, None, threshold, "cannot tell", f"not tried: see {missing!r}")
 
 
 def _judge(probe: Probe, judged: list[Tensor]) -> Answer:

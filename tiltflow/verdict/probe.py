@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,11 +18,10 @@ from torch import Tensor
 
 from tiltflow.core.cost import Reward
 from tiltflow.verdict.line import Status
+from tiltflow.verdict.questions import Answer, Question
 
 PROBES, DIRECTIONS, BATCH = 32, 8, 256
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 5e-2}
-
-Answer = tuple[float | None, Status, str]
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,14 @@ class Probe:
     generator: torch.Generator
 
     def raw(self, x: Tensor) -> Any:
-        """Whatever the reward returns."""
+        """Whatever the reward returns for a copy of x, rows of the condition beside it."""
         rows = {}
         for name, v in self.condition.items():
             if isinstance(v, Tensor) and v.ndim:
                 v = v[:1].expand(len(x), *v.shape[1:]).contiguous()
                 v = v.to(x.dtype) if v.is_floating_point() else v
             rows[name] = v
-        return self.reward(x, **rows)
+        return self.reward(x.clone(), **rows)
 
     @torch.no_grad()
     def value(self, x: Tensor) -> Tensor:
@@ -110,6 +109,27 @@ def finite(p: Probe) -> Answer:
     """No NaN or infinity on any sample."""
     bad = int((~torch.isfinite(p.values)).sum())
     return bad, "fail" if bad else "pass", f"{bad} of {len(p.x)} values are NaN or infinite"
+
+
+def unchanged(p: Probe) -> Answer:
+    """x is as it was, or was changed by operations that autograd has recorded."""
+    handed: list[Tensor] = []
+
+    def recorded(x: Tensor, **rows: Any) -> Tensor:
+        handed.append(x)
+        return p.reward(x, **rows)
+
+    x = p.few.detach().requires_grad_(True)
+    with torch.enable_grad():
+        replace(p, reward=recorded).raw(x)
+    y = handed[0]
+    changed = int((y.detach() != x.detach()).flatten(1).any(1).sum())
+    if not changed:
+        return 0, "pass", "x is the same after the call"
+    text = f"the reward changes its input in place, in {changed} of {len(x)} rows; it is given a copy"
+    if type(y.grad_fn).__name__ != "CloneBackward0":
+        return changed, "pass", text
+    return changed, "fail", text + ", but autograd does not see the change, so the gradient is wrong: work on x.clone()"
 
 
 def deterministic(p: Probe) -> Answer:
@@ -234,21 +254,23 @@ def rate(call: Callable[[Tensor], Tensor | None], x: Tensor) -> Answer:
     return calls * len(x) / (time.perf_counter() - started), "pass", f"samples per second, in batches of {len(x)}"
 
 
-QUESTIONS: tuple[tuple[str, str, tuple[str, ...], Callable[[Probe], Answer]], ...] = (
-    ("output shape", "(B,)", (), shape),
-    ("output length", "B, for any B", ("output shape",), length),
-    ("dtype", "floating point", ("output shape",), dtype),
-    ("finite value", "0 bad", ("output length",), finite),
-    ("deterministic", "0", ("finite value",), deterministic),
-    ("batch independent", "≤ 0.001", ("deterministic",), batch_independent),
-    ("range", "", ("finite value",), extent),
-    ("varies", "> 1e-6 of its size", ("finite value",), varies),
-    ("differentiable", "", ("output length",), differentiable),
-    ("finite gradient", "0 bad", ("differentiable", "finite value"), finite_gradient),
-    ("gradient check", "≤ 0.001 (float32: 0.05)", ("finite gradient", "batch independent"), gradient_check),
-    ("gradient norm", "> 0", ("finite gradient",), gradient_norm),
-    ("gradient tail", "≤ 10", ("finite gradient",), gradient_tail),
-    ("value throughput", "", ("output length",), lambda p: rate(p.value, p.few)),
-    ("gradient throughput", "", ("differentiable",), lambda p: rate(p.gradient, p.few)),
+SOUND = ("finite gradient", "input unchanged", "batch independent")
+QUESTIONS: tuple[Question, ...] = (
+    Question("output shape", "(B,)", (), shape),
+    Question("output length", "B, for any B", ("output shape",), length),
+    Question("dtype", "floating point", ("output shape",), dtype),
+    Question("finite value", "0 bad", ("output length",), finite),
+    Question("deterministic", "0", ("finite value",), deterministic),
+    Question("batch independent", "≤ 0.001", ("deterministic",), batch_independent),
+    Question("range", "", ("finite value",), extent),
+    Question("varies", "> 1e-6 of its size", ("finite value",), varies),
+    Question("differentiable", "", ("output length",), differentiable),
+    Question("input unchanged", "0 changed behind autograd's back", ("differentiable",), unchanged),
+    Question("finite gradient", "0 bad", ("differentiable", "finite value"), finite_gradient),
+    Question("gradient check", "≤ 0.001 (float32: 0.05)", SOUND, gradient_check),
+    Question("gradient norm", "> 0", ("finite gradient",), gradient_norm),
+    Question("gradient tail", "≤ 10", ("finite gradient",), gradient_tail),
+    Question("value throughput", "", ("output length",), lambda p: rate(p.value, p.few)),
+    Question("gradient throughput", "", ("differentiable",), lambda p: rate(p.gradient, p.few)),
 )
-"""Name, threshold, the questions that must be answered well first, and how to ask."""
+"""In the order in which they are asked."""

@@ -118,22 +118,22 @@ def _mean_line(name: str, values: Sequence[Tensor], log_w: Tensor, generator: to
     """The mean of a score: values of the sampler, of the base, and of exact samples (if the base stands for them: two)."""
     reached_values, base, exact_values = values[0], values[1], values[-1]
     weight = normalised(log_w) * len(log_w)
+    shown, spread = name if name == REWARD else f"held-out {name}", float(base.double().std())
+    if not spread > 1e-6 * float(base.double().abs().max()):
+        return Line(f"{shown} gap", None, None, None, "", "cannot tell", "this score is constant on the base's samples")
     reached = _means(reached_values, torch.ones(len(reached_values)), _poisson(len(reached_values), generator))[:, 0]
     shared = _poisson(len(exact_values), generator)
     exact = _means(exact_values, weight, shared)[:, 0]
     start_counts = shared if len(values) == 2 else _poisson(len(base), generator)
     start = _means(base, torch.ones(len(base)), start_counts)[:, 0]
     gap = exact - start
-    scale, shown = ("λ r: ", name) if name == REWARD else ("", f"held-out {name}")
+    scale = "λ r: " if name == REWARD else ""
     text = f"{scale}base {float(start[0]):.4g} → reached {float(reached[0]):.4g}, exact tilt {float(exact[0]):.4g}"
-    if not float(gap.std()) * SIGMAS <= abs(float(gap[0])) or float(gap[0]) == 0:  # it barely moves under the exact tilt
-        spread = float(base.double().std())
-        if not spread > 0:
-            text += "; the score is the same for all of the base's samples, which tells nothing"
-            return Line(f"{shown} mean (in base std)", None, None, None, "the score varies", "cannot tell", text)
+    if not float(gap.std()) * SIGMAS <= abs(float(gap[0])):  # this score barely moves under the exact tilt
         difference = abs(float(reached[0] - exact[0])) / spread
         error = float((reached - exact)[1:].std()) / spread
-        return graded(f"{shown} mean (in base std)", difference, error, 0.1, 0.25, f"{text}; the tilt hardly moves this score")
+        text += "; the tilt hardly moves this score"
+        return graded(f"{shown} mean (in base std)", difference, error, 0.1, 0.25, text)
     relative = (reached - exact) / gap
     text += "; distance to the exact value as a fraction of the gap from the base"
     return graded(f"{shown} gap", abs(float(relative[0])), float(relative[1:].std()), 0.10, 0.25, text)

@@ -13,7 +13,6 @@ when their energy is opened; those that exclude each other have environments of 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -116,26 +115,6 @@ class Reduced:
         scale = kt_per(self.energy.unit, self.kelvin)
         energy, forces = self.energy.energy_and_forces(x)
         return scale * (energy.double() - self.zero), scale * forces.double()
-
-
-def parse_temperature(text: str) -> float:
-    """A temperature in K.
-
-    >>> parse_temperature("300"), parse_temperature("298.15 K")
-    (300.0, 298.15)
-
-    Raises:
-        TiltflowError: it is no number of Kelvin, or not positive and finite.
-    """
-    number = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*[kK]?\s*", text)
-    if number is None:
-        raise TiltflowError(f"temperature {text!r}: write Kelvin, e.g. 300K (27 °C is 300.15K).")
-    kelvin = float(number[1])
-    if not 0 < kelvin < math.inf:
-        raise TiltflowError(f"temperature {text!r}: it must be above 0 K and finite, e.g. 300K.")
-    return kelvin
-
-
 
 
 # For adapters

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.energies.interface import MolecularEnergy
 from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.settings import ENERGIES
 from tiltflow.run.names import import_function
 
 
@@ -14,8 +15,8 @@ def open_energy(name: str, molecule: Molecule) -> MolecularEnergy:
     """The energy of a molecule by name.
 
     Args:
-        name: mmff94, ani1ccx, aimnet2, gfn2; or ``module:function`` (``file.py:function``), which is given the molecule and
-            returns an ASE calculator or a :class:`MolecularEnergy`.
+        name: Of :data:`~tiltflow.molecules.settings.ENERGIES`; or ``module:function`` (``file.py:function``), which is given
+            the molecule and returns an ASE calculator or a :class:`MolecularEnergy`.
 
     Raises:
         UnsupportedMolecule: the energy does not take this molecule.
@@ -29,7 +30,7 @@ def open_energy(name: str, molecule: Molecule) -> MolecularEnergy:
     if name in known:
         return known[name](molecule)
     if ":" not in name:
-        raise TiltflowError(f"unknown energy {name!r}: use one of {', '.join(known)}, or module:function.")
+        raise TiltflowError(f"unknown energy {name!r}: use one of {', '.join(ENERGIES)}, or module:function.")
     made = import_function(name)(molecule)
     if isinstance(made, MolecularEnergy):
         return made

@@ -1,0 +1,248 @@
+"""Runs over molecules: conformers of all molecules of a file, and the training of one sampler for many molecules.
+
+A folder of conformers holds config.json, conformers.sdf, conformers.csv, rejects.csv, metrics.json, report.html and, for
+each finished molecule, a file of all samples; one of training holds model.safetensors. RDKit is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from tiltflow.core.errors import TiltflowError
+from tiltflow.core.settings import as_json, from_json, settings
+from tiltflow.molecules.judge import RELIABLE, judge_conformers
+from tiltflow.molecules.settings import ConformersConfig, ConformerSettings, ConformerTrainingConfig, require_rdkit
+from tiltflow.report import training_blocks
+from tiltflow.report.figures import SAMPLING
+from tiltflow.run.job import Outcome, Work
+
+if TYPE_CHECKING:
+    from tiltflow.molecules.amortised import Amortised
+    from tiltflow.molecules.ensemble import Ensemble
+    from tiltflow.molecules.molecule import Molecule
+    from tiltflow.molecules.read import Read
+
+MODEL = "model.safetensors"
+RECENT = 20
+"""Rounds that the figures of a training are means over."""
+FILES = (".smi", ".sdf")
+
+
+def _require_cpu(device: str) -> None:
+    if device != "cpu":
+        raise TiltflowError(f"device {device!r}: conformers are computed on the CPU; leave --device out.")
+
+
+def _require_energies(molecules: list[Molecule], *energies: str | None) -> None:
+    """Open the energies for the first molecule that they take, or not at all; of a lone molecule it must be taken.
+
+    Raises:
+        TiltflowError: an energy that cannot be opened, or that does not take the only molecule.
+    """
+    from tiltflow.molecules.energies import UnsupportedMolecule, open_energy
+
+    for energy in (name for name in energies if name is not None):
+        for molecule in molecules:
+            try:
+                open_energy(energy, molecule)
+                break
+            except UnsupportedMolecule:
+                if len(molecules) == 1:
+                    raise
+
+
+@settings
+class ConformersJob(ConformersConfig):
+    """A run that makes conformers."""
+
+    name: ClassVar[str] = "conformers"
+
+    @property
+    def alone(self) -> bool:
+        """Whether the input is a SMILES."""
+        return self.input is not None and Path(self.input).suffix.lower() not in FILES
+
+    @property
+    def anchored(self) -> ConformerSettings:
+        """The settings with the model by its absolute path."""
+        model = self.settings.model
+        return self.settings if model is None else replace(self.settings, model=str(Path(model).resolve()))
+
+    @cached_property
+    def molecules(self) -> Read:
+        """What the input holds."""
+        require_rdkit()
+        from tiltflow.molecules.read import read_molecules
+
+        if self.input is None:
+            raise TiltflowError("this ensemble was saved from Python and is not a run: give an input.")
+        return read_molecules(self.input, None, self.max_atoms)
+
+    def config(self) -> dict[str, Any]:
+        """The fields as JSON, files by their absolute paths, and what the input held."""
+        assert self.input is not None
+        content = self.input.encode() if self.alone else Path(self.input).read_bytes()
+        where = self.input if self.alone else str(Path(self.input).resolve())
+        return as_json(self) | {
+            "input": where,
+            "input_sha256": hashlib.sha256(content).hexdigest(),
+            "settings": as_json(self.anchored),
+        }
+
+    @classmethod
+    def read(cls, config: dict[str, Any], folder: Path) -> Self:
+        """The job of a config.json."""
+        fields = {k: v for k, v in config.items() if k not in ("job", "format", "input_sha256")}
+        return from_json(cls, fields, str(folder / "config.json"))
+
+    def check(self) -> None:
+        """Find misuse: the device, the input, the energies, the model.
+
+        Raises:
+            TiltflowError: of these; of a SMILES also why it is refused.
+        """
+        _require_cpu(self.device)
+        read = self.molecules
+        if self.alone and read.rejects:
+            raise TiltflowError(f"{self.input}: {read.rejects[0].reason}.")
+        _require_energies(read.molecules, self.settings.energy, self.settings.rescore)
+        if self.settings.model is not None:
+            from tiltflow.molecules.amortised import load_amortised
+
+            load_amortised(Path(self.settings.model))
+
+    def load(self, folder: Path, device: str = "cpu") -> list[Ensemble]:
+        """The ensembles of a run folder, or of one that an ensemble was saved in; without those that were refused."""
+        _require_cpu(device)
+        require_rdkit()
+        from tiltflow.molecules.run import ensembles_of
+
+        return ensembles_of(folder)
+
+    def perform(self, work: Work) -> Outcome:
+        """Make, audit, cluster and write conformers of every molecule."""
+        from tiltflow.molecules.page import conformer_blocks
+        from tiltflow.molecules.run import make_all
+        from tiltflow.molecules.write import write_conformers, write_rejects
+
+        made = make_all(self.molecules, self.anchored, self.seed, self.cover, work.path, work.tell)
+        if self.alone and made.refused:
+            raise TiltflowError(f"{self.input}: {made.refused[0].reason}.")
+        write_conformers(work.path, made.found)
+        write_rejects(work.path, made.rejects)
+        untold = sum(row["reliable"] is False for row in made.rows)
+        conformers = sum(row["conformers"] for row in made.rows)
+        facts = {f"weights that cannot be told (ESS below {RELIABLE})": untold} if untold else {}
+        return Outcome(
+            title=f"{conformers} conformers of {len(made.found)} molecule{'' if len(made.found) == 1 else 's'}",
+            summary={
+                "molecules": len(made.found),
+                "conformers": conformers,
+                "rejected": sum(row["rejected"] for row in made.rows),
+                "refused": len(made.refused),
+                "unreliable": untold,
+            },
+            verdict=judge_conformers(made.rows),
+            rows=[
+                *({"kind": "conformers", **row} for row in made.rows),
+                *({"kind": "refused", **r._asdict()} for r in made.refused),
+            ],
+            facts={"rejected": len(made.rejects), **facts},
+            draw=lambda: (conformer_blocks(made.found, made.rejects), ()),
+        )
+
+
+@settings
+class ConformerTrainingJob(ConformerTrainingConfig):
+    """A run that trains one sampler for many molecules."""
+
+    name: ClassVar[str] = "train-conformers"
+
+    @cached_property
+    def chosen(self) -> list[Molecule]:
+        """``molecules`` good ones of the input, in random order by the seed; what is refused is passed over.
+
+        Raises:
+            TiltflowError: no such file, or not one good molecule in it.
+        """
+        require_rdkit()
+        import numpy as np
+
+        from tiltflow.molecules.read import read_molecules
+        from tiltflow.molecules.split import read_training_smiles
+
+        path, order = Path(self.input), np.random.default_rng(self.seed)
+        if path.suffix == ".gz":
+            smiles = read_training_smiles(path)
+            found: list[Molecule] = []
+            for i in order.permutation(len(smiles)):
+                found += read_molecules(smiles[i], None, self.max_atoms).molecules
+                if len(found) == self.molecules:
+                    break
+        else:
+            every = read_molecules(self.input, None, self.max_atoms).molecules
+            found = [every[i] for i in order.permutation(len(every))[: self.molecules]]
+        if not found:
+            raise TiltflowError(f"{path}: not one molecule of at most {self.max_atoms} atoms can be trained on.")
+        return found
+
+    def config(self) -> dict[str, Any]:
+        """The fields as JSON, the input by its absolute path."""
+        path = Path(self.input)
+        return as_json(self) | {"input": str(path.resolve()) if path.exists() else self.input}
+
+    @classmethod
+    def read(cls, config: dict[str, Any], folder: Path) -> Self:
+        """The job of a config.json."""
+        fields = {k: v for k, v in config.items() if k not in ("job", "format")}
+        return from_json(cls, fields, str(folder / "config.json"))
+
+    def check(self) -> None:
+        """Find misuse: the device, the input, the energy."""
+        _require_cpu(self.device)
+        _require_energies(self.chosen, self.settings.energy)
+
+    def load(self, folder: Path, device: str = "cpu") -> Amortised:
+        """The model of a finished run folder."""
+        _require_cpu(device)
+        require_rdkit()
+        from tiltflow.molecules.amortised import load_amortised
+
+        return load_amortised(folder / MODEL)
+
+    def perform(self, work: Work) -> Outcome:
+        """Train, with checkpoints, and write the model."""
+        from tiltflow.molecules.amortised import prepare, save_amortised, train_amortised
+
+        rounds = self.settings.sampler.rounds
+        assert rounds is not None  # as the settings have checked
+        prepared = prepare(self.chosen, self.settings, self.seed, partial(work.tell, "templates"))
+
+        def report(row: dict[str, Any]) -> None:
+            work.round(row, "training", rounds, f"energy {row['energy']:.1f} kT, ESS {row['ess']:.3f}")
+
+        resume = work.resume and work.checkpoint.is_file()
+        model = train_amortised(prepared, self.settings, self.seed, work.checkpoint, resume, report)
+        save_amortised(work.path / MODEL, model)
+        last = model.history[-RECENT:]
+        summary = {
+            "molecules": len(prepared),
+            "templates": sum(len(one.templates) for one in prepared),
+            "ess": mean(r["ess"] for r in last),
+            "energy": mean(r["energy"] for r in last),
+            "energy_calls": model.history[-1]["energy_calls"],
+            "model": MODEL,
+        }
+        return Outcome(
+            title=f"one sampler of torsions for {len(prepared)} molecules",
+            summary=summary,
+            verdict=None,
+            history=model.history,
+            facts={name: summary[name] for name in ("molecules", "templates", "ess")},
+            draw=lambda: ((), training_blocks(model.history, SAMPLING)),
+        )

@@ -1,0 +1,39 @@
+"""Conformers as records of an SD file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rdkit import Chem
+from torch import Tensor
+
+from tiltflow.core.errors import TiltflowError
+from tiltflow.molecules.molecule import Molecule, with_positions
+
+Part = tuple[Molecule, Tensor, Sequence[Mapping[str, str]]]
+
+
+def write_sdf(path: Path, parts: Iterable[Part]) -> None:
+    """Write molecules with positions (n, N, 3) and n rows of properties each, in one step.
+
+    Raises:
+        TiltflowError: there is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise TiltflowError(f"no folder {str(path.parent)!r} for {path.name}; create it first.")
+    unfinished = path.with_name(path.name + ".part")
+    writer = Chem.SDWriter(str(unfinished))
+    try:
+        for molecule, positions, rows in parts:
+            mol = with_positions(molecule.mol, positions)
+            mol.SetProp("_Name", molecule.name)
+            for i, row in enumerate(rows):
+                for key, value in row.items():
+                    if key != "name":
+                        mol.SetProp(key, value)
+                writer.write(mol, confId=i)
+    finally:
+        writer.close()
+    os.replace(unfinished, path)
