@@ -12,7 +12,7 @@ import diffusers as D
 import tiny_pipelines as tiny
 from test_cli_sampling import tiltflow
 
-from tiltflow.pipelines.job import write_sounds
+from tiltflow.pipelines.outcome import write_sounds
 from tiltflow.verdict.paired import Judged, against_base
 
 REWARDS = """
@@ -172,7 +172,7 @@ def test_metrics_grow_during_the_run(here, monkeypatch):
 
 
 def test_a_picture_that_fails_does_not_cost_the_verdict(here, monkeypatch):
-    import tiltflow.pipelines.job as module
+    import tiltflow.pipelines.outcome as module
 
     monkeypatch.setattr(module, "gallery", lambda *args, **more: 1 / 0)
     done = tiltflow(*arguments(here, "--json", rounds=1))

@@ -241,7 +241,7 @@ def test_what_is_judged_is_what_is_sampled_is_what_is_saved(tmp_path):
     assert not torch.allclose(again.paths(4).x, base.paths(4).x, atol=1e-3)
     stock = tiny.build("stable_diffusion")
     stock.load_lora_weights(tmp_path / "lora")
-    with pytest.raises(tf.TiltflowError, match="holds files"):
+    with pytest.raises(tf.TiltflowError, match="already holds a run"):
         model.save(tmp_path / "lora")
     with pytest.raises(tf.TiltflowError, match="give its reward"):
         tf.load(tmp_path / "lora", pipe=tiny.build("stable_diffusion"))
@@ -249,6 +249,12 @@ def test_what_is_judged_is_what_is_sampled_is_what_is_saved(tmp_path):
         tf.load(tmp_path / "lora", reward=brightness)
     with pytest.raises(tf.TiltflowError, match="has an adapter already"):
         tf.load(tmp_path / "lora", pipe=stock, reward=brightness)
+
+
+def test_a_page_from_python(tmp_path):
+    pytest.importorskip("matplotlib")
+    page = tilt("flow_grpo", by_numpy).report(tmp_path / "new", {"half": brightness}, samples=4).read_text(encoding="utf-8")
+    assert "held-out half" in page and "so λ is lost" in page and "diversity kept" in page
 
 
 def test_all_weights_are_saved_and_loaded_beside_their_base(tmp_path):

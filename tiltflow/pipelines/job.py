@@ -22,25 +22,21 @@ from tiltflow.pipelines.card import card
 from tiltflow.pipelines.families import Rows, encode_prompts, family_of
 from tiltflow.pipelines.model import JOB, TiltedPipeline, compared, scored
 from tiltflow.pipelines.names import load_pipeline, load_scores, require_diffusers
+from tiltflow.pipelines.outcome import outcome
 from tiltflow.pipelines.settings import PipelineConfig
 from tiltflow.pipelines.train import finetune_pipeline, require_applies, try_reward, untrained
 from tiltflow.pipelines.watch import Watch
-from tiltflow.report import gallery, scores_table, training_blocks
-from tiltflow.report.figures import TILTING
-from tiltflow.report.page import Block
-from tiltflow.report.samples import SAME_NOISE
-from tiltflow.report.sounds import DECIBELS, spectrograms, wav
-from tiltflow.rewards.combine import Score as Reward
+from tiltflow.rewards.combine import Score
 from tiltflow.run.job import Outcome, Work
 from tiltflow.run.names import anchored
 from tiltflow.train.distributed import wait, world
-from tiltflow.train.store import write_bytes, write_text
-from tiltflow.verdict.line import REWARD, Score, Verdict, overall
+from tiltflow.train.store import write_text
+from tiltflow.verdict.line import REWARD, Verdict, overall
 
 ADAPTER, PIPELINE, CARD = "adapter", "pipeline", "README.md"
 """Folders of what was trained, low-rank or all weights, and the card in them."""
-GRID, HEARD, TRIAL = 32, 4, 2
-"""Samples that are shown; those of audio that are written as files; rows of the check."""
+TRIAL = 2
+"""Rows of the check."""
 
 
 @settings
@@ -67,7 +63,7 @@ class PipelineJob(PipelineConfig):
             raise TiltflowError("this run was saved from Python: give its pipeline, load(folder, pipe=…, reward=…).")
         return load_pipeline(self.pipeline, self.device, self.dtype)
 
-    def scores(self) -> dict[str, Reward]:
+    def scores(self) -> dict[str, Score]:
         """The reward and the judges, by name."""
         if self.reward is None:
             raise TiltflowError("this run was saved from Python: give its reward, load(folder, pipe=…, reward=…).")
@@ -102,7 +98,7 @@ class PipelineJob(PipelineConfig):
         folder: Path,
         device: str = "cpu",
         pipe: Any = None,
-        reward: Reward | None = None,
+        reward: Score | None = None,
         rows: Rows | None = None,
     ) -> TiltedPipeline:
         """The model of a finished run folder, or of what a model's ``save`` wrote.
@@ -198,51 +194,5 @@ class PipelineJob(PipelineConfig):
         if model.row.trained:
             means = {f"{s.name}_{part}": getattr(s, part) for s in found.scores for part in ("base", "reached")}
             write_text(place / CARD, card(self, summary | means, verdict.status, work.head["command"]))
-        return Outcome(
-            title=f"{Path(str(self.pipeline)).name} tilted towards {self.reward}, λ = {self.strength:g}",
-            summary=summary,
-            verdict=verdict,
-            tensors={"before": before.x, "after": after.x},
-            history=model.history,
-            notes=notes_on(model),
-            draw=lambda: blocks(model, verdict, summary["kl"], {"before": before.x, "after": after.x}, work.path),
-        )
-
-
-def notes_on(model: TiltedPipeline) -> list[str]:
-    """What a reader of the page should know."""
-    notes = ["Samples before and after have the same prompts" + (" and noise, row by row." if model.row.trained else ".")]
-    if model.row.bias:
-        notes.append(f"The method {model.row.name!r} does not reach p_base·exp(λr): it {model.row.bias}.")
-    if len(model.chain.event_shape) == 2 or hasattr(model.pipe, "vocoder"):
-        notes.append(f"Audio is shown as spectrograms, low frequencies below, {DECIBELS} decibels deep.")
-    return notes
-
-
-def blocks(
-    model: TiltedPipeline, verdict: Verdict, kl: float | None, latents: dict[str, Tensor], folder: Path
-) -> tuple[list[Block], list[Block]]:
-    """What came out, and how it got there."""
-    made = {name: model.decode(x[:GRID]).cpu() for name, x in latents.items()}
-    sounds: dict[str, list[bytes]] = {}
-    if made["after"].ndim == 3:
-        sounds = {name.capitalize(): write_sounds(folder, name, x, model.pipe) for name, x in made.items()}
-        made = {name: spectrograms(x) for name, x in made.items()}
-    shown = gallery(
-        {name.capitalize(): x for name, x in made.items()},
-        value_range=(0.0, 1.0),
-        sounds=sounds,
-        caption=SAME_NOISE if model.row.trained else "",
-    )
-    table = [*verdict.scores, Score("KL to the base", 0.0, None, kl)]
-    levels = {"reward": {"before": verdict.scores[0].base}}
-    return [shown, scores_table(table)], training_blocks(model.history, TILTING, levels, model.chain.t.tolist())
-
-
-def write_sounds(folder: Path, name: str, made: Tensor, pipe: Any) -> list[bytes]:
-    """The first of what the pipeline made, as WAV files, here and in the folder."""
-    part = pipe.vocoder if hasattr(pipe, "vocoder") else pipe.vae
-    files = [wav(sound, int(part.config.sampling_rate)) for sound in made[:HEARD]]
-    for i, file in enumerate(files):
-        write_bytes(folder / f"{name}-{i}.wav", file)
-    return files
+        title = f"{Path(str(self.pipeline)).name} tilted towards {self.reward}, λ = {self.strength:g}"
+        return outcome(model, title, summary, verdict, before, after, work.path)

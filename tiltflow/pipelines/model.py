@@ -20,10 +20,11 @@ from tiltflow.metrics.distance import pairwise_mean
 from tiltflow.pipelines.adapters import save_adapter, trains_all
 from tiltflow.pipelines.chain import Adapted, DecodedReward, PipelineChain, in_parts
 from tiltflow.pipelines.families import encode_prompts
+from tiltflow.pipelines.outcome import outcome
 from tiltflow.pipelines.settings import PipelineSettings, check_prompts
 from tiltflow.rewards.combine import Score
 from tiltflow.run.folder import FORMAT, RunFolder
-from tiltflow.run.job import Tell, silent
+from tiltflow.run.job import Tell, report, silent
 from tiltflow.verdict.line import REWARD, Verdict, overall
 from tiltflow.verdict.line import Score as Mean
 from tiltflow.verdict.paired import Judged, against_base
@@ -163,6 +164,23 @@ class TiltedPipeline:
             found.append(self.judge(scores, samples, seed, base))
         tell("samples to judge", 2, 2, "")
         return found[0], found[1]
+
+    def report(
+        self, folder: Path | str, judges: Mapping[str, Score] | None = None, samples: int = 64, seed: int = 0
+    ) -> Path:
+        """Write ``folder/report.html``: the verdict, samples before and after, scores, how training went. Returns its path.
+
+        Args:
+            folder: Where; it is made if there is none.
+            judges: Held-out scores by name.
+            samples: How many of each.
+            seed: Of the samples.
+        """
+        before, after = self.before_and_after(judges or {}, samples, seed)
+        summary = {"kl": float(after.kl.mean()) if self.row.trained else None}
+        title = f"{type(self.pipe).__name__} tilted by {self.row.name}, λ = {self.strength:g}"
+        found = outcome(self, title, summary, compared(before, after), before, after, Path(folder))
+        return report(found, folder, {"method": self.row.name, **as_json(self.settings)})
 
     def save(self, folder: Path | str) -> Path:
         """Write the model into a new folder, for stock diffusers, and for :func:`tiltflow.load` with ``pipe=``, ``reward=``.
