@@ -22,8 +22,9 @@ import torch
 from tiltflow.bench.result import publish
 from tiltflow.core.simulate import walk
 from tiltflow.pipelines.chain import Adapted, DecodedReward
-from tiltflow.pipelines.finetune import PipelineSettings, finetune_pipeline
 from tiltflow.pipelines.memory import peak_bytes
+from tiltflow.pipelines.settings import PipelineSettings
+from tiltflow.pipelines.train import finetune_pipeline
 
 STEPS, BATCH, TOKENS = (10, 20, 40), 8, 8
 METHODS = ("adjoint_matching", "backpropagation")
@@ -59,15 +60,14 @@ def measure(method: str, steps: int) -> dict[str, Any]:
     def brightness(images: torch.Tensor, texts: list[str]) -> torch.Tensor:
         return images.flatten(1).mean(1)
 
-    settings = PipelineSettings(rounds=0, batch=BATCH, steps=steps, rank=4)
-    tuned = finetune_pipeline(pipe, brightness, [""], 1.0, settings, rows=rows)  # the reward is checked: the decoder is warm
     one = PipelineSettings(rounds=1, batch=BATCH, steps=steps, rank=4)
+    tilted = finetune_pipeline(pipe, brightness, [""], 0.0, settings=one, rows=rows)  # tries the reward: the decoder is warm
 
     def work() -> None:
         if method == "adjoint_matching":
-            finetune_pipeline(fresh(pipe), brightness, [""], 1.0, one, rows=rows)
+            finetune_pipeline(fresh(pipe), brightness, [""], 1.0, settings=one, rows=rows)
             return
-        chain, generator = tuned.chain, torch.Generator().manual_seed(0)
+        chain, generator = tilted.chain, torch.Generator().manual_seed(0)
         prompt = torch.zeros(BATCH, dtype=torch.long)
         for step in walk(chain, Adapted(chain.network), chain.source(BATCH, generator), generator, prompt=prompt):
             x = step.x_next

@@ -12,7 +12,7 @@ import diffusers as D
 import tiny_pipelines as tiny
 from test_cli_sampling import tiltflow
 
-from tiltflow.pipelines.job import _sounds
+from tiltflow.pipelines.outcome import write_sounds
 from tiltflow.verdict.paired import Judged, against_base
 
 REWARDS = """
@@ -82,7 +82,7 @@ def test_a_run_leaves_everything(here):
 
 def test_all_weights_leave_a_pipeline(here):
     """It is one that stock diffusers loads, with its card; its unet alone has moved, and there is nothing to merge."""
-    done = tiltflow(*arguments(here, "--all-weights", "--json", **{"learning-rate": 0.002}))
+    done = tiltflow(*arguments(here, "--json", rank="none", **{"learning-rate": 0.002}))
     assert done.returncode in (0, 3), done.stderr
     assert json.loads(done.stdout)["rows"][0]["reward_reached"] > json.loads(done.stdout)["rows"][0]["reward_base"]
     base, whole = (D.StableDiffusionPipeline.from_pretrained(f) for f in (here / "pipe", here / "run" / "pipeline"))
@@ -93,6 +93,92 @@ def test_all_weights_leave_a_pipeline(here):
     assert card.startswith("# All weights of") and not (here / "run" / "adapter").exists()
     again = tiltflow("export", here / "run", "--out", here / "merged")
     assert again.returncode == 2 and "is the pipeline already" in again.stderr
+
+
+def counted(folder):
+    """A judge that says how many samples it was asked about, and one whose reward has no gradient."""
+    (folder / "mine.py").write_text(REWARDS + """
+def counting(x, texts):
+    with open(__file__ + ".count", "a") as f:
+        f.write(f"{len(texts)}\\n")
+    return half(x, texts)
+
+def plain(x, texts):
+    import torch
+    return torch.from_numpy(x.numpy().reshape(len(x), -1).mean(1))
+""")
+    return folder / "mine.py.count"
+
+
+def test_a_judge_is_called_once_per_sample(here):
+    """Two samples before anything is written; then those before and after, once each."""
+    count = counted(here)
+    done = tiltflow(*arguments(here, "--json", "--judge", here / "mine.py:counting", rounds=1, samples=10))
+    assert done.returncode in (0, 3), done.stderr
+    assert count.read_text().split() == ["2", "10", "10"]
+
+
+def test_a_run_without_a_gradient_is_opened_again(here):
+    """Flow-GRPO on a reward of numpy: the run loads as a model with the verdict's numbers, and `sample` draws from it."""
+    import tiltflow as tf
+
+    counted(here)
+    options = {"reward": here / "mine.py:plain", "method": "flow_grpo", "per-prompt": 4, "rounds": 2}
+    done = tiltflow(*arguments(here, "--json", **options))
+    assert done.returncode in (0, 3), done.stderr
+    summary = json.loads(done.stdout)["rows"][0]
+    config = json.loads((here / "run" / "config.json").read_text())
+    assert config["job"] == "finetune-pipeline" and config["prompts"] == ["a", "b"] and config["method"] == "flow_grpo"
+    kept = config["settings"]
+    assert kept["gradient_steps"] == 4 and kept["guidance_in"] == ["rollout", "control", "adjoint"]
+    (here / "run").rename(here / "moved")
+    model = tf.load(here / "moved")
+    scores = model.verdict(samples=24).scores
+    assert scores[0].reached == pytest.approx(summary["reward_reached"], abs=1e-6)
+    assert scores[0].base == pytest.approx(summary["reward_base"], abs=1e-6)
+    drawn = tiltflow("sample", here / "moved", "-n", 3, "--json", "--out", here / "drawn.safetensors")
+    assert drawn.returncode == 0 and json.loads(drawn.stdout)["rows"][0]["shape"] == [3, 3, 16, 16], drawn.stderr
+    again = tiltflow("sample", here / "moved", "--noise", "ode", "--out", here / "other.safetensors")
+    assert again.returncode == 2 and "leave out noise" in again.stderr
+    wrong = tiltflow(*arguments(here, reward=here / "mine.py:plain", out=here / "none"))
+    assert wrong.returncode == 2 and "flow_grpo" in wrong.stderr and not (here / "none").exists()
+
+
+def test_a_method_that_trains_nothing(here):
+    done = tiltflow(*arguments(here, "--json", method="best_of_4", samples=8))
+    assert done.returncode in (0, 3), done.stderr
+    summary = json.loads(done.stdout)["rows"][0]
+    assert summary["kl"] is None and summary["rounds"] == 0 and not (here / "run" / "adapter").exists()
+    for command, said in ((["export", here / "run"], "no finished run"), (["compare", here / "run"], "has no KL")):
+        failed = tiltflow(*command, "--out", here / "x")
+        assert failed.returncode == 2 and said in failed.stderr, failed.stderr
+
+
+def test_metrics_grow_during_the_run(here, monkeypatch):
+    import tiltflow.pipelines.watch as module
+    import tiltflow.run.job as run
+
+    seen, judge = [], module.Watch.__call__
+
+    def look(self, tilted, row):
+        path = here / "run" / "metrics.json"
+        seen.append(len(json.loads(path.read_text())["rows"]) if path.exists() else 0)
+        return judge(self, tilted, row)
+
+    monkeypatch.setattr(module.Watch, "__call__", look)
+    monkeypatch.setattr(run, "EVERY", 0.0)
+    assert tiltflow(*arguments(here, rounds=3)).returncode in (0, 3)
+    assert seen == [0, 1, 2]
+
+
+def test_a_picture_that_fails_does_not_cost_the_verdict(here, monkeypatch):
+    import tiltflow.pipelines.outcome as module
+
+    monkeypatch.setattr(module, "gallery", lambda *args, **more: 1 / 0)
+    done = tiltflow(*arguments(here, "--json", rounds=1))
+    document = json.loads((here / "run" / "metrics.json").read_text())
+    assert done.returncode in (0, 3) and document["verdict"] in ("pass", "warn", "fail", "cannot tell")
+    assert any("ZeroDivisionError" in row.get("report_error", "") for row in document["rows"])
 
 
 def metrics(folder, strength, kl, judge="sharp"):
@@ -114,7 +200,12 @@ def test_runs_of_several_strengths_are_compared(tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     text = tiltflow("compare", *runs).stdout.splitlines()
     assert text[0].split() == ["λ", "KL", "reward", "sharp"] and text[1].split() == ["0", "0", "0", "1"]
+    mine = tmp_path / "rew.py"
+    mine.write_text("keep")
+    refused = tiltflow("compare", *runs, "--out", mine)
+    assert refused.returncode == 2 and "exists" in refused.stderr and mine.read_text() == "keep"
     other = metrics(tmp_path / "other", 5, 1.0, "legible")
+    (tmp_path / "metrics.json").write_text(json.dumps({"rows": [{"kind": "iteration", "strength": 1, "kl": 1}]}))
     for wrong, said in ((other, "other has other scores"), (tmp_path, "holds no finished run")):
         failed = tiltflow("compare", *runs, wrong)
         assert failed.returncode == 2 and said in failed.stderr
@@ -130,7 +221,7 @@ def test_a_hacked_reward_is_stopped(here):
 
 
 def test_an_interrupted_run_is_resumed(here, monkeypatch):
-    import tiltflow.pipelines.job as module
+    import tiltflow.pipelines.watch as module
 
     plain = tiltflow(*arguments(here, "--json", out=here / "whole", rounds=12))
     judge = module.Watch.__call__
@@ -151,24 +242,39 @@ def test_an_interrupted_run_is_resumed(here, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance-in": "rollout,everywhere"}, "'everywhere' is none of"),
+        ({"guidance-in": "rollout,everywhere"}, "--guidance-in must be a tuple of one of rollout, control, adjoint"),
         ({"prompts": "none.txt"}, "no prompt file"),
         ({"reward": "nowhere:f"}, "cannot import 'nowhere'"),
-        ({"monitor": 3}, "with a --judge"),
-        ({"micro-batch": "half"}, "--micro-batch half: give a number"),
+        ({"monitor": 3}, "name a judge"),
+        ({"micro-batch": "half"}, "--micro-batch must be a whole number"),
         ({"strength": -1}, "at least 0"),
+        ({"strength": "nan"}, "--strength"),
+        ({"rounds": 0}, "--rounds"),
+        ({"steps": 0}, "--steps"),
+        ({"batch": -5}, "--batch"),
+        ({"samples": 0}, "--samples"),
+        ({"seed": 99999999999999999999}, "--seed"),
+        ({"learning-rate": -1}, "--learning-rate"),
+        ({"ema": 2}, "--ema"),
+        ({"clip": -1}, "--clip"),
+        ({"random-steps": 5}, "give last_steps as well"),
+        ({"dtype": "float8"}, "--dtype"),
+        ({"method": "nothing"}, "unknown method 'nothing'"),
+        ({"method": "reciprocal_matching"}, "does not apply to pipelines"),
+        ({"method": "adjoint_sampling"}, "samples from an energy"),
     ],
 )
 def test_misuse(here, options, message):
     done = tiltflow(*arguments(here, **options))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (here / "run").exists()
 
 
 def test_no_pipeline_and_no_run(here, tmp_path):
     done = tiltflow("finetune-pipeline", tmp_path, *arguments(here)[2:])
     assert done.returncode == 2 and "holds no diffusers pipeline" in done.stderr
     done = tiltflow("export", tmp_path, "--out", tmp_path / "x")
-    assert done.returncode == 2 and "no finished run" in done.stderr
+    assert done.returncode == 2 and "is not a run folder" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -192,7 +298,7 @@ def test_the_verdict_names_what_is_wrong(reward, judge, diversity, statuses):
 @pytest.mark.parametrize(("name", "rate"), [("stable_audio", 8), ("audioldm2", 16)])
 def test_audio_is_written_at_the_rate_of_the_pipeline(tmp_path, name, rate):
     wavfile = pytest.importorskip("scipy.io.wavfile")
-    files = _sounds(tmp_path, "after", 0.1 * torch.ones(5, 2, 64), tiny.build(name))
+    files = write_sounds(tmp_path, "after", 0.1 * torch.ones(5, 2, 64), tiny.build(name))
     found, sound = wavfile.read(tmp_path / "after-3.wav")
     assert found == rate and sound.shape == (64, 2) and (tmp_path / "after-3.wav").read_bytes() == files[3]
     assert len(files) == 4 and not (tmp_path / "after-4.wav").exists()

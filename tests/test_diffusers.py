@@ -14,13 +14,14 @@ from tiltflow.core.chain import posterior_step
 from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import simulate
-from tiltflow.methods.adjoint_matching import AdjointMatching
-from tiltflow.pipelines import finetune as module
+from tiltflow.pipelines import train as module
 from tiltflow.pipelines.adapters import add_adapter, load_adapter, merge_adapter, save_adapter, switch, switched
-from tiltflow.pipelines.chain import Adapted, DecodedReward, Guidance, pipeline_chain
+from tiltflow.pipelines.chain import Adapted, DecodedReward, pipeline_chain
+from tiltflow.pipelines.check import check_pipeline_reward
 from tiltflow.pipelines.families import encode_prompts, family_of
-from tiltflow.pipelines.finetune import PipelineSettings, check_pipeline_reward, finetune_pipeline, judge_pipeline
 from tiltflow.pipelines.schedules import nodes_of
+from tiltflow.pipelines.settings import PipelineSettings
+from tiltflow.pipelines.train import finetune_pipeline
 
 FAMILIES = tuple(tiny.BUILDERS)
 STEPS = 5
@@ -296,7 +297,7 @@ def brightness(decoded, texts):
     return decoded.flatten(1).mean(1)
 
 
-def trained(name, reward=brightness, strength=100.0, pipe=None, **settings):
+def trained(name, reward=brightness, strength=100.0, pipe=None, method=module.DEFAULT_METHOD, **settings):
     """A tiny pipeline after a few rounds, the stock call's arguments, and its latents before anything was put on it."""
     pipe = tiny.build(name) if pipe is None else pipe
     given = embeddings(name, 2)
@@ -308,7 +309,7 @@ def trained(name, reward=brightness, strength=100.0, pipe=None, **settings):
     before = latents(pipe, given, x0)
     quick = {"rounds": 2, "batch": 4, "steps": STEPS, "rank": 2, "learning_rate": 0.02, "ema": 0.0, "clip": None}
     tuned = finetune_pipeline(
-        pipe, reward, given.get("prompt", ["a", "b"]), strength, PipelineSettings(**quick | settings), rows=rows
+        pipe, reward, given.get("prompt", ["a", "b"]), strength, method, PipelineSettings(**quick | settings), rows=rows
     )
     return tuned, given, x0, before
 
@@ -329,7 +330,7 @@ def test_an_adapter_goes_into_the_stock_pipeline_as_it_was_trained(name, tmp_pat
     after = latents(tuned.pipe, given, x0)
     assert (after - before).abs().max() > 1e-4
     assert not any(p.requires_grad for n, p in network.named_parameters() if "lora_" not in n)
-    assert tuned.save(tmp_path / "lora").is_file()
+    assert tuned.save(tmp_path / "lora") == tmp_path / "lora"
     fresh = tiny.build(name)
     assert torch.equal(latents(fresh, given, x0), before)
     load_adapter(fresh, tmp_path / "lora")
@@ -361,7 +362,7 @@ def test_frozen_weights_may_be_bfloat16(name):
     pipe = tiny.build(name).to(torch.bfloat16)
     half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in whole.chain.rows.items()}
     quick = PipelineSettings(rounds=1, batch=4, steps=STEPS, rank=2, learning_rate=0.02, ema=0.0, clip=None)
-    tuned = finetune_pipeline(pipe, brightness, whole.texts[:-1], 100.0, quick, rows=half)
+    tuned = finetune_pipeline(pipe, brightness, whole.prompts, 100.0, settings=quick, rows=half)
     kinds = {"lora_" in n: p.dtype for n, p in tuned.chain.network.named_parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
     assert tuned.history[0]["loss"] == pytest.approx(whole.history[0]["loss"], rel=0.3)
@@ -372,7 +373,7 @@ def test_frozen_weights_may_be_bfloat16(name):
 def test_the_reward_rises_and_not_falls(sign):
     """Stable Diffusion, brightness: it moves the way it is rewarded, by more than four standard errors in the same noise."""
     tuned, *_ = trained("stable_diffusion", lambda x, texts: sign * brightness(x, texts), 200.0, rounds=12, batch=8)
-    after, before = (judge_pipeline(tuned, {"b": brightness}, 32, generator(3), base) for base in (False, True))
+    after, before = (tuned.judge({"b": brightness}, 32, 3, base) for base in (False, True))
     change = after.scores["b"] - before.scores["b"]
     assert sign * float(change.mean()) > 4 * float(change.std()) / 32**0.5
     assert float(after.kl.mean()) > 0 and float(before.kl.abs().max()) == 0
@@ -380,13 +381,13 @@ def test_the_reward_rises_and_not_falls(sign):
 
 
 def test_offloaded_paths_are_kept_on_the_host(monkeypatch):
-    kept = []
+    kept, fit = [], module.fit
 
-    def recorded(*args, keep, **more):
-        kept.append(keep)
-        return AdjointMatching(*args, keep=keep, **more)
+    def recorded(method, *args):
+        kept.append(method.keep)
+        return fit(method, *args)
 
-    monkeypatch.setattr(module, "AdjointMatching", recorded)
+    monkeypatch.setattr(module, "fit", recorded)
     here, there = (trained("stable_diffusion_3", offload=offload)[0] for offload in (False, True))
     assert kept == [None, torch.device("cpu")] and here.history[-1]["loss"] == there.history[-1]["loss"]
 
@@ -432,7 +433,7 @@ def test_an_untrained_adapter_is_no_control_wherever_guidance_stands(control, ad
 
 
 def test_training_with_guidance_in_the_rollout_alone_runs():
-    tuned, *_ = trained("stable_diffusion", guidance=Guidance(3.0, control=False, adjoint=False), importance=True)
+    tuned, *_ = trained("stable_diffusion", method="adjoint_matching", guidance=3.0, guidance_in=("rollout",))
     assert tuned.control.guidance == 3.0 and tuned.chain.guidance == 1.0 and tuned.history[0]["kl"] > 0
 
 
@@ -444,7 +445,7 @@ def test_a_run_is_resumed_exactly(tmp_path):
         for i, stop in enumerate(stops):
             tuned = finetune_pipeline(
                 tiny.build("stable_diffusion"), brightness, ["a", "b"], 50.0,
-                PipelineSettings(rounds=3, batch=2, steps=3, rank=2, checkpoint_every=1), checkpoint=folder / "c",
+                settings=PipelineSettings(rounds=3, batch=2, steps=3, rank=2, checkpoint_every=1), checkpoint=folder / "c",
                 resume=i > 0, callback=lambda row, tuned: row["iteration"] + 1 == stop,  # noqa: B023
             )  # fmt: skip
         runs.append(tuned)
@@ -457,10 +458,11 @@ def test_a_run_is_resumed_exactly(tmp_path):
     [
         ({"strength": -1.0}, "strength must be finite and at least 0"),
         ({"rows": {"text": torch.zeros(2, 8, 16)}}, "2 prompts need 3 rows"),
-        ({"prompts": []}, "no prompt"),
+        ({"prompts": []}, "at least one"),
+        ({"prompts": "a cat"}, "must be a list of texts"),
+        ({"prompts": ["a", None]}, "prompt 2 is not a text"),
+        ({"seed": -1}, "seed must be a whole number"),
         ({"reward": lambda x, texts: x.detach().flatten(1).mean(1)}, "detached"),
-        ({"settings": PipelineSettings(rank=0)}, "rank"),
-        ({"settings": PipelineSettings(micro_batch=0)}, "micro_batch"),
         ({"settings": PipelineSettings(targets=("nowhere",))}, "no layer named nowhere"),
     ],
 )
@@ -471,6 +473,21 @@ def test_misuse(change, message):
     with pytest.raises(TiltflowError, match=message):
         finetune_pipeline(pipe, **call)
     assert list(pipe.unet.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rank": 0}, {"micro_batch": 0}, {"micro_batch": "half"}, {"rounds": 0}, {"batch": -5}, {"steps": 0}, {"ema": 2.0},
+        {"clip": -1.0}, {"learning_rate": -1.0}, {"learning_rate": float("nan")}, {"guidance": float("inf")},
+        {"guidance_in": ("everywhere",)}, {"dropout": 1.5}, {"dropout": float("nan")}, {"per_prompt": 0}, {"targets": ()},
+        {"random_steps": 5}, {"last_steps": 30, "random_steps": 30}, {"max_cost_gradient": 0.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_are_checked_where_they_are_stored(wrong):
+    with pytest.raises(TiltflowError, match=next(iter(wrong))):
+        PipelineSettings(**wrong)
 
 
 @pytest.mark.parametrize("rank", [2, None])
@@ -487,10 +504,10 @@ def test_an_interrupted_pipeline_is_as_it_was(rank):
     state = torch.get_rng_state()
     quick = PipelineSettings(rounds=2, batch=2, steps=3, rank=rank, learning_rate=0.1)
     with pytest.raises(KeyboardInterrupt):
-        finetune_pipeline(pipe, brightness, ["a", "b"], 50.0, quick, callback=interrupt)
+        finetune_pipeline(pipe, brightness, ["a", "b"], 50.0, settings=quick, callback=interrupt)
     assert torch.equal(torch.get_rng_state(), state) and pipe.unet is network
     assert torch.equal(latents(pipe, given, x0), before)
-    finetune_pipeline(pipe, brightness, ["a", "b"], 50.0, quick)
+    finetune_pipeline(pipe, brightness, ["a", "b"], 50.0, settings=quick)
 
 
 def test_stable_audio_takes_a_negative_prompt():
@@ -532,17 +549,17 @@ def test_a_reward_is_checked_on_the_pipeline():
 
 
 def test_settings_go_where_they_belong(monkeypatch):
-    """The paper's steps (10 and 10 of 40) and clip (1.6 λ²); dropout, buffer, gradient_steps; rows of one batch at a time."""
+    """The paper's steps (10 and 10 of 40) and clip (1.6 λ²); dropout, buffer, gradient steps; rows of a batch at a time."""
     seen = []
     monkeypatch.setattr(module, "fit", lambda *args: seen.append(args) or [])
-    settings = PipelineSettings(batch=3, per_prompt=2, dropout=0.25, gradient_steps=5, minibatch=7, buffer_rounds=2, ema=0.5)
-    finetune_pipeline(tiny.build("stable_diffusion"), brightness, ["a", "b"], 10.0, settings)
-    method, _, training, buffer, *_ = seen[0]
+    many = PipelineSettings(batch=3, per_prompt=2, dropout=0.25, gradient_steps=5, minibatch=7, buffer_rounds=2, ema=0.5)
+    finetune_pipeline(tiny.build("stable_diffusion"), brightness, ["a", "b"], 10.0, settings=many)
+    method, _, training, *_ = seen[0]
     assert (method.last_steps, method.random_steps, method.batch, method.clip) == (10, 10, 3, pytest.approx(160.0))
-    assert method.conditions.dropout == {"prompt": 0.25} and method.conditions.per_prompt == 2
-    assert buffer.capacity == 2 * 20 * 3
+    assert method.conditions.dropout == {"prompt": 0.25} and method.conditions.per_prompt == 2 and not method.importance
+    assert training.buffer_rounds == 2 and training.warmup == 5
     assert (training.gradient_steps, training.minibatch, training.accumulate, training.ema) == (5, 7, 3, 0.5)
     few = PipelineSettings(steps=5, last_steps=2, random_steps=1, clip=None, micro_batch=2)
-    finetune_pipeline(tiny.build("stable_diffusion"), brightness, ["a"], 10.0, few)
+    finetune_pipeline(tiny.build("stable_diffusion"), brightness, ["a"], 10.0, settings=few)
     method, _, training, *_ = seen[1]
     assert (method.last_steps, method.random_steps, method.clip, training.accumulate) == (2, 1, None, 2)

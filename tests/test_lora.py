@@ -1,4 +1,4 @@
-"""Low-rank gradient_steps: exact at the start, exact when merged, and only they train."""
+"""Low-rank updates: exact at the start, exact when merged, and only they train."""
 
 import pytest
 import torch

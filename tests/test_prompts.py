@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tiltflow.core.errors import TiltflowError
-from tiltflow.pipelines.prompts import DrawnConditions, read_prompts
+from tiltflow.pipelines.conditions import DrawnConditions
+from tiltflow.pipelines.prompts import read_prompts
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,8 @@ def test_three_formats(tmp_path, name, text):
         ("p.csv", "id,prompt\n1,a\n2,\n", "line 3: no prompt"),
         ("p.csv", "id,text\n1,a\n", "no column prompt among id, text"),
         ("p.txt", "\n \n", "holds no prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "\\ud800"}\n', "prompt 2 holds half of a surrogate pair"),
+        ("p.csv", "prompt\n" + "a" * 200_000 + "\n", "field larger than"),
         ("p.yaml", "a", "are read from .txt, .jsonl, .csv"),
     ],
 )
@@ -37,6 +40,12 @@ def test_bad_lines_are_numbered(tmp_path, name, text, message):
         read_prompts(tmp_path / name)
     with pytest.raises(TiltflowError, match="no prompt file"):
         read_prompts(tmp_path / "none.txt")
+
+
+def test_a_prompt_ends_at_the_end_of_its_line_only(tmp_path):
+    """Form feed, next line and line separator belong to a prompt; Windows' line ends do not."""
+    (tmp_path / "p.txt").write_bytes("a\x0cb\x85c\u2028d\r\ne\n".encode())
+    assert read_prompts(tmp_path / "p.txt") == ["a\x0cb\x85c\u2028d", "e"]
 
 
 def test_groups_share_a_prompt_and_all_have_their_turn():

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from tiltflow.energies.problem import EnergyProblem
     from tiltflow.molecules.conformers import conformers
     from tiltflow.molecules.ensemble import Ensemble
+    from tiltflow.pipelines.model import TiltedPipeline
+    from tiltflow.pipelines.settings import PipelineSettings
+    from tiltflow.pipelines.train import finetune_pipeline
     from tiltflow.run.open import load
     from tiltflow.sampling.model import Sampler
     from tiltflow.sampling.settings import SamplerSettings
@@ -35,10 +38,12 @@ _WHERE = {
     "FinetuneSettings": "tilting.settings",
     "Follmer": "core.interpolant",
     "Linear": "core.interpolant",
+    "PipelineSettings": "pipelines.settings",
     "Process": "core.process",
     "Sampler": "sampling.model",
     "SamplerSettings": "sampling.settings",
     "TiltedModel": "tilting.model",
+    "TiltedPipeline": "pipelines.model",
     "TiltflowError": "core.errors",
     "VP": "core.interpolant",
     "check_base": "verdict.check_base",
@@ -46,6 +51,7 @@ _WHERE = {
     "check_reward": "verdict.check_reward",
     "conformers": "molecules.conformers",
     "finetune": "tilting.train",
+    "finetune_pipeline": "pipelines.train",
     "from_azula": "core.wrappers",
     "from_flow_matching": "core.wrappers",
     "load": "run.open",

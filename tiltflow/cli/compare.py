@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import click
 
 from tiltflow.cli.common import common, document, finish, table
 from tiltflow.core.errors import TiltflowError
-from tiltflow.train.store import write_bytes
 
 
 @click.command("compare")
@@ -22,6 +20,8 @@ def compare_command(runs: tuple[Path, ...], out: Path | None, seed: int, device:
 
     Take the largest λ at which the held-out judges still rise and the diversity is still what you need.
     """
+    if out is not None and out.exists():
+        raise TiltflowError(f"{out} exists; give another file for the picture.")
     rows = sorted((read_summary(run) for run in runs), key=lambda row: row["strength"])
     names = [key.removesuffix("_reached") for key in rows[0] if key.endswith("_reached")]
     others = [row["run"] for row in rows if any(f"{name}_reached" not in row for name in names)]
@@ -29,6 +29,7 @@ def compare_command(runs: tuple[Path, ...], out: Path | None, seed: int, device:
         raise TiltflowError(f"{others[0]} has other scores than {rows[0]['run']}; compare runs of one reward.")
     if out is not None:
         from tiltflow.report.plots import against_kl
+        from tiltflow.train.store import write_bytes
 
         write_bytes(out, against_kl(rows, names))
     cells = [{"λ": row["strength"], "KL": row["kl"], **{n: row[f"{n}_reached"] for n in names}} for row in rows]
@@ -39,11 +40,18 @@ def compare_command(runs: tuple[Path, ...], out: Path | None, seed: int, device:
 
 def read_summary(run: Path) -> dict[str, Any]:
     """λ, KL and the scores of a finished run. Raises TiltflowError if the folder has none."""
+    from tiltflow.run.folder import METRICS, read_json
+
     try:
-        found = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        found = read_json(run / METRICS)
         row = found["rows"][0]
-        scores = {k: v for k, v in row.items() if k.endswith(("_base", "_reached"))}
-        known = {"kind": "summary", "run": str(run), "strength": float(row["strength"]), "kl": float(row["kl"])}
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        if row["kind"] != "summary":
+            raise KeyError("summary")
+        strength, kl = float(row["strength"]), row["kl"]
+    except (TiltflowError, KeyError, IndexError, TypeError, ValueError) as error:
         raise TiltflowError(f"{run} holds no finished run of finetune or finetune-pipeline.") from error
+    if not isinstance(kl, int | float):
+        raise TiltflowError(f"{run} has no KL to the base, which runs are compared by: was anything trained?")
+    scores = {k: v for k, v in row.items() if k.endswith(("_base", "_reached"))}
+    known = {"kind": "summary", "run": str(run), "strength": strength, "kl": float(kl)}
     return known | scores | {"verdict": found.get("verdict")}

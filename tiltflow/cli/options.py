@@ -49,7 +49,7 @@ def _parsed(text: str, kind: Any) -> Any:
         try:
             if get_origin(part) is tuple:
                 inner = _plain(get_args(part)[0])[0][0]
-                return tuple(inner(word) for word in text.split(","))
+                return tuple(word if get_origin(inner) is Literal else inner(word) for word in text.split(",") if word)
             if part in (int, float):
                 return part(text)
         except ValueError:
@@ -62,11 +62,11 @@ def _word(kind: Any) -> str:
     parts, optional = _plain(kind)
     words = {int: "integer", float: "number", str: "text"}
     shown = [
-        "|".join(map(str, get_args(part)))
-        if get_origin(part) is Literal
-        else words.get(part, "numbers" if get_origin(part) else "value")
-        for part in parts
-    ]
+        "|".join(map(str, get_args(p))) if get_origin(p) is Literal
+        else f"{_word(get_args(p)[0])},…" if get_origin(p) is tuple
+        else words.get(p, "value")
+        for p in parts
+    ]  # fmt: skip
     return "|".join([*shown, NONE] if optional else shown)
 
 

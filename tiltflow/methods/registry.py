@@ -35,8 +35,10 @@ class Row:
         jobs: What it is for: to fine-tune a base towards a reward, or to sample from an energy.
         trained: Whether it trains a control; otherwise it draws samples at once.
         bias: Why it does not reach its target; empty if it does, in the limit.
-        needs: ``gradient`` (of the reward), ``interpolant`` (a memoryless chain over one), ``vectors`` (of few entries).
+        needs: ``gradient`` (of the reward), ``interpolant`` (a memoryless chain over one), ``vectors`` (of few entries),
+            ``prediction`` (the end point X̂_1 that a state is heading for).
         on_policy: Whether each round may be used only once, by the control that drew it.
+        compares: Whether its loss compares rows with one another, so that it cannot be computed in parts.
         options: Arguments of ``build`` that make it this method.
         training: Settings of the training that suit it.
         rate: Its learning rate over that of the others; less for methods that nothing holds near the base.
@@ -52,6 +54,7 @@ class Row:
     bias: str = ""
     needs: tuple[str, ...] = ("gradient",)
     on_policy: bool = False
+    compares: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=lambda: ONCE)
     rate: float = 1.0
@@ -80,6 +83,17 @@ class Row:
         refused = [n for n in CHOICES if asked.get(n) is not None and (n not in taken or n in self.options)]
         if refused:
             raise TiltflowError(f"the method {self.name!r} takes no {refused[0]}: leave it out.")
+
+    def takes(self, name: str) -> bool:
+        """Whether ``name`` is an argument of the method that its row leaves open."""
+        return name in self._make()[1] and name not in self.options
+
+    def require_training(self, buffer_rounds: int, accumulate: int | None) -> None:
+        """Raise TiltflowError for training that the method does not bear."""
+        if self.on_policy and buffer_rounds != 1:
+            raise TiltflowError(f"the method {self.name!r} uses each round once: buffer_rounds must be 1.")
+        if self.compares and accumulate is not None:
+            raise TiltflowError(f"the method {self.name!r} compares all rows with one another: leave accumulate out.")
 
     def _make(self) -> tuple[Callable[..., Any], set[str]]:
         make = self.build
@@ -122,12 +136,13 @@ ROWS: tuple[Row, ...] = (
     Row("adjoint_matching_basic", "adjoint_matching:AdjointMatching", AM, options={"adjoint": "full"}),
     Row("discrete_adjoint", "backpropagation:discrete_adjoint", "Zhang & Chen 2022, arXiv:2111.15141", on_policy=True),
     Row("log_variance", "variants:log_variance", "Nüsken & Richter 2021, arXiv:2005.05409",
-        jobs=("finetune", "sample"), needs=VALUES, on_policy=True),
+        jobs=("finetune", "sample"), needs=VALUES, on_policy=True, compares=True),
     Row("socm", "variants:socm", "Domingo-Enrich et al. 2024, arXiv:2312.02027", needs=("gradient", "vectors"),
         on_policy=True),
     Row("draft_1", "backpropagation:draft", DRAFT, bias=NO_KL, rate=0.1, on_policy=True),
     Row("draft_10", "backpropagation:draft", DRAFT, bias=NO_KL, rate=0.1, on_policy=True, options={"last": 10}),
-    Row("refl", "backpropagation:refl", "Xu et al. 2023, arXiv:2304.05977", bias=NO_KL, rate=0.1, on_policy=True),
+    Row("refl", "backpropagation:refl", "Xu et al. 2023, arXiv:2304.05977", bias=NO_KL, rate=0.1, on_policy=True,
+        needs=("gradient", "prediction")),
     Row("reinforce", f"{PG}:reinforce", "Williams 1992", needs=VALUES, on_policy=True),
     Row("flow_grpo", f"{PG}:flow_grpo", "Liu et al. 2025, arXiv:2505.05470", needs=VALUES, on_policy=True,
         bias="the reward is divided by its spread in the group, so λ is lost; clipped ratios",
@@ -151,9 +166,11 @@ ROWS: tuple[Row, ...] = (
     Row("best_of_4", "best_of_n:BestOfN", trained=False, needs=VALUES, options={"candidates": 4},
         bias="the law of the best of 4, whatever λ is"),
     Row("gradient_guidance", "guidance:GradientGuidance", "Chung et al. 2023, arXiv:2209.14687", trained=False,
-        bias="takes r(E[X_1|x]) for −V(x)"),
-    Row("feynman_kac", "smc:feynman_kac", "Singhal et al. 2025, arXiv:2501.06848", trained=False, needs=VALUES),
-    Row("urge", "smc:urge", "Wang et al. 2026, arXiv:2605.17850", trained=False),
+        needs=("gradient", "prediction"), bias="takes r(E[X_1|x]) for −V(x)"),
+    Row("feynman_kac", "smc:feynman_kac", "Singhal et al. 2025, arXiv:2501.06848", trained=False,
+        needs=("prediction",)),
+    Row("urge", "smc:urge", "Wang et al. 2026, arXiv:2605.17850", trained=False,
+        needs=("gradient", "prediction")),
     Row("weighted_adjoint_sampling", "adjoint_sampling:AdjointSampling", AS + ", under path weights", SAMPLE,
         options={"target": "least_variance"}, training=KEPT, step_variance=True),
     Row("adjoint_sampling", "adjoint_sampling:AdjointSampling", AS, SAMPLE,

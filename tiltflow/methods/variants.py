@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tiltflow.core.chain import Chain, InterpolantChain
+from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.methods.adjoint_matching import AdjointMatching, endpoint_share
 from tiltflow.methods.log_variance import LogVariance
@@ -30,14 +29,25 @@ def with_endpoints(
     return AdjointMatching(chain, cost, batch, clip=clip, importance=True, endpoint_share=share)
 
 
-def truncated(chain: Chain, cost: Cost, batch: int = 64, **settings: Any) -> AdjointMatching:
+def truncated(
+    chain: Chain,
+    cost: Cost,
+    batch: int = 64,
+    clip: float | None = None,
+    conditions: Conditions | None = None,
+    rollout: Control | None = None,
+    keep: torch.device | None = None,
+) -> AdjointMatching:
     """Adjoint Matching on the last quarter of the steps."""
-    return AdjointMatching(chain, cost, batch, last_steps=max(1, len(chain.t) // 4), **settings)
+    last = max(1, len(chain.t) // 4)
+    return AdjointMatching(chain, cost, batch, last, clip=clip, conditions=conditions, rollout=rollout, keep=keep)
 
 
-def log_variance(chain: Chain, cost: Cost, batch: int = 128, conditions: Conditions | None = None) -> LogVariance:
-    """The log-variance loss, among paths of one start where starts or conditions differ in value."""
-    shared = None if chain.memoryless and conditions is None else TOGETHER
+def log_variance(
+    chain: Chain, cost: Cost, batch: int = 128, group: int | None = None, conditions: Conditions | None = None
+) -> LogVariance:
+    """The log-variance loss, among the ``group`` paths of one start where starts or conditions differ in value."""
+    shared = group or (None if chain.memoryless and conditions is None else TOGETHER)
     return LogVariance(chain, cost, batch, shared, conditions=conditions)
 
 

@@ -18,12 +18,11 @@ from torch import nn
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.pipelines.families import family_of
+from tiltflow.pipelines.settings import TARGETS
 from tiltflow.train.store import write_text
 
 NAME, BASE = "default", "_tiltflow_base"
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""The projections of attention, in all families."""
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+STOCK, WEIGHTS, CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
 
 
 def add_adapter(pipe: Any, rank: int, generator: torch.Generator, targets: tuple[str, ...] = TARGETS) -> nn.Module:
@@ -39,7 +38,7 @@ def add_adapter(pipe: Any, rank: int, generator: torch.Generator, targets: tuple
         raise TiltflowError(f"the rank of an adapter must be at least 1, got {rank}.")
     if _layers(network):
         raise TiltflowError("the pipeline has an adapter already: fuse it and save the pipeline, or unload_lora_weights().")
-    _freeze(pipe)
+    freeze(pipe)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
     try:
         with torch.random.fork_rng():  # peft draws from the global generator
@@ -64,7 +63,7 @@ def train_all(pipe: Any) -> nn.Module:
     """
     name = family_of(pipe).network
     base = getattr(pipe, name)
-    _freeze(pipe)
+    freeze(pipe)
     network = copy.deepcopy(base).float().requires_grad_(True)
     object.__setattr__(network, BASE, base)  # no submodule: neither trained nor saved with it
     setattr(pipe, name, network)
@@ -76,7 +75,8 @@ def trains_all(network: nn.Module) -> bool:
     return hasattr(network, BASE)
 
 
-def _freeze(pipe: Any) -> None:
+def freeze(pipe: Any) -> None:
+    """Every component in evaluation mode, with no weight that trains."""
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
@@ -121,7 +121,7 @@ def save_adapter(pipe: Any, folder: Path) -> Path:
         if family.network == "unet":  # of a transformer converted, stock diffusers would leave out half the layers
             state = convert_state_dict_to_diffusers(state)
         type(pipe).save_lora_weights(folder, **{f"{family.network}_lora_layers": state})
-        return folder / "pytorch_lora_weights.safetensors"
+        return folder / STOCK
     config = network.peft_config[NAME].to_dict()
     kept = {key: config[key] for key in ("r", "lora_alpha")} | {"target_modules": sorted(config["target_modules"])}
     write_text(folder / CONFIG, json.dumps({"peft_type": "LORA"} | kept, indent=1) + "\n")
@@ -131,8 +131,15 @@ def save_adapter(pipe: Any, folder: Path) -> Path:
 
 def load_adapter(pipe: Any, folder: Path) -> None:
     """What :func:`save_adapter` wrote, on a pipeline of the same base. Raises TiltflowError if it does not fit."""
+    if _layers(getattr(pipe, family_of(pipe).network)):
+        raise TiltflowError("the pipeline has an adapter already: load its folder anew, or unload_lora_weights().")
     if hasattr(pipe, "load_lora_weights"):
-        pipe.load_lora_weights(folder)
+        if not (folder / STOCK).is_file():
+            raise TiltflowError(f"{folder} holds no adapter: there is no {STOCK}.")
+        try:
+            pipe.load_lora_weights(folder, weight_name=STOCK)
+        except (RuntimeError, ValueError, SafetensorError) as error:
+            raise TiltflowError(f"{folder} does not fit {type(pipe).__name__}: {str(error).splitlines()[0]}") from error
         return
     from peft import set_peft_model_state_dict
 
@@ -145,6 +152,24 @@ def load_adapter(pipe: Any, folder: Path) -> None:
     found: Any = set_peft_model_state_dict(network, state, adapter_name=NAME)
     if found.unexpected_keys:
         raise TiltflowError(f"{folder} does not fit {type(network).__name__}: it has no {found.unexpected_keys[0]}.")
+
+
+def load_network(pipe: Any, folder: Path) -> None:
+    """The trained network of a pipeline that was saved with all weights, in the place of the one of ``pipe``.
+
+    As after :func:`train_all`, the network of ``pipe`` stays with it. Raises TiltflowError if the folder holds none.
+    """
+    name = family_of(pipe).network
+    base = getattr(pipe, name)
+    if not (folder / name / "config.json").is_file():
+        raise TiltflowError(f"{folder} holds no pipeline with a trained {name}.")
+    try:
+        network = type(base).from_pretrained(folder / name, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TiltflowError(f"{folder / name} does not fit {type(base).__name__}: {str(error).splitlines()[0]}") from error
+    network = network.to(base.device).eval().requires_grad_(False)
+    object.__setattr__(network, BASE, base)
+    setattr(pipe, name, network)
 
 
 def merge_adapter(pipe: Any) -> None:

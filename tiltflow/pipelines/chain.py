@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +29,15 @@ from tiltflow.pipelines.families import Family, Rows, family_of
 from tiltflow.pipelines.schedules import Nodes, nodes_of
 
 
-class Guidance(NamedTuple):
-    """Classifier-free guidance of strength ``scale`` (1: none), and where it stands."""
-
-    scale: float = 1.0
-    rollout: bool = True
-    control: bool = True
-    adjoint: bool = True
-
-
 @dataclass(frozen=True, eq=False)
 class PipelineChain:
     """The memoryless chain of a pipeline; conditions are ``prompt`` (B,), numbers of rows, −1 for the negative prompt.
 
     Args:
         rows: of the prompts, the negative one last (:func:`~tiltflow.pipelines.families.encode_prompts`).
-        guidance: of the base. micro_batch: rows that the network sees at a time, recomputed in the backward pass: the result
-            is the same, the memory that of so many rows (None: all at once, nothing is computed twice).
+        guidance: of the base.
+        micro_batch: rows that the network sees at a time, recomputed in the backward pass: the result is the same, the
+            memory that of so many rows (None: all at once, nothing is computed twice).
     """
 
     pipe: Any
@@ -93,7 +85,8 @@ class PipelineChain:
             output = self._output(network, x, at(self.nodes.timestep, k, x[:, :1].flatten(1)[:, 0]), prompt, guidance)
             return at(self.nodes.p, k, x) * x + at(self.nodes.q, k, x) * output
 
-        return in_parts(part, self.micro_batch, x, every, prompt)
+        again = x.requires_grad and bool(getattr(self.network, "is_gradient_checkpointing", False))
+        return in_parts(part, self.micro_batch, x, every, prompt, again=again)
 
     def _output(self, network: Any, x: Tensor, timestep: Tensor, prompt: Tensor, guidance: float) -> Tensor:
         prompt = prompt.to(next(iter(self.rows.values())).device)
@@ -109,11 +102,15 @@ class PipelineChain:
         return without + guidance * (given - without)
 
 
-def in_parts(function: Callable[..., Tensor], size: int | None, *rows: Tensor) -> Tensor:
-    """``function`` of rows, ``size`` at a time; with gradients, what it computes is forgotten and computed again."""
+def in_parts(function: Callable[..., Tensor], size: int | None, *rows: Tensor, again: bool = False) -> Tensor:
+    """``function`` of rows, ``size`` at a time; with gradients, what it computes is forgotten and computed again.
+
+    ``again``: also if all rows are seen at once. The function then sets its own stage for what is checkpointed inside it.
+    """
     n = len(rows[0])
-    if size is None or size >= n:
+    if (size is None or size >= n) and not (again and torch.is_grad_enabled()):
         return function(*rows)
+    size = size or n
     parts = [tuple(v[i : i + size] for v in rows) for i in range(0, n, size)]
     if not torch.is_grad_enabled():
         return torch.cat([function(*part) for part in parts])
@@ -162,8 +159,10 @@ class Adapted:
     ) -> Tensor:
         """A_k x + B_k X̂_1 of the fine-tuned model."""
         prompt = condition["prompt"]
-        if self.relative and base_mean is not None:
-            with torch.no_grad():
+        if self.relative:
+            if base_mean is None:
+                base_mean = chain.base_mean(k, x, prompt=prompt)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
                 base = chain.x1(k, x, prompt, self.guidance, adapted=False)
             return base_mean + at(chain.b, k, x) * (chain.x1(k, x, prompt, self.guidance, adapted=self.on) - base)
         return chain.mean(k, x, chain.x1(k, x, prompt, self.guidance, adapted=self.on))

@@ -1,16 +1,11 @@
-"""Prompt files, and the drawing of conditions by the number of their line."""
+"""Prompt files."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
 
@@ -33,26 +28,36 @@ def read_prompts(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise TiltflowError(f"{path} is not UTF-8 text: {error}.") from error
-    prompts, bad = readers[path.suffix.lower()](text)
+    try:
+        prompts, bad = readers[path.suffix.lower()](text)
+    except csv.Error as error:
+        raise TiltflowError(f"{path}: {error}.") from error
     if bad:
         named = "; ".join(f"line {number}: {why}" for number, why in bad[:NAMED])
         more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         raise TiltflowError(f"{path}: {named}{more}.")
     if not prompts:
         raise TiltflowError(f"{path} holds no prompt.")
+    broken = [i for i, prompt in enumerate(prompts, 1) if not _encodable(prompt)]
+    if broken:
+        raise TiltflowError(f"{path}: prompt {broken[0]} holds half of a surrogate pair, which is no text.")
     return prompts
+
+
+def _encodable(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 Found = tuple[list[str], list[tuple[int, str]]]
 
 
 def _plain(text: str) -> Found:
-    return [line.strip() for line in text.splitlines() if line.strip()], []
+    return [line.strip() for line in text.split("\n") if line.strip()], []
 
 
 def _json_lines(text: str) -> Found:
     prompts, bad = [], []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -78,38 +83,3 @@ def _table(text: str) -> Found:
         else:
             bad.append((reader.line_num, "no prompt"))
     return prompts, bad
-
-
-@dataclass(frozen=True)
-class DrawnConditions:
-    """Draws numbers of conditions, ``(n, generator) -> {name: (n,)}``; −1 stands for the one that was dropped.
-
-    Args:
-        count: how many there are. per_prompt: consecutive rows that share one: a group, as group-relative rewards want.
-        dropout: probability of −1, for every kind of condition (text, video, …) on its own; the number is the same in all.
-
-    Raises:
-        TiltflowError: counts below 1, probabilities outside of [0, 1].
-    """
-
-    count: int
-    per_prompt: int = 1
-    dropout: Mapping[str, float] = field(default_factory=lambda: {"prompt": 0.0})
-
-    def __post_init__(self) -> None:
-        if self.count < 1 or self.per_prompt < 1:
-            raise TiltflowError(f"count and per_prompt must be at least 1, got {self.count} and {self.per_prompt}.")
-        for name, p in self.dropout.items():
-            if not 0 <= p <= 1:
-                raise TiltflowError(f"the dropout of {name} must be between 0 and 1, got {p}.")
-
-    def __call__(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Without repetition until all had their turn."""
-        device = generator.device
-        groups = -(-n // self.per_prompt)
-        turns = [torch.randperm(self.count, generator=generator, device=device) for _ in range(-(-groups // self.count))]
-        rows = torch.cat(turns)[:groups].repeat_interleave(self.per_prompt)[:n]
-        return {
-            name: torch.where(torch.rand(n, generator=generator, device=device) < p, -1, rows)
-            for name, p in self.dropout.items()
-        }

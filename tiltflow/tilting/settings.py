@@ -9,7 +9,7 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import Count, NonNegative, Positive, Range, Real, Seed, Steps, Whole, settings
 from tiltflow.digits.settings import BASE, SUITED
 from tiltflow.methods.registry import row_of, settings_of
-from tiltflow.train.settings import Training
+from tiltflow.train.settings import Training, check_regressed
 
 DEFAULT_METHOD = "adjoint_matching"
 Samples = Annotated[int, Range(100, 10_000_000)]
@@ -52,13 +52,7 @@ class FinetuneSettings(Training):
 
     def validate(self) -> None:
         """Settings that exclude or need each other."""
-        if self.random_steps is not None and self.last_steps is None:
-            raise TiltflowError("random_steps are drawn beside the last ones: give last_steps as well.")
-        if self.last_steps is not None and not 1 <= self.last_steps + (self.random_steps or 0) <= self.steps:
-            raise TiltflowError(
-                f"last_steps + random_steps must be from 1 to steps = {self.steps}, got "
-                f"{self.last_steps + (self.random_steps or 0)}."
-            )
+        check_regressed(self.last_steps, self.random_steps, self.steps)
         if self.sigma is not None and self.chi != 0:
             raise TiltflowError("sigma replaces the memoryless schedule that chi belongs to: leave one of them out.")
 

@@ -117,8 +117,7 @@ def require_applies(row: Row, base: Process, settings: FinetuneSettings, conditi
         )
     if "interpolant" in row.needs and (settings.sigma is not None or settings.chi != 0):
         raise TiltflowError(f"the method {row.name!r} needs the memoryless schedule: leave out sigma and chi.")
-    if row.on_policy and settings.buffer_rounds != 1:
-        raise TiltflowError(f"the method {row.name!r} uses each round once: buffer_rounds must be 1 (FinetuneSettings.of).")
+    row.require_training(settings.buffer_rounds, settings.accumulate)
 
 
 def require_start(base: Process, tuned: Process, generator: torch.Generator, conditions: Conditions | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
+from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import Count, Positive, Range, Share, Whole, settings
 
 Decay = Annotated[float, Range(0, 1 - 1e-9)]
@@ -48,3 +49,13 @@ class Training:
         cosine = 0.5 * (1 + math.cos(math.pi * iteration / max(self.rounds, 1)))
         ramp = min(1.0, (iteration + 1) / (self.warmup + 1))
         return self.learning_rate * ramp * (low + (1 - low) * cosine)
+
+
+def check_regressed(last_steps: int | None, random_steps: int | None, steps: int) -> None:
+    """Raise TiltflowError for numbers of steps to regress on that exclude each other, or that ``steps`` do not hold."""
+    if random_steps is not None and last_steps is None:
+        raise TiltflowError("random_steps are drawn beside the last ones: give last_steps as well.")
+    if last_steps is not None and not 1 <= last_steps + (random_steps or 0) <= steps:
+        raise TiltflowError(
+            f"last_steps + random_steps must be from 1 to steps = {steps}, got {last_steps + (random_steps or 0)}."
+        )

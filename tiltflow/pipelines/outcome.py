@@ -1,0 +1,96 @@
+"""What a tilted pipeline came to, as numbers and as the blocks of a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tiltflow.methods.registry import Row
+from tiltflow.pipelines.chain import PipelineChain
+from tiltflow.report import gallery, scores_table, training_blocks
+from tiltflow.report.figures import TILTING
+from tiltflow.report.page import Block
+from tiltflow.report.samples import SAME_NOISE
+from tiltflow.report.sounds import DECIBELS, spectrograms, wav
+from tiltflow.run.job import Outcome
+from tiltflow.train.store import write_bytes
+from tiltflow.verdict.line import Score, Verdict
+from tiltflow.verdict.paired import Judged
+
+GRID, HEARD = 32, 4
+"""Samples that are shown; those of audio that are written as files."""
+
+
+class Tilted(Protocol):
+    """What is needed of a :class:`~tiltflow.pipelines.model.TiltedPipeline`."""
+
+    @property
+    def pipe(self) -> Any: ...
+
+    @property
+    def chain(self) -> PipelineChain: ...
+
+    @property
+    def row(self) -> Row: ...
+
+    @property
+    def history(self) -> list[dict[str, Any]]: ...
+
+    def decode(self, x: Tensor) -> Tensor: ...
+
+
+def outcome(
+    model: Tilted, title: str, summary: dict[str, Any], verdict: Verdict, before: Judged, after: Judged, folder: Path
+) -> Outcome:
+    """The outcome of a verdict on samples of base and tilted pipeline; sounds go into the folder when it is drawn."""
+    latents = {"before": before.x, "after": after.x}
+    return Outcome(
+        title=title,
+        summary=summary,
+        verdict=verdict,
+        tensors=latents,
+        history=model.history,
+        notes=notes_on(model),
+        draw=lambda: blocks(model, verdict, summary["kl"], latents, folder),
+    )
+
+
+def notes_on(model: Tilted) -> list[str]:
+    """What a reader of the page should know."""
+    notes = ["Samples before and after have the same prompts" + (" and noise, row by row." if model.row.trained else ".")]
+    if model.row.bias:
+        notes.append(f"The method {model.row.name!r} does not reach p_base·exp(λr): it {model.row.bias}.")
+    if len(model.chain.event_shape) == 2 or hasattr(model.pipe, "vocoder"):
+        notes.append(f"Audio is shown as spectrograms, low frequencies below, {DECIBELS} decibels deep.")
+    return notes
+
+
+def blocks(
+    model: Tilted, verdict: Verdict, kl: float | None, latents: dict[str, Tensor], folder: Path
+) -> tuple[list[Block], list[Block]]:
+    """What came out, and how it got there."""
+    made = {name: model.decode(x[:GRID]).cpu() for name, x in latents.items()}
+    sounds: dict[str, list[bytes]] = {}
+    if made["after"].ndim == 3:
+        sounds = {name.capitalize(): write_sounds(folder, name, x, model.pipe) for name, x in made.items()}
+        made = {name: spectrograms(x) for name, x in made.items()}
+    shown = gallery(
+        {name.capitalize(): x for name, x in made.items()},
+        value_range=(0.0, 1.0),
+        sounds=sounds,
+        caption=SAME_NOISE if model.row.trained else "",
+    )
+    table = [*verdict.scores, Score("KL to the base", 0.0, None, kl)]
+    levels = {"reward": {"before": verdict.scores[0].base}}
+    return [shown, scores_table(table)], training_blocks(model.history, TILTING, levels, model.chain.t.tolist())
+
+
+def write_sounds(folder: Path, name: str, made: Tensor, pipe: Any) -> list[bytes]:
+    """The first of what the pipeline made, as WAV files, here and in the folder."""
+    part = pipe.vocoder if hasattr(pipe, "vocoder") else pipe.vae
+    files = [wav(sound, int(part.config.sampling_rate)) for sound in made[:HEARD]]
+    for i, file in enumerate(files):
+        write_bytes(folder / f"{name}-{i}.wav", file)
+    return files
