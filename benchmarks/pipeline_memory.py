@@ -21,12 +21,14 @@ import torch
 
 from tiltflow.bench.result import publish
 from tiltflow.core.simulate import walk
-from tiltflow.pipelines.chain import Adapted, DecodedReward
-from tiltflow.pipelines.finetune import PipelineSettings, finetune_pipeline
+from tiltflow.pipelines.adapters import remove_adapter
 from tiltflow.pipelines.memory import peak_bytes
+from tiltflow.pipelines.settings import PipelineSettings
+from tiltflow.pipelines.train import finetune_pipeline
 
 STEPS, BATCH, TOKENS = (10, 20, 40), 8, 8
 METHODS = ("adjoint_matching", "backpropagation")
+METHOD = "adjoint_matching_plain"
 
 
 def pipeline() -> Any:
@@ -59,19 +61,20 @@ def measure(method: str, steps: int) -> dict[str, Any]:
     def brightness(images: torch.Tensor, texts: list[str]) -> torch.Tensor:
         return images.flatten(1).mean(1)
 
-    settings = PipelineSettings(rounds=0, batch=BATCH, steps=steps, rank=4)
-    tuned = finetune_pipeline(pipe, brightness, [""], 1.0, settings, rows=rows)  # the reward is checked: the decoder is warm
-    one = PipelineSettings(rounds=1, batch=BATCH, steps=steps, rank=4)
+    settings = PipelineSettings.of(METHOD, rounds=1, batch=BATCH, steps=steps, rank=4)
+    # of strength 0, which trains nothing; the reward is checked: the decoder is warm
+    untrained = finetune_pipeline(pipe, brightness, [""], 0.0, METHOD, settings, rows=rows)
 
     def work() -> None:
         if method == "adjoint_matching":
-            finetune_pipeline(fresh(pipe), brightness, [""], 1.0, one, rows=rows)
+            remove_adapter(pipe)
+            finetune_pipeline(pipe, brightness, [""], 1.0, METHOD, settings, rows=rows)
             return
-        chain, generator = tuned.chain, torch.Generator().manual_seed(0)
+        chain, generator = untrained.chain, torch.Generator().manual_seed(0)
         prompt = torch.zeros(BATCH, dtype=torch.long)
-        for step in walk(chain, Adapted(chain.network), chain.source(BATCH, generator), generator, prompt=prompt):
+        for step in walk(chain, untrained.control, chain.source(BATCH, generator), generator, prompt=prompt):
             x = step.x_next
-        (-DecodedReward(chain, brightness, ["", ""])(x, prompt=prompt).mean()).backward()
+        untrained.cost.value(x, prompt=prompt).mean().backward()
 
     gc.collect()
     started = time.perf_counter()
@@ -82,14 +85,6 @@ def measure(method: str, steps: int) -> dict[str, Any]:
         "stored_mb": 4 * (steps + 1) * BATCH * 4 * 32 * 32 * 4 / 2**20,
         "seconds": time.perf_counter() - started,
     }
-
-
-def fresh(pipe: Any) -> Any:
-    """The pipeline without its adapter."""
-    from tiltflow.pipelines.adapters import merge_adapter
-
-    merge_adapter(pipe)
-    return pipe
 
 
 def main() -> None:
