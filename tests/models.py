@@ -57,3 +57,31 @@ def constant(x: Tensor) -> Tensor:
 
 def total(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
+
+
+class Conditional(nn.Module):
+    """The exact velocity of N(m, .25 I) data, m (B, 2) the condition, plus weights to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.extra = nn.Sequential(nn.Linear(5, 32), nn.SiLU(), nn.Linear(32, 2))
+        nn.init.zeros_(self.extra[2].weight)
+        nn.init.zeros_(self.extra[2].bias)
+
+    def forward(self, x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
+        t = t[:, None]
+        slope = (0.25 * t - (1 - t)) / (0.25 * t**2 + (1 - t) ** 2)
+        return slope * (x - t * mean) + mean + self.extra(torch.cat([x, t, mean], 1))
+
+
+def conditional() -> Process:
+    return Process(Linear(), Conditional(), "velocity", (2,))
+
+
+def means(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"mean": torch.randn(n, 2, generator=generator)}
+
+
+def near(x: Tensor, mean: Tensor) -> Tensor:
+    return x[:, 0] - mean[:, 0]

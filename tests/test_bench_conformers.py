@@ -358,7 +358,8 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
         (["--methods", "rdkit,magic"], "method 'magic'"),
         (["--methods", "rdkit,rdkit"], "once each"),
         (["--molecules", 99], "--molecules 99"),
-        (["--seed", -1], "--seed -1"),
+        (["--seed", -1], "--seed must be a whole number of at least 0, got -1"),
+        (["--seed", 10**12], "seed must be a whole number from 0 to 1e+09"),
         (["--device", "cuda"], "--device cuda"),
     ],
 )

@@ -9,7 +9,9 @@ from dataclasses import replace
 from functools import partial
 
 from tiltflow.bench import conformers as bench_conformers
+from tiltflow.core.brownian import geometric_chain
 from tiltflow.core.errors import TiltflowError
+from tiltflow.core.geometry import Centred
 from tiltflow.methods.bridge_sampling import AdjointBridgeSampling
 from tiltflow.molecules.audit import audit
 from tiltflow.molecules.cartesian import aligned, harmonic_source, train_cartesian
@@ -110,8 +112,9 @@ def test_aligning_turns_and_never_mirrors(generator):
 
 
 def test_an_unknown_target_is_refused():
+    chain = geometric_chain(Centred(), (3, 3), 5, 1.0, 0.1)
     with pytest.raises(TiltflowError, match="choose adjoint or least_variance"):
-        AdjointBridgeSampling(None, None, None, target="magic")
+        AdjointBridgeSampling(chain, None, None, target="magic")
 
 
 # Against closed forms

@@ -211,8 +211,8 @@ def test_an_interrupted_study_goes_on_exactly(tmp_path, monkeypatch, capsys):
 
     def rows(name):
         read = [json.loads((tmp_path / name / f"seed{seed}" / "metrics.json").read_text())["rows"] for seed in (0, 1)]
-        kept = [row for seed in read for row in seed if row["kind"] == "samples"]
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in kept]
+        samples = [row for seed in read for row in seed if row["kind"] == "samples"]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in samples]
 
     assert len(rows("whole")) == 2 * 2 * 2 and rows("run") == rows("whole")
     with pytest.raises(TiltflowError, match="already holds a run"):

@@ -20,7 +20,6 @@ from tiltflow.methods.score_function import ReinforceAdjointMatching
 from tiltflow.methods.weighted_flow_matching import advantage_weighted, path_weighted
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem, quadratic2d
-from tiltflow.train.buffer import Buffer
 from tiltflow.train.fit import fit
 from tiltflow.train.method import State
 from tiltflow.train.settings import Training
@@ -148,7 +147,8 @@ def test_training_raises_the_reward_to_the_tilt_and_flow_matching_alone_does_not
         net = MLP(4, 2, 32, 2)
         control = FineTuned(tilted(problem.process(), net))
         method = ReciprocalMatching(chain, cost, batch=128, draws=4, **settings)
-        history = fit(method, State(control, generator), Training(rounds=40, learning_rate=1e-2, gradient_steps=3), Buffer(512))
+        training = Training(rounds=40, learning_rate=1e-2, gradient_steps=3, buffer_rounds=4)
+        history = fit(method, State(control, generator), training)
         return sum(row["reward"] for row in history[-5:]) / 5
 
     expected = float(problem.reward(problem.target.sample(100_000, generator)).mean())

@@ -46,7 +46,7 @@ from tiltflow.methods.socm import SOCM, LearnedMatrices
 from tiltflow.methods.weighted_flow_matching import WeightedFlowMatching, path_weighted
 from tiltflow.nn.mlp import MLP, EventMLP, SystemMLP
 from tiltflow.problems.tilt import mixture2d
-from tiltflow.train.method import Method, Sampler, State
+from tiltflow.train.method import Method, State, TrainingFree
 
 K, B, SEED, FINEST = 5, 8, 7, 0.3
 PROCESS = mixture2d().process()
@@ -467,7 +467,7 @@ def test_no_method_is_left_out():
     for module in pkgutil.iter_modules(tiltflow.methods.__path__):
         here = importlib.import_module(f"tiltflow.methods.{module.name}")
         classes = (v for _, v in inspect.getmembers(here, inspect.isclass) if v.__module__ == here.__name__)
-        found |= {c for c in classes if {Method, Sampler} & set(c.__mro__)}
+        found |= {c for c in classes if {Method, TrainingFree} & set(c.__mro__)}
     assert found == {c for _, classes, *_ in CHECKS.values() for c in classes}
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from tiltflow._version import __version__
 from tiltflow.bench.tilt import run_apart
 from tiltflow.core.errors import TiltflowError
+from tiltflow.core.settings import check_value
 from tiltflow.molecules.amortised import SHIPPED
 from tiltflow.molecules.audit import audit
 from tiltflow.molecules.cartesian import FROM_CONFORMERS, train_cartesian
@@ -40,7 +41,7 @@ from tiltflow.molecules.energies import open_energy
 from tiltflow.molecules.geom import Listed, Reference, list_molecules, read_reference
 from tiltflow.molecules.molecule import Molecule, positions_of
 from tiltflow.molecules.rmsd import coverage, rmsd_matrix
-from tiltflow.molecules.settings import CartesianSettings
+from tiltflow.molecules.settings import CartesianSettings, MoleculeSeed
 from tiltflow.molecules.split import read_training_smiles, unseen
 from tiltflow.molecules.templates import RELAXATION, relax
 from tiltflow.molecules.torsions import place, rotatable_torsions
@@ -56,7 +57,7 @@ SUBSETS = {"all": 0, f"≥ {FLEXIBLE} rotatable bonds": FLEXIBLE}
 """By the data's own count of rotatable bonds."""
 RESAMPLES = 10_000
 ATTEMPTS = 5
-DATA = Path(__file__).parent.parent / "benchmarks" / "data" / "geom_drugs"
+DATA = Path(__file__).parents[2] / "benchmarks" / "data" / "geom_drugs"
 TRAINING = "spice_train_smiles.tsv.gz"
 COLUMNS = (
     "method", "relaxed", "subset", "threshold", "molecules", "recall_coverage", "recall_coverage_low",
@@ -194,8 +195,7 @@ def bench_conformers(
     count = len(listed) if molecules is None else molecules
     if not 1 <= count <= len(listed):
         raise TiltflowError(f"--molecules {molecules}: {data} has {len(listed)}.")
-    if seed < 0:
-        raise TiltflowError(f"--seed {seed}: give 0 or more.")
+    check_value("seed", seed, MoleculeSeed)
     listed = listed[:count]
     references = [read_reference(data, line) for line in listed]  # what is damaged is found before anything is generated
     training = data.parent / TRAINING

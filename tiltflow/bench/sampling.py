@@ -2,8 +2,9 @@ r"""`tiltflow bench sampling`: samplers of e^{−E} side by side, and parallel t
 
 Protocol: 10,000 samples (LJ13 4,000, LJ55 1,000: they cost most); log Z and ESS from all of them, distances from 2,000
 (LJ55: 500) beside their floors (:mod:`~tiltflow.sampling.assess`). Each method has the settings that suit it and the
-problem (:meth:`~tiltflow.sampling.settings.SamplerSettings.of`). Counted during training only: calls of the energy and rows
-it evaluated (an energy with its gradient is one), rows through the network, gradient steps, seconds of clock and processor.
+problem (:meth:`~tiltflow.sampling.settings.SamplerSettings.of`). Counted during training only: calls of the energy and
+rows it evaluated (an energy with its gradient is one), rows through the network, gradient steps, seconds of clock and
+processor.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from tiltflow.energies.tempering import Tempering
 from tiltflow.sampling.assess import assess_all
 from tiltflow.sampling.drawn import Drawn
 from tiltflow.sampling.job import base_draws
-from tiltflow.sampling.model import EVALUATION_SEED, Sampler
+from tiltflow.sampling.model import Sampler
 from tiltflow.sampling.names import load_problem
+from tiltflow.sampling.outcome import EVALUATION_SEED
 from tiltflow.sampling.settings import SamplerSettings
 from tiltflow.sampling.train import network, train_sampler
 

@@ -91,8 +91,8 @@ def check_reward_command(
     x0 = process.source(samples, generator, device=device)
     parts = []
     for x in x0.split(1000):
-        rows: dict[str, Any] = {k: v.expand(len(x), *v.shape[1:]) for k, v in seen.items()}
-        parts.append(ode(process, x, steps, **rows))
+        one: dict[str, Any] = {k: v.expand(len(x), *v.shape[1:]) for k, v in seen.items()}
+        parts.append(ode(process, x, steps, **one))
     found = check_reward(
         process, spec.reward, samples=torch.cat(parts), generator=generator, strengths=strengths,
         judge=None if spec.conditions else next(iter(spec.judges.values()), None), **condition,

@@ -129,7 +129,7 @@ def run_options(command: Command) -> Command:
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output"),
         click.option("--log", help="Also log every round to tensorboard, wandb or trackio"),
         click.option("--overwrite", is_flag=True, help="Replace the run in the folder"),
-        click.option("--resume", is_flag=True, help="Continue an interrupted run exactly, or a finished one with more rounds"),
+        click.option("--resume", is_flag=True, help="Continue an interrupted run exactly, a finished one with more rounds"),
         click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder"),
     ):
         command = one(command)

@@ -7,7 +7,9 @@ the score says it in the first order of t only: x − β·eps and x + β²s vani
 
 ∂_t is taken by differentiating the network's vector–Jacobian product once more (PyTorch's forward mode cannot be
 differentiated again through a softmax). That out(x, 0) is −x/c is *used*: a network's own error there, which would make the
-limit infinite, does not enter, and :func:`tiltflow.verdict.check_base.check_base` reports it.
+limit infinite, does not enter, and :func:`tiltflow.verdict.check_base.check_base` reports it. The derivative of a trained
+network may be far off (one with features of high frequency in t: by several spreads of the data); the check says that too,
+and then only a network that predicts the velocity or x1 will do.
 
 Where β = 0 (t = 1), x = X_1 is independent of X_0, so X̂_0 = 0, v = κx + ηs, and with (β²)˙ = −2η, (β²)¨ = 2β̇² if η = 0,
 

@@ -92,9 +92,13 @@ def settings(cls: type[T]) -> type[T]:
     return dataclass(frozen=True, kw_only=True)(cls)
 
 
-@cache
 def hints(cls: Any) -> dict[str, Any]:
     """The fields of a settings class with their annotations."""
+    return _hints(cls)
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
     found = get_type_hints(cls, include_extras=True)
     return {f.name: found[f.name] for f in fields(cls)}
 

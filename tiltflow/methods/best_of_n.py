@@ -19,11 +19,11 @@ from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import walk
-from tiltflow.train.method import Sampler, Weighted
+from tiltflow.train.method import TrainingFree, Weighted
 
 
 @dataclass(frozen=True)
-class BestOfN(Sampler):
+class BestOfN(TrainingFree):
     """Needs reward values only. The weights it returns are zeros and there is no log Z.
 
     Args:

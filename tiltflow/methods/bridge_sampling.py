@@ -94,9 +94,9 @@ class AdjointBridgeSampling(Method):
     bound: Callable[[int], float] | None = None
 
     def __post_init__(self) -> None:
-        require_brownian(self, self.chain)
         if self.target not in ("adjoint", "least_variance"):
             raise TiltflowError(f"target={self.target!r}: choose adjoint or least_variance.")
+        require_brownian(self, self.chain)
 
     @property
     def auxiliary(self) -> dict[str, Any]:

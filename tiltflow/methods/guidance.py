@@ -22,7 +22,7 @@ from tiltflow.core.cost import Cost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import noise
 from tiltflow.core.simulate import actors, transition
-from tiltflow.train.method import Sampler, Weighted
+from tiltflow.train.method import TrainingFree, Weighted
 
 
 class Ahead(NamedTuple):
@@ -54,7 +54,7 @@ def look_ahead(chain: Chain, k: int, x: Tensor, cost: Cost | None = None, **cond
 
 
 @dataclass(frozen=True)
-class GradientGuidance(Sampler):
+class GradientGuidance(TrainingFree):
     """Biased by construction: the weights it returns are zeros and there is no log Z.
 
     Args:

@@ -1,8 +1,8 @@
 """The one table of methods: what the front doors, the command line and the benchmarks call by name.
 
 A row is a class or function of :mod:`tiltflow.methods` with settings. ``bias`` says why its fixed point is not the target,
-and is empty where the method is right in the limit (of paths, of steps and of a network that can hold the answer). A new method
-takes a file and a row. Nothing here needs torch: a row's method is imported when it is built.
+and is empty where the method is right in the limit (of paths, of steps and of a network that can hold the answer). A new
+method takes a file and a row. Nothing here needs torch: a row's method is imported when it is built.
 """
 
 from __future__ import annotations

@@ -29,13 +29,13 @@ from tiltflow.core.geometry import noise
 from tiltflow.core.simulate import actors, running_cost, transition
 from tiltflow.core.weights import ess, log_mean_exp, systematic
 from tiltflow.methods.guidance import look_ahead
-from tiltflow.train.method import Sampler, Weighted
+from tiltflow.train.method import TrainingFree, Weighted
 
 Potential = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class PathSMC(Sampler):
+class PathSMC(TrainingFree):
     """One population of particles per call.
 
     Args:

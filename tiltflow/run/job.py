@@ -173,6 +173,14 @@ def rows_of(outcome: Outcome, seconds: float) -> list[Row]:
     return [summary, *lines, *outcome.rows, *({"kind": "iteration", **scalars(r)} for r in outcome.history)]
 
 
+def report(outcome: Outcome, folder: Path | str, config: Mapping[str, Any]) -> Path:
+    """Write the report of a model that was trained in Python into a folder, which is made if there is none."""
+    require_report()
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    return write_page(target, page_of(outcome, "from Python", config))
+
+
 def page_of(outcome: Outcome, command: str, config: Mapping[str, Any]) -> Page:
     """The page of an outcome."""
     blocks, training = outcome.draw()

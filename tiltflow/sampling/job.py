@@ -15,24 +15,18 @@ from torch import Tensor
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Centred, noise
 from tiltflow.core.settings import as_json, from_json, settings
-from tiltflow.core.weights import ess, normalised
+from tiltflow.core.weights import ess
 from tiltflow.energies import EnergyProblem
 from tiltflow.methods.registry import row_of
-from tiltflow.report import Figures, gallery, training_blocks
-from tiltflow.report.figures import SAMPLING, distance_figures, energy_figures, weight_figures
-from tiltflow.report.page import Block
-from tiltflow.report.tables import sampler_table
 from tiltflow.run.job import Outcome, Work
 from tiltflow.run.names import anchored
-from tiltflow.sampling.assess import Assessed, assess_all
-from tiltflow.sampling.drawn import Drawn
-from tiltflow.sampling.model import EVALUATION_SEED, WEIGHTS, Sampler
+from tiltflow.sampling.model import WEIGHTS, Sampler
 from tiltflow.sampling.names import load_problem
+from tiltflow.sampling.outcome import outcome, tensors_of
 from tiltflow.sampling.settings import SamplerConfig
 from tiltflow.sampling.train import train_sampler, untrained
 from tiltflow.train.store import load_weights
 from tiltflow.verdict.check_energy import check_energy
-from tiltflow.verdict.sampler import judge_sampler
 
 TRIAL = 64
 
@@ -120,32 +114,7 @@ class SamplerJob(SamplerConfig):
             callback=lambda row: work.round(row, "training", self.settings.rounds, live(row)),
         )
         sampler.save_weights(work.path)
-        spent = {f"energy_{name}": count for name, count in sampler.energy.report().items()}
-        work.tell("samples", 0, self.samples, "")
-        drawn = sampler.sample(self.samples, EVALUATION_SEED + self.seed)
-        work.tell("samples", self.samples, self.samples, "")
-        work.tell("distances", 0, 1, "")
-        generator = torch.Generator().manual_seed(EVALUATION_SEED + self.seed)
-        assessed = assess_all(problem, drawn, sampler.chain, sampler.control, generator, self.compared)
-        work.tell("distances", 1, 1, "")
-        row = assessed.row
-        return Outcome(
-            title=f"{problem.name}, sampled by {self.method}",
-            summary={
-                "problem": problem.name,
-                "method": self.method,
-                **row,
-                "median_energy": float(drawn.energy.median()),
-                **spent,
-                "train_seconds": sum(h["seconds"] for h in sampler.history),
-            },
-            verdict=judge_sampler(row),
-            tensors=tensors_of(drawn),
-            history=sampler.history,
-            facts={"path ESS, of 1": row["ess"]} if row.get("ess") is not None else {},
-            notes=notes,
-            draw=lambda: _blocks(problem, sampler, drawn, assessed),
-        )
+        return outcome(sampler, self.samples, self.compared, self.seed, notes, work.tell)
 
 
 def base_draws(problem: EnergyProblem, n: int, generator: torch.Generator, scale: float | None = None) -> Tensor:
@@ -167,11 +136,6 @@ def live(row: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:.3g}" for k, v in shown.items() if v is not None and not (k == "T" and v == 1))
 
 
-def tensors_of(drawn: Drawn) -> dict[str, Tensor]:
-    """x, energy and, if there are any, log_weights."""
-    return {name: value for name, value in drawn._asdict().items() if value is not None}
-
-
 def _present(problem: EnergyProblem) -> tuple[EnergyProblem, list[str]]:
     """The problem without its stored reference if that is missing here, and a note that says so."""
     if problem.reference is None or problem.sample is not None:
@@ -181,19 +145,3 @@ def _present(problem: EnergyProblem) -> tuple[EnergyProblem, list[str]]:
     except TiltflowError as error:
         return replace(problem, reference=None), [f"No comparison with reference samples: {error}"]
     return problem, []
-
-
-def _blocks(
-    problem: EnergyProblem, sampler: Sampler, drawn: Drawn, assessed: Assessed
-) -> tuple[list[Block], list[Block]]:
-    """What came out, and how it got there."""
-    row, reference = assessed
-    energy = None if reference is None else problem.energy(reference).detach()
-    particles = isinstance(problem.geometry, Centred)
-    sets, median = {"Samples": drawn.x, "Reference": reference}, None if energy is None else float(energy.median())
-    laws = energy_figures({"samples": drawn.energy, "reference": energy})
-    laws += distance_figures({"samples": drawn.x, "reference": reference}) if particles else []
-    laws += weight_figures(None if drawn.log_weights is None else normalised(drawn.log_weights))
-    levels = {"energy": {"reference": median}, "log_z": {"reference": problem.log_z}}
-    blocks: list[Block] = [gallery(sets, particles=particles), Figures("", laws), sampler_table(row, problem.log_z)]
-    return blocks, training_blocks(sampler.history, SAMPLING, levels)

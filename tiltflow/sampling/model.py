@@ -15,16 +15,14 @@ from tiltflow.core.settings import as_json
 from tiltflow.energies import EnergyProblem, Evaluator
 from tiltflow.methods.registry import METHODS
 from tiltflow.run.folder import FORMAT, RunFolder
-from tiltflow.sampling.assess import assess_all
+from tiltflow.run.job import report
 from tiltflow.sampling.drawn import Drawn, draw
+from tiltflow.sampling.outcome import outcome
 from tiltflow.sampling.settings import SamplerSettings
 from tiltflow.train.store import save_weights
 from tiltflow.verdict.line import Verdict
-from tiltflow.verdict.sampler import judge_sampler
 
 WEIGHTS = "weights.safetensors"
-EVALUATION_SEED = 10_000
-"""Added to the seed for the samples that are judged."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,13 @@ class Sampler:
 
     def verdict(self, samples: int = 10_000, compared: int = 2_000, seed: int = 0) -> Verdict:
         """The verdict on so many samples, of which so many are compared with the problem's reference, if it has one."""
-        drawn = self.sample(samples, EVALUATION_SEED + seed)
-        generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
-        return judge_sampler(assess_all(self.problem, drawn, self.chain, self.control, generator, compared).row)
+        found = outcome(self, samples, compared, seed).verdict
+        assert found is not None
+        return found
+
+    def report(self, folder: Path | str, samples: int = 10_000, compared: int = 2_000, seed: int = 0) -> Path:
+        """Write ``folder/report.html``: the verdict, samples beside the reference, path weights. Returns its path."""
+        return report(outcome(self, samples, compared, seed), folder, {"method": self.method, **as_json(self.settings)})
 
     def save(self, folder: Path | str) -> Path:
         """Write the sampler into a new folder, for :func:`tiltflow.load` with ``problem=``.

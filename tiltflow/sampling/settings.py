@@ -81,7 +81,7 @@ class SamplerConfig:
         finest: Its finest detail.
         method: The method; see tiltflow list methods.
         seed: Seed of every random number.
-        device: torch device.
+        device: Device of torch; samplers run on the CPU.
         samples: Samples that are drawn from the result.
         compared: Of them those that distances to the reference are computed on.
         settings: Of the training.

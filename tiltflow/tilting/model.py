@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +21,17 @@ from tiltflow.core.simulate import Samples
 from tiltflow.core.weights import systematic
 from tiltflow.methods.registry import METHODS, Row
 from tiltflow.run.folder import FORMAT, RunFolder
+from tiltflow.run.job import report
 from tiltflow.tilting.draw import CHAIN, draw_paths, draw_process
+from tiltflow.tilting.outcome import Case, Evaluation, Judgement, outcome
 from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.tilting.weights import save_chain, save_network
 from tiltflow.train.method import Conditions
 from tiltflow.verdict.line import REWARD, Verdict
 from tiltflow.verdict.tilt import Tell, judge_samples, scored
 
-
-class Judgement(NamedTuple):
-    """A verdict, and λr of the samples and of the base's that it rests on, (n,) each."""
-
-    verdict: Verdict
-    reached: Tensor
-    base: Tensor
-
-
-OVERSAMPLED = 4
-"""Paths that are weighted for each exact sample."""
+OVERSAMPLED, CASES = 4, 8
+"""Paths that are weighted for each exact sample; conditions that a report judges."""
 EVALUATION_SEED = 1_000
 """Added to the seed for the samples that are judged."""
 
@@ -106,9 +99,7 @@ class TiltedModel:
         if exact and (noise != CHAIN or steps is not None):
             raise TiltflowError("exact samples are weighted paths of the training chain: leave out noise and steps.")
         if exact and self.row.trained:
-            drawn = self.paths(OVERSAMPLED * n, seed, **condition)
-            picked = systematic(self.log_weights(drawn, **condition), generator, n)
-            return drawn.x[picked[torch.randperm(n, generator=generator, device=generator.device).to(picked.device)]]
+            return self._exact(n, seed, generator, condition)
         if noise == CHAIN and steps is None:
             return self.paths(n, seed, **condition).x
         if not self.row.trained:
@@ -116,6 +107,19 @@ class TiltedModel:
         rows = {name: v.expand(n, *v.shape[1:]) for name, v in condition.items()}
         count = steps or self.settings.steps
         return draw_process(self.process, n, str(noise), count, method, generator, self.settings, **rows)
+
+    def _exact(self, n: int, seed: int, generator: torch.Generator, condition: dict[str, Any]) -> Tensor:
+        """n draws among weighted paths of the same condition."""
+        out: Tensor | None = None
+        for i, rows in enumerate(_alike(condition, n)):
+            one = {name: v[rows[:1]] if len(v) > 1 else v for name, v in condition.items()}
+            drawn = self.paths(OVERSAMPLED * len(rows), seed + i, **one)
+            picked = systematic(self.log_weights(drawn, **one), generator, len(rows))
+            order = torch.randperm(len(rows), generator=generator, device=generator.device).to(picked.device)
+            out = drawn.x.new_empty(n, *drawn.x.shape[1:]) if out is None else out
+            out[rows.to(out.device)] = drawn.x[picked[order]]
+        assert out is not None
+        return out
 
     def paths(
         self, n: int, seed: int = 0, tell: Callable[[int], None] = lambda done: None, **condition: Any
@@ -191,6 +195,28 @@ class TiltedModel:
         tell("verdict", 1, 1, "")
         return Judgement(verdict, values[REWARD][0], values[REWARD][1])
 
+    def report(
+        self,
+        folder: Path | str,
+        judges: Mapping[str, Callable[..., Tensor]] | None = None,
+        samples: int = 4_000,
+        reference_samples: int = 20_000,
+        seed: int = 0,
+    ) -> Path:
+        """Write ``folder/report.html``: the verdict, samples before and after, scores, how training went. Returns its path.
+
+        Args:
+            folder: Where; it is made if there is none.
+            judges: Held-out scores by name.
+            samples: Samples of the model.
+            reference_samples: Samples of the base.
+            seed: Of both.
+        """
+        rows = {} if self.conditions is None else self.conditions(CASES, self._generator(seed))
+        cases: list[Case] = [({k: v[i : i + 1] for k, v in rows.items()}, {}) for i in range(CASES if rows else 1)]
+        how = Evaluation(judges or {}, tuple(cases), True, samples, reference_samples, seed)
+        return report(outcome(self, how), folder, {"method": self.row.name, **as_json(self.settings)})
+
     def save_weights(self, folder: Path) -> None:
         """The chain, and what was trained (:mod:`tiltflow.tilting.weights`), into a folder."""
         save_chain(folder, self.chain)
@@ -229,3 +255,11 @@ class TiltedModel:
         found = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         return torch.device("cpu") if found is None else found.device
 
+
+def _alike(condition: Mapping[str, Tensor], n: int) -> list[Tensor]:
+    """The numbers of rows that have the same condition, one tensor for each condition."""
+    rows = [v.expand(n, *v.shape[1:]).reshape(n, -1).double().cpu() for v in condition.values()]
+    if not rows:
+        return [torch.arange(n)]
+    group = torch.cat(rows, 1).unique(dim=0, return_inverse=True)[1]
+    return [torch.nonzero(group == i)[:, 0] for i in group.unique()]

@@ -31,7 +31,7 @@ class FinetuneSettings(Training):
         variance_samples: Base samples that the chain's residual variances are measured on.
         sigma: Constant noise instead of the memoryless one; biased, and refused without allow_biased.
         allow_biased: Accept a noise schedule that is not memoryless.
-        chi: σ² = 2η + χ; the result may then be sampled with that schedule only.
+        chi: Added to the memoryless noise, σ² = 2η + χ; the result may then be sampled with that schedule only.
     """
 
     batch: Annotated[int, Range(2, 2**53)] = 128
@@ -77,7 +77,7 @@ class TiltConfig:
     Args:
         base: The base, by name: digits, a file of tiltflow pretrain, a finished run, or module:function.
         reward: The reward, by name: thickness, digit-0 … digit-9, inpainting, or module:function (x) → (B,).
-        strength: λ ≥ 0; see tiltflow check-reward.
+        strength: Strength λ ≥ 0 of the tilt; see tiltflow check-reward.
         judges: Held-out judges, module:function (x) → (B,).
         conditions: What draws conditions for base, reward and judges, module:function (n, generator) → {name: (n, …)}.
         predicts: Output of a foreign model: velocity, eps, x1 or score.
@@ -87,7 +87,7 @@ class TiltConfig:
         guidance: Classifier-free guidance scale.
         method: The method; see tiltflow list methods.
         seed: Seed of every random number.
-        device: torch device.
+        device: Device of torch: cpu, cuda, cuda:1, ….
         reference_samples: Base samples that, weighted by e^{λr}, stand for the exact tilt.
         samples: Samples of the model that are judged.
         settings: Of the training.

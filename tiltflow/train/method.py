@@ -66,7 +66,7 @@ class Weighted(NamedTuple):
     log_z: float | None
 
 
-class Sampler(Protocol):
+class TrainingFree(Protocol):
     """A training-free method. ``control`` None starts from the base, else from a fine-tuned model."""
 
     def sample(self, control: Control | None, n: int, generator: torch.Generator, **condition: Any) -> Weighted:

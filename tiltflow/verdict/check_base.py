@@ -48,8 +48,8 @@ QUESTIONS: tuple[Question, ...] = (
     Question("timesteps", "> 0.02", (*STEADY, *FINITE), consistent.timesteps),
     Question("predictor", "as declared", (*STEADY, *FINITE), consistent.predictor),
     Question("interpolant", "as declared", (*STEADY, *FINITE), consistent.interpolant),
-    Question("output at t = 0", "≤ 0.1 good, > 0.5 bad", ("consistency",), consistent.noise_output),
-    Question("mean at t = 0", "≤ 0.2 good, > 0.5 bad", ("consistency",), consistent.noise_end),
+    Question("output at t = 0", "≤ 0.1 good, > 0.5 bad", (*STEADY, *FINITE, "magnitude"), consistent.noise_output),
+    Question("mean at t = 0", "≤ 0.2 good, > 0.5 bad", (*STEADY, *FINITE, "magnitude"), consistent.noise_end),
     Question(
         "chain marginals",
         f"≤ {consistent.MARGINALS[0]:g} good, > {consistent.MARGINALS[1]:g} bad",
