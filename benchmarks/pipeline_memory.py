@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiltflow.pipelines.settings import PipelineSettings
+from tiltflow.pipelines.train import finetune_pipeline
 
 from tiltflow.bench.result import publish
 from tiltflow.core.simulate import walk
 from tiltflow.pipelines.adapters import remove_adapter
 from tiltflow.pipelines.memory import peak_bytes
-from tiltflow.pipelines.settings import PipelineSettings
-from tiltflow.pipelines.train import finetune_pipeline
 
 STEPS, BATCH, TOKENS = (10, 20, 40), 8, 8
 METHODS = ("adjoint_matching", "backpropagation")

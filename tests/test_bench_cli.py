@@ -1,4 +1,4 @@
-"""`tiltflow bench`: misuse is found before torch is imported and before anything is written; results replace only results."""
+"""`tiltflow bench`: misuse is found before torch is imported and before anything is written; only results are replaced."""
 
 import json
 import subprocess
