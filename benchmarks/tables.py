@@ -15,11 +15,11 @@ from layout import ROOT, Row, beside, load, markdown, number, rows_of, table
 
 from tiltflow.bench.conformers import METHODS as GENERATORS
 from tiltflow.bench.conformers import SUBSETS
-from tiltflow.bench.control import METHODS as CONTROL_METHODS
 from tiltflow.bench.control import PROBLEMS as CONTROL_PROBLEMS
+from tiltflow.bench.names import CONTROL, DIGITS, TILT
 from tiltflow.bench.sampling import NAMES as SAMPLERS
 from tiltflow.energies import ENERGY_PROBLEMS
-from tiltflow.methods.registry import METHODS, TRAINED
+from tiltflow.methods.registry import METHODS, names
 from tiltflow.report import plots
 
 PAGES = ROOT / "docs" / "benchmarks"
@@ -99,7 +99,7 @@ def methods(pattern: str, names: tuple[str, ...], header: list[str], cells: Cell
         if not found:
             missing.append(name)
             continue
-        bias = "yes" if METHODS[name].bias is not None else "no"
+        bias = "yes" if METHODS[name].bias else "no"
         lines.append([name, bias, seeds(found, done, "diverged"), *(cells(done) if done else ["diverged"] * len(header))])
     return table(["method", "biased", "seeds", *header], lines, documents, {"": missing}, more)
 
@@ -125,19 +125,20 @@ def methods_tilt(sampler: str) -> str:
         return quality + (own if sampler == "sde" else [])
 
     if sampler == "sde":
-        return methods("methods-tilt-*.json", tuple(METHODS), [*header, "log_z_error", "ess", "kl"], cells,
+        return methods("methods-tilt-*.json", TILT, [*header, "log_z_error", "ess", "kl"], cells,
                        problem="mixture2d", sampler="sde")  # fmt: skip
-    return methods("methods-tilt-*.json", tuple(TRAINED), header, cells, more=True, problem="mixture2d", sampler="ode")
+    trained = names("finetune", trained=True)
+    return methods("methods-tilt-*.json", trained, header, cells, more=True, problem="mixture2d", sampler="ode")
 
 
 def methods_tilt_cost() -> str:
     """What every method cost on mixture2d."""
-    return methods("methods-tilt-*.json", tuple(METHODS), list(SPENT), spent, more=True, problem="mixture2d", sampler="sde")
+    return methods("methods-tilt-*.json", TILT, list(SPENT), spent, more=True, problem="mixture2d", sampler="sde")
 
 
 def on_digits() -> tuple[str, ...]:
     """Methods that take images."""
-    return tuple(n for n, m in METHODS.items() if not getattr(m, "vectors", False))
+    return DIGITS
 
 
 def methods_digits() -> str:
@@ -161,7 +162,7 @@ def methods_digits_cost() -> str:
 def control() -> str:
     """Optimal-control methods on problems with a known control."""
     documents, lines, missing = load("control-*.json"), [], defaultdict(list)
-    for problem, name in itertools.product(CONTROL_PROBLEMS, CONTROL_METHODS):
+    for problem, name in itertools.product(CONTROL_PROBLEMS, CONTROL):
         found = rows_of(documents, problem=problem, method=name)
         if not found:
             missing[problem].append(name)
