@@ -15,7 +15,7 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import as_json
 from tiltflow.core.simulate import Samples, sample
 from tiltflow.core.weights import systematic
-from tiltflow.methods.registry import METHODS, Row
+from tiltflow.methods.registry import Row
 from tiltflow.metrics.distance import pairwise_mean
 from tiltflow.pipelines.adapters import save_adapter, trains_all
 from tiltflow.pipelines.chain import Adapted, DecodedReward, PipelineChain, in_parts
@@ -23,8 +23,8 @@ from tiltflow.pipelines.families import encode_prompts
 from tiltflow.pipelines.outcome import outcome
 from tiltflow.pipelines.settings import PipelineSettings, check_prompts
 from tiltflow.rewards.combine import Score
-from tiltflow.run.folder import FORMAT, RunFolder
 from tiltflow.run.job import Tell, report, silent
+from tiltflow.run.open import save_model
 from tiltflow.verdict.line import REWARD, Verdict, overall
 from tiltflow.verdict.line import Score as Mean
 from tiltflow.verdict.paired import Judged, against_base
@@ -190,23 +190,10 @@ class TiltedPipeline:
         Raises:
             TiltflowError: the folder exists and is not empty, or the method is not one of the table.
         """
-        target = Path(folder)
-        if self.row.name not in METHODS:
-            raise TiltflowError(f"the method {self.row.name!r} is not in the table: a file cannot name it.")
-        config = {
-            "job": JOB,
-            "format": FORMAT,
-            "pipeline": None,
-            "reward": None,
-            "prompts": list(self.prompts),
-            "strength": self.strength,
-            "negative": self.negative,
-            "method": self.row.name,
-            "settings": as_json(self.settings),
-        }
-        with RunFolder(target, config):
-            self.save_weights(target)
-        return target
+        return save_model(
+            folder, JOB, self.row.name, self.save_weights, pipeline=None, reward=None, prompts=list(self.prompts),
+            strength=self.strength, negative=self.negative, settings=as_json(self.settings),
+        )  # fmt: skip
 
     def save_weights(self, folder: Path) -> None:
         """The adapter for stock diffusers, or the pipeline with all its weights; nothing where nothing was trained."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tiltflow.core.errors import TiltflowError
-from tiltflow.run.folder import read_config
+from tiltflow.methods.registry import METHODS
+from tiltflow.run.folder import FORMAT, RunFolder, read_config
 
 JOBS = {
     "finetune": "tilting.job:TiltJob",
@@ -45,3 +47,23 @@ def load(folder: Path | str, device: str = "cpu", **given: Any) -> Any:
         TiltflowError: no such run, one that is not finished, or something that has to be given.
     """
     return open_run(folder).load(Path(folder), device, **given)
+
+
+def save_model(folder: Path | str, job: str, method: str, write: Callable[[Path], None], **fields: Any) -> Path:
+    """Write a model that was trained in Python into a new folder, for :func:`load`.
+
+    Args:
+        folder: Where; it must not exist, or be empty.
+        job: What config.json calls it.
+        method: The method that trained it.
+        write: Writes its weights.
+        fields: The other fields of the config.
+
+    Raises:
+        TiltflowError: the folder holds something, or the method is not one of the table.
+    """
+    if method not in METHODS:
+        raise TiltflowError(f"the method {method!r} is not in the table: a file cannot name it.")
+    with RunFolder(Path(folder), {"job": job, "format": FORMAT, "method": method, **fields}) as opened:
+        write(opened.path)
+    return Path(folder)

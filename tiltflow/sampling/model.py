@@ -10,12 +10,10 @@ import torch
 
 from tiltflow.core.brownian import NoiseChain
 from tiltflow.core.control import DriftControl
-from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import as_json
 from tiltflow.energies import EnergyProblem, Evaluator
-from tiltflow.methods.registry import METHODS
-from tiltflow.run.folder import FORMAT, RunFolder
 from tiltflow.run.job import report
+from tiltflow.run.open import save_model
 from tiltflow.sampling.drawn import Drawn, draw
 from tiltflow.sampling.outcome import outcome
 from tiltflow.sampling.settings import SamplerSettings
@@ -67,14 +65,8 @@ class Sampler:
         Raises:
             TiltflowError: the folder exists and is not empty, or the method is not one of the table.
         """
-        target = Path(folder)
-        if self.method not in METHODS:
-            raise TiltflowError(f"the method {self.method!r} is not in the table: a file cannot name it.")
-        config = {"job": "train-sampler", "format": FORMAT, "problem": None, "method": self.method,
-                  "settings": as_json(self.settings)}  # fmt: skip
-        with RunFolder(target, config):
-            self.save_weights(target)
-        return target
+        config = {"problem": None, "settings": as_json(self.settings)}
+        return save_model(folder, "train-sampler", self.method, self.save_weights, **config)
 
     def save_weights(self, folder: Path) -> None:
         """The network, as safetensors."""

@@ -19,9 +19,9 @@ from tiltflow.core.process import Process
 from tiltflow.core.settings import as_json
 from tiltflow.core.simulate import Samples
 from tiltflow.core.weights import systematic
-from tiltflow.methods.registry import METHODS, Row
-from tiltflow.run.folder import FORMAT, RunFolder
+from tiltflow.methods.registry import Row
 from tiltflow.run.job import report
+from tiltflow.run.open import save_model
 from tiltflow.tilting.draw import CHAIN, draw_paths, draw_process
 from tiltflow.tilting.outcome import Case, Evaluation, Judgement, outcome
 from tiltflow.tilting.settings import FinetuneSettings
@@ -229,21 +229,10 @@ class TiltedModel:
         Raises:
             TiltflowError: the folder exists and is not empty, or the method is not one of the table.
         """
-        target = Path(folder)
-        if self.row.name not in METHODS:
-            raise TiltflowError(f"the method {self.row.name!r} is not in the table: a file cannot name it.")
-        config = {
-            "job": "finetune",
-            "format": FORMAT,
-            "base": None,
-            "reward": None,
-            "strength": self.cost.strength,
-            "method": self.row.name,
-            "settings": as_json(self.settings),
-        }
-        with RunFolder(target, config):
-            self.save_weights(target)
-        return target
+        return save_model(
+            folder, "finetune", self.row.name, self.save_weights, base=None, reward=None, strength=self.cost.strength,
+            settings=as_json(self.settings),
+        )  # fmt: skip
 
     def _generator(self, seed: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(EVALUATION_SEED + seed)
