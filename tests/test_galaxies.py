@@ -184,7 +184,9 @@ def test_alignment_tells_one_direction_from_all():
 
 
 def test_recipe_runs_end_to_end_on_a_random_model(tmp_path, capsys):
-    weights = write(tmp_path / "w.eqx", tiny_arrays(size=16))
+    arrays = tiny_arrays(size=16)
+    arrays[0][:, 1] *= 20  # the second channel is the time: a base that hardly sees it is refused at the door
+    weights = write(tmp_path / "w.eqx", arrays)
     out = tmp_path / "run"
     galaxies.main(
         f"--weights {weights} --seeds 0 1 --rounds 2 --steps 8 --batch 4 --samples 24 --strength 1 "
