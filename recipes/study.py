@@ -115,7 +115,7 @@ def fine_tuned(study: Study, seed: int, args: argparse.Namespace, work: job.Work
 
     return finetune(
         study.base, score, args.strength, args.method, settings_of(args), seed=seed, conditions=conditions,
-        checkpoint=work.checkpoint, resume=work.resume and work.checkpoint.is_file(), callback=progress,
+        checkpoint=work.checkpoint, resume=work.resume, callback=progress,
     )  # fmt: skip
 
 

@@ -65,8 +65,9 @@ class Work:
 
     def __init__(self, folder: RunFolder, tell: Tell, log: Log, head: Mapping[str, Any]) -> None:
         self.folder, self.tell, self.log, self.head = folder, tell, log, head
-        self.path, self.resume = folder.path, folder.resume
-        self.rounds: list[Row] = folder.rounds() if folder.resume else []
+        self.path = folder.path
+        self.resume = folder.resume and folder.checkpoint.is_file()  # without a checkpoint a run starts again
+        self.rounds: list[Row] = folder.rounds() if self.resume else []
         self.written = time.monotonic()
 
     @property
