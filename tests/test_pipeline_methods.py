@@ -271,7 +271,7 @@ def test_samples_of_other_prompts():
     model = tilt("adjoint_matching_plain")
     assert torch.equal(model.sample(PROMPTS), model.sample(2))
     assert model.sample(["x", "y", "z"], seed=1).shape == (3, 3, 16, 16)
-    for wrong in (0, -1, []):
+    for wrong in (0, -1, [], "a cat"):
         with pytest.raises(tf.TiltflowError, match="at least"):
             model.sample(wrong)
 

@@ -85,7 +85,7 @@ class TiltedPipeline:
         """
         if isinstance(prompts, int):
             return self.decode(self.paths(prompts, seed).x)
-        check_prompts(tuple(prompts))
+        check_prompts(prompts)
         rows = encode_prompts(self.pipe, list(prompts), self.negative)
         other = replace(self, chain=replace(self.chain, rows=rows), prompts=tuple(prompts))
         return other.sample(len(prompts), seed)

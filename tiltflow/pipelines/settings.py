@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from tiltflow.core.errors import TiltflowError
@@ -135,7 +135,7 @@ class PipelineConfig:
         row_of(self.method, "finetune")
 
 
-def check_prompts(prompts: tuple[str, ...]) -> None:
+def check_prompts(prompts: Sequence[str]) -> None:
     """Raise TiltflowError unless there is a prompt, and every one is a text."""
     if isinstance(prompts, str) or not prompts:
         raise TiltflowError(f"prompts must be a list of texts with at least one, which may be empty; got {prompts!r}.")

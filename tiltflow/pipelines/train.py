@@ -88,8 +88,8 @@ def finetune_pipeline(
     """
     check_value("seed", seed, Seed)
     row = row_of(method, "finetune")
+    check_prompts(prompts)
     s, prompts = settings or PipelineSettings.of(method), list(prompts)
-    check_prompts(tuple(prompts))
     require_applies(row, s)
     family_of(pipe)
     generator = torch.Generator(str(pipe.device)).manual_seed(seed)
