@@ -16,6 +16,7 @@ from tiltflow.core.simulate import sample
 from tiltflow.metrics.distance import total_variation
 from tiltflow.problems.tilt import mixture2d
 from tiltflow.verdict.line import graded, overall
+from tiltflow.verdict.paired import Judged, against_base
 from tiltflow.verdict.tilt import judge_samples, scored
 
 N = 20_000
@@ -159,3 +160,14 @@ def test_a_constant_judge_is_a_line_that_cannot_tell(base_samples):
         verdict = judge_samples(base_samples, base_samples, values, None, own)
         (line,) = (line for line in verdict.lines if "flat" in line.name)
         assert line.status == "cannot tell" and "constant" in line.explanation
+
+
+def test_a_judge_that_is_nan_cannot_tell():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(50, generator=generator)
+    before = Judged(noise, {"reward": noise, "held": noise}, noise, 1.0)
+    good = against_base(before, before._replace(scores={"reward": noise + 1 + 0.1 * noise, "held": noise + 0.1 * noise}))
+    assert [line.status for line in good] == ["pass", "warn", "pass"]
+    nan = torch.full((50,), torch.nan)
+    bad = against_base(before, before._replace(scores={"reward": nan, "held": nan}, diversity=float("nan")))
+    assert [line.status for line in bad] == ["cannot tell"] * 3

@@ -157,8 +157,7 @@ def train_sampler(
     """
     row = require_trained(method)
     s = settings or SamplerSettings.of(method, problem.settings)
-    if row.on_policy and (s.gradient_steps, s.minibatch, s.buffer_rounds) != (1, None, 1):
-        raise TiltflowError(f"the method {row.name!r} uses each round once: build its settings by SamplerSettings.of.")
+    row.require_training(s.buffer_rounds, s.accumulate)
     sampler, trainer = untrained(problem, row, s, seed, energy, net)
     state = State(sampler.control, torch.Generator().manual_seed(seed))
     sampler.history.extend(fit(trainer, state, s, checkpoint, resume, callback))

@@ -32,10 +32,11 @@ def against_base(before: Judged, after: Judged) -> list[Line]:
         mean, error = float(change.mean()), float(change.std()) / len(change) ** 0.5
         low, high = mean - SIGMAS * error, mean + SIGMAS * error
         held_out = name != REWARD
-        status: Status = "pass" if low > 0 else "fail" if high < 0 else "warn" if held_out else "cannot tell"
+        unclear: Status = "warn" if held_out and low <= 0 <= high else "cannot tell"  # NaN is in no interval
+        status: Status = "pass" if low > 0 else "fail" if high < 0 else unclear
         said = "held out: must not fall while the reward rises" if held_out else "mean change, in the same noise"
         lines.append(Line(f"held-out {name}" if held_out else name, mean, low, high, "> 0", status, said))
     ratio = after.diversity / before.diversity if before.diversity > 0 else float("nan")
-    kept: Status = "pass" if ratio >= KEPT else "warn" if ratio >= LOST else "fail"
+    kept: Status = "cannot tell" if ratio != ratio else "pass" if ratio >= KEPT else "warn" if ratio >= LOST else "fail"
     said = "mean distance between samples of one prompt, over the base's"
     return [*lines, Line("diversity kept", ratio, None, None, f"≥ {KEPT:g} good, < {LOST:g} bad", kept, said)]
