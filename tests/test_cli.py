@@ -73,7 +73,7 @@ def test_existing_run_is_refused_and_untouched(run):
         (["--sigma", "1.0"], "not memoryless"),
         (["--reward", f"{MODELS}:detached"], "detached"),
         (["--reward", f"{MODELS}:infinite"], "NaN or infinite"),
-        (["--reward", f"{MODELS}:wrong_length"], "one number per sample"),
+        (["--reward", f"{MODELS}:wrong_length"], "output length"),
         (["--reward", f"{MODELS}:constant"], "constant"),
         (["--reward", f"{MODELS}:nothing"], "has no 'nothing'"),
         (["--reward", "beauty"], "unknown reward 'beauty'"),
