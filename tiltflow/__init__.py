@@ -60,7 +60,36 @@ _WHERE = {
     "train_sampler": "sampling.train",
 }
 """Public name → its module, imported when the name is first used: ``import tiltflow`` is quick, and needs no extra."""
-__all__ = [*_WHERE, "__version__"]
+__all__ = [
+    "VP",
+    "Cosine",
+    "EnergyProblem",
+    "Ensemble",
+    "Evaluator",
+    "FinetuneSettings",
+    "Follmer",
+    "Linear",
+    "PipelineSettings",
+    "Process",
+    "Sampler",
+    "SamplerSettings",
+    "TiltedModel",
+    "TiltedPipeline",
+    "TiltflowError",
+    "__version__",
+    "check_base",
+    "check_energy",
+    "check_reward",
+    "conformers",
+    "finetune",
+    "finetune_pipeline",
+    "from_azula",
+    "from_flow_matching",
+    "load",
+    "ode",
+    "tilted",
+    "train_sampler",
+]
 
 
 def __getattr__(name: str) -> Any:
