@@ -162,7 +162,7 @@ def end_mean(chain, control, generator):
     return float(sample(chain, control, chain.source(8_000, generator), generator).x.mean())
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_adjoint_matching_reaches_the_tilt_and_its_bad_twins_do_not(seed, generator):
     problem = tilt_1d()  # N(.5, .25) tilted by e^x is N(.75, .25)
     chain = chain_1d(problem, generator)
@@ -176,7 +176,7 @@ def test_adjoint_matching_reaches_the_tilt_and_its_bad_twins_do_not(seed, genera
     assert abs(end_mean(chain, weak, g) - exact) > 3 * tolerance
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_constant_noise_is_biased(seed, generator):
     """σ = 1 remembers X_0: the tilt reaches only part of the way, whatever the training."""
     problem = tilt_1d(variance=1.0)  # the exact tilt is N(1.5, 1); corr(X_0, X_1) = .46 leaves 1 − .46² of the shift
@@ -186,6 +186,7 @@ def test_constant_noise_is_biased(seed, generator):
     assert end_mean(chain, control, g) < 1.4
 
 
+@pytest.mark.slow
 def test_importance_weights_full_adjoint_and_subsets_reach_the_tilt_too(generator):
     problem = tilt_1d()
     chain = chain_1d(problem, generator)

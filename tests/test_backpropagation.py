@@ -257,7 +257,7 @@ def gaussian(steps=8):
     return problem, chain, optimum[1:]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_discrete_adjoint_finds_the_optimal_control_and_its_bad_twins_do_not(seed):
     """N(.5, .25) tilted by e^x is N(.75, .25). At u* the gradient has no noise, so the weights themselves converge."""
     problem, chain, optimum = gaussian()

@@ -174,6 +174,7 @@ def test_water_on_springs_has_the_distances_of_quadrature(single, seed):
     assert drawn.log_weights is None and float(x.mean(1).abs().max()) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_chiral_molecule_keeps_its_chirality(single):
     """Every draw of an energy that is blind to it; the mirror images are found out."""
     mol = molecule("F[C@H](Cl)Br")

@@ -157,6 +157,7 @@ def test_bench_refuses_unknown_methods_and_other_devices(what):
     assert done.returncode == 2 and "CPU only" in done.stderr
 
 
+@pytest.mark.slow
 def test_bench_prints_and_writes_one_document(tmp_path):
     out = tmp_path / "deep" / "result.json"
     done = tiltflow("bench", "control", "--methods", "log_variance", "--rounds", "2", "--json", "--out", str(out))
@@ -172,7 +173,7 @@ TINY = ["--rounds", "2", "--batch", "8", "--steps", "10", "--reference-samples",
 @pytest.mark.parametrize(
     "args",
     [
-        ["--reward", "thickness", "--label", "3", "--guidance", "1.5"],
+        pytest.param(["--reward", "thickness", "--label", "3", "--guidance", "1.5"], marks=pytest.mark.slow),
         pytest.param(["--reward", "digit-3", "--strength", "0.5"], marks=pytest.mark.slow),
         ["--reward", "inpainting"],
     ],

@@ -91,6 +91,7 @@ def test_check_energy(run):
     assert other.returncode == 2 and "vectors, particles, torus" in other.stderr
 
 
+@pytest.mark.slow
 def test_bench_sampling(tmp_path):
     out = tmp_path / "result.json"
     what = ["--problem", "gaussian2d", "--methods", "pis", "--rounds", 1]

@@ -90,6 +90,7 @@ def test_verdicts(rows, ess, left_out):
     assert verdict.status == max((ess, left_out), key=("pass", "warn", "cannot tell").index)
 
 
+@pytest.mark.slow
 def test_conformers_without_weights_are_not_judged(monkeypatch):
     assert judge_conformers([row(ess=None)]) is None and judge_conformers([]) is None
     monkeypatch.setattr("tiltflow.molecules.covering.EXTRA", 8)

@@ -20,6 +20,7 @@ from tiltflow.molecules.templates import embed, relax
 from tiltflow.molecules.torsions import dihedrals, rotatable_torsions
 
 
+@pytest.mark.slow
 def test_it_turns_amides_and_has_geometries_of_its_own(monkeypatch):
     """N-methylacetamide: both sides of the amide in the first two, where RDKit has one; bond lengths of its own."""
     monkeypatch.setattr(module, "EXTRA", 64)
@@ -33,6 +34,7 @@ def test_it_turns_amides_and_has_geometries_of_its_own(monkeypatch):
     assert ((lengths[:, None] - own).abs().amin(1) < 1e-6).all() and len(lengths.round(decimals=6).unique()) > 1
 
 
+@pytest.mark.slow
 def test_few_conformers_cover_the_minima(monkeypatch):
     """Six of hexane within .5 Å of most of the minima of RDKit's embeddings, both as drawn and relaxed; mean of three seeds.
 

@@ -34,7 +34,9 @@ def gaussian():
     return EnergyProblem(name="gaussian", energy=energy, event_shape=(2,), scale=1.5, finest=0.1)
 
 
-@pytest.mark.parametrize("method", ["adjoint_sampling", "weighted_adjoint_sampling"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("adjoint_sampling", marks=pytest.mark.slow), "weighted_adjoint_sampling"]
+)
 def test_a_gaussian_is_learned_with_its_exact_drift_and_log_z(method):
     """The Föllmer drift of N(m, s²I) over N(0, h²I): b = (m − x + …), linear; log Z = log 2πs²."""
     settings = SamplerSettings(
