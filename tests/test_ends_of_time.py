@@ -5,7 +5,6 @@ from typing import get_args
 
 import pytest
 import torch
-from tiltflow.tilting.finetune import FinetuneSettings, finetune
 from torch import nn
 
 from tiltflow.core.chain import euler_maruyama, memoryless_chain, power_grid, residual_variance, uniform_grid
@@ -17,6 +16,8 @@ from tiltflow.core.ode import ode
 from tiltflow.core.process import Predicts, Process
 from tiltflow.core.simulate import sample, simulate
 from tiltflow.problems.tilt import GaussianMixture, three_modes
+from tiltflow.tilting.settings import FinetuneSettings
+from tiltflow.tilting.train import finetune
 
 PATHS = [Linear(), Cosine()]
 MEAN = torch.tensor([0.5, 0.17], dtype=torch.float64)  # of three_modes: .5·2 − .3 − .2 and 1.7·(.3 − .2)
@@ -248,12 +249,14 @@ class Trainable(nn.Module):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_fine_tuning_an_eps_base_reaches_the_tilt_of_the_velocity_base(seed):
     """N(0, .25 I) tilted by e^{x_1} is N((.25, 0), .25 I); ± .03 is what 4,000 draws and K = 20 leave."""
-    settings = FinetuneSettings(iterations=25, batch=96, steps=20, learning_rate=2e-2)
+    settings = FinetuneSettings(
+        rounds=25, gradient_steps=4, buffer_rounds=4, batch=96, steps=20, warmup=0, learning_rate=2e-2
+    )
     reached = {}
     for predicts in ("velocity", "eps"):
         base = Process(Linear(), Trainable(predicts), predicts, (2,))
         generator = torch.Generator().manual_seed(seed)
-        tuned = finetune(base, lambda x: x[:, 0], 1.0, settings, generator=generator)
+        tuned = finetune(base, lambda x: x[:, 0], 1.0, settings=settings, seed=seed)
         x = sample(tuned.chain, FineTuned(tuned.process), tuned.chain.source(4_000, generator), generator).x
         flow = ode(tuned.process, tuned.process.source(4_000, generator, torch.float64), 40)
         reached[predicts] = x

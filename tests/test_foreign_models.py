@@ -4,7 +4,6 @@ The guide for foreign models quotes these wrappers. Each network is exact, in it
 """
 
 import torch
-from tiltflow.tilting.finetune import FinetuneSettings, finetune
 from torch import nn
 
 from tiltflow.core.control import FineTuned
@@ -12,6 +11,8 @@ from tiltflow.core.interpolant import VP, Linear
 from tiltflow.core.process import Process
 from tiltflow.core.simulate import sample
 from tiltflow.problems.tilt import GaussianMixture, three_modes
+from tiltflow.tilting.settings import FinetuneSettings
+from tiltflow.tilting.train import finetune
 from tiltflow.verdict.check_base import check_base
 
 DATA = three_modes()
@@ -173,8 +174,10 @@ def test_a_latent_model_is_tilted_in_its_latents_by_a_reward_of_what_they_decode
     """r = (first pixel)/2 is z_1, so N(0, .25 I) goes to N((.25, 0), .25 I)."""
     base = Process(Linear(), Latents(), "velocity", (2,))
     assert not failing(base)
-    settings = FinetuneSettings(iterations=25, batch=96, steps=20, learning_rate=2e-2)
-    tuned = finetune(base, lambda z: decode(z)[:, 0, 0, 0] / 2, 1.0, settings, generator=generator)
+    settings = FinetuneSettings(
+        rounds=25, gradient_steps=4, buffer_rounds=4, batch=96, steps=20, warmup=0, learning_rate=2e-2
+    )
+    tuned = finetune(base, lambda z: decode(z)[:, 0, 0, 0] / 2, 1.0, settings=settings)
     z = sample(tuned.chain, FineTuned(tuned.process), tuned.chain.source(4_000, generator), generator).x
     assert torch.allclose(z.mean(0), torch.tensor([0.25, 0.0]), atol=0.06) and decode(z).shape == (4_000, 1, 1, 2)
 
