@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
+import click
 import pytest
 import yaml
 
 import tiltflow
+from tiltflow.cli import cli
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -193,3 +196,37 @@ def resolves(name: str) -> bool:
             found = getattr(found, part, None)
         return found is not None
     return False
+
+
+def unknown_words(line: str) -> list[str]:
+    """The command and the options of ``line`` that neither tiltflow nor, for ``python path.py``, the script knows."""
+    words = re.split(r"\s[#>|]|\s&&|…", line)[0].split()
+    if words[0] == "python":
+        folder = ROOT / Path(words[1]).parent
+        scripts = [ROOT / words[1], *([folder / "study.py"] if folder.name == "recipes" else [])]
+        source = "".join(s.read_text(encoding="utf-8") for s in scripts)
+        return [w for w in words[2:] if w.startswith("--") and f'"{w.split("=")[0]}"' not in source]
+    command, rest = cli, words[1:]
+    while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+        found = command.get_command(click.Context(command), rest[0])
+        if found is None:
+            return rest[:1]
+        command, rest = found, rest[1:]
+    known = {"--help"}.union(*(p.opts + p.secondary_opts for p in command.params))
+    return [w for w in rest if w.startswith("--") and w.split("=")[0] not in known]
+
+
+def test_commands_that_pages_name_are_those_that_run():
+    """A line "From `command` (commit …" is the record of a result, with the options of its day."""
+    lines = []
+    for path in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        if path.name != "lab-notes.md":
+            text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+            text = re.sub(r"```\w*\n(.*?)```", lambda block: indent(block[1], " " * 4), text, flags=re.S)
+            text = re.sub(r"^From `[^`]+` \(commit .*$", "", text, flags=re.M)
+            lines += re.findall(r"(?:^ {4,}|`)((?:tiltflow [a-z]|python (?:recipes|benchmarks)/\w+\.py)[^`\n]*)", text, re.M)
+    assert len(lines) > 100
+    assert {line: wrong for line in lines if (wrong := unknown_words(line))} == {}
+    assert unknown_words("tiltflow finetune --iterations 3") == ["--iterations"]
+    assert unknown_words("tiltflow fine-tune --rounds 3") == ["fine-tune"]
+    assert unknown_words("python recipes/galaxies.py --seeds 0 --iterations 3") == ["--iterations"]

@@ -65,18 +65,40 @@ def _require_energy(name: str) -> None:
 
 
 @settings
-class TorsionalSettings(Training):
-    """How to train a torsional sampler; angles in radians.
+class MoleculeTraining(Training):
+    """What the samplers of torsions and of Cartesian coordinates share.
 
     Args:
-        rounds: Rounds of simulation, each followed by gradient steps; none: 20 + 10 per torsion.
-        batch: End points per template and round.
         steps: Simulation steps in training.
         draw_steps: Simulation steps of finished samples.
         sigma_max: Largest noise of the geometric schedule.
         sigma_min: Smallest noise.
         hidden: Width of the network.
         layers: Depth of the network.
+    """
+
+    learning_rate: Positive = 3e-3
+    ema: Decay = 0.9
+    steps: Steps
+    draw_steps: Steps
+    sigma_max: Positive
+    sigma_min: Positive
+    hidden: Count
+    layers: Count = 3
+
+    def validate(self) -> None:
+        """σ_min < σ_max."""
+        if not self.sigma_min < self.sigma_max:
+            raise TiltflowError(f"sigma_min must be below sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}.")
+
+
+@settings
+class TorsionalSettings(MoleculeTraining):
+    """How to train a torsional sampler; angles in radians.
+
+    Args:
+        rounds: Rounds of simulation, each followed by gradient steps; none: 20 + 10 per torsion.
+        batch: End points per template and round.
         max_cost_gradient: Bound on ‖∇E/kT‖; none: no bound.
         minimum_ess: Path weights are tempered to this share of effective samples.
     """
@@ -85,8 +107,6 @@ class TorsionalSettings(Training):
     gradient_steps: Count = 60
     minibatch: Count | None = 256
     buffer_rounds: Count = 10
-    learning_rate: Positive = 3e-3
-    ema: Decay = 0.9
     checkpoint_every: Count = 10
     batch: Batch = 256
     steps: Steps = 25
@@ -94,13 +114,8 @@ class TorsionalSettings(Training):
     sigma_max: Positive = 3.0
     sigma_min: Positive = 0.1
     hidden: Count = 64
-    layers: Count = 3
     max_cost_gradient: Positive | None = 50.0
     minimum_ess: Annotated[float, Range(0, 1 - 1e-9, above=True)] = 0.1
-
-    def validate(self) -> None:
-        """σ_min < σ_max."""
-        require_order(self.sigma_min, self.sigma_max)
 
     def rounds_of(self, torsions: int) -> int:
         """Rounds for so many torsions."""
@@ -112,7 +127,7 @@ class TorsionalSettings(Training):
 
 
 @settings
-class CartesianSettings(Training):
+class CartesianSettings(MoleculeTraining):
     """How to train a Cartesian sampler; lengths in Å.
 
     The adjoint target moves far and overshoots, the more the larger the gradients; that of least variance moves by about
@@ -126,12 +141,6 @@ class CartesianSettings(Training):
         fine_rounds: Rounds with the target of least variance.
         fine_rate: Their share of the learning rate.
         batch: End points per round.
-        steps: Simulation steps in training.
-        draw_steps: Simulation steps of finished samples.
-        sigma_max: Largest noise of the geometric schedule.
-        sigma_min: Smallest noise.
-        hidden: Width of the network.
-        layers: Depth of the network.
     """
 
     pretrain: Whole = 0
@@ -144,24 +153,11 @@ class CartesianSettings(Training):
     gradient_steps: Count = 40
     minibatch: Count | None = 32
     buffer_rounds: Count = 6
-    learning_rate: Positive = 3e-3
-    ema: Decay = 0.9
     steps: Steps = 20
     draw_steps: Steps = 50
     sigma_max: Positive = 1.0
     sigma_min: Positive = 0.03
     hidden: Count = 32
-    layers: Count = 3
-
-    def validate(self) -> None:
-        """σ_min < σ_max."""
-        require_order(self.sigma_min, self.sigma_max)
-
-
-def require_order(sigma_min: float, sigma_max: float) -> None:
-    """Raises TiltflowError unless σ_min < σ_max."""
-    if not sigma_min < sigma_max:
-        raise TiltflowError(f"sigma_min must be below sigma_max, got {sigma_min:g} and {sigma_max:g}.")
 
 
 @settings
