@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("rdkit")
 
-from test_cli_sampling import tiltflow
+from commands import tiltflow
 
 from tiltflow import load
 from tiltflow.core.errors import TiltflowError

@@ -2,17 +2,16 @@
 
 import gzip
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import tiltflow
 from rdkit import Chem
 from rdkit.Chem import rdForceFieldHelpers, rdMolAlign
 
 import tiltflow.bench.conformers as bench
 from tiltflow.bench.conformers import Generated, bench_conformers, bench_molecule, evenly, interval, relax
-from tiltflow.cli import main
 from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.geom import Listed, Reference, list_molecules, read_reference
 from tiltflow.molecules.molecule import molecule, with_positions
@@ -307,21 +306,13 @@ def test_interval_and_spacing(generator):
     assert len(set(evenly(529, 512).tolist())) == 512
 
 
-def tiltflow(monkeypatch, capsys, *args):
-    monkeypatch.setattr(sys, "argv", ["tiltflow", *map(str, args)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    return ended.value.code, said.out, said.err
-
-
-def test_command(folder, tmp_path, monkeypatch, capsys):
+def test_command(folder, tmp_path, monkeypatch):
     """One molecule in a process of its own; kept until the run is complete; an interrupted run resumes."""
     path, out = folder[0], tmp_path / "result.json"
     common = ("bench", "conformers", "--data", path, "--methods", "rdkit", "--molecules", 1, "--out", out, "--json")
-    code, said, _ = tiltflow(monkeypatch, capsys, *common)
-    document = json.loads(said)
-    assert code == 0 and json.loads(out.read_text())["rows"] == document["rows"]
+    done = tiltflow(*common)
+    document = json.loads(done.stdout)
+    assert done.returncode == 0 and json.loads(out.read_text())["rows"] == document["rows"]
     assert not (tmp_path / "result.json.parts").exists()
     kinds = [r["kind"] for r in document["rows"]]
     assert kinds.count("molecule") == 2 and kinds.count("summary") == 2 * 2 * 5 and kinds.count("share") == 2 * 2 * 5 * 4
@@ -363,12 +354,12 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
         (["--device", "cuda"], "--device cuda"),
     ],
 )
-def test_misuse(args, message, monkeypatch, capsys):
-    code, _, err = tiltflow(monkeypatch, capsys, "bench", "conformers", *args)
-    assert code == 2 and message in err
+def test_misuse(args, message):
+    done = tiltflow("bench", "conformers", *args)
+    assert done.returncode == 2 and message in done.stderr
 
 
-def test_missing_data_is_named(monkeypatch, capsys, tmp_path):
+def test_missing_data_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "DATA", tmp_path / "none")
-    code, _, err = tiltflow(monkeypatch, capsys, "bench", "conformers")
-    assert code == 2 and "--data DIR" in err
+    done = tiltflow("bench", "conformers")
+    assert done.returncode == 2 and "--data DIR" in done.stderr

@@ -186,6 +186,7 @@ def test_a_chiral_molecule_keeps_its_chirality(single):
     torch.testing.assert_close(trained.energy.value(x), trained.draw(200, torch.Generator().manual_seed(0)).energy)
 
 
+@pytest.mark.slow
 def test_pretraining_makes_bonds(single):
     """Bridge matching alone has the bonds of RDKit's conformers; without it they are those of the source."""
     mol = molecule("CC(=O)O")

@@ -1,12 +1,11 @@
 """Commands as users run them: JSON on stdout, exit codes, run folders, and every kind of misuse."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import apart, tiltflow
 from safetensors.torch import load_file
 
 MODELS = str(Path(__file__).with_name("models.py"))
@@ -15,16 +14,11 @@ SMALL = ["--rounds", "80", "--batch", "128", "--learning-rate", "1e-2", "--steps
 SMALL += ["--reference-samples", "4000", "--samples", "4000"]
 
 
-def tiltflow(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from tiltflow.cli import main; main()", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "run"
     reward = ["--reward", f"{MODELS}:right", "--judge", f"{MODELS}:judge", "--strength", "1"]
-    done = tiltflow("finetune", *BASE, *reward, *SMALL, "--out", out, "--json")
+    done = apart("finetune", *BASE, *reward, *SMALL, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
 
@@ -174,8 +168,8 @@ TINY = ["--rounds", "2", "--batch", "8", "--steps", "10", "--reference-samples",
     "args",
     [
         pytest.param(["--reward", "thickness", "--label", "3", "--guidance", "1.5"], marks=pytest.mark.slow),
-        pytest.param(["--reward", "digit-3", "--strength", "0.5"], marks=pytest.mark.slow),
-        ["--reward", "inpainting"],
+        ["--reward", "digit-3", "--strength", "0.5"],
+        pytest.param(["--reward", "inpainting"], marks=pytest.mark.slow),
     ],
     ids=["thickness", "digit-3", "inpainting"],
 )

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("rdkit")
 
+from commands import tiltflow
 from rdkit import Chem
 from rdkit.Chem import rdDistGeom
-from test_cli_sampling import tiltflow
 
 import tiltflow as tiltflow_package
 from tiltflow.molecules.energies import UnsupportedMolecule

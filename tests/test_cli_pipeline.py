@@ -10,7 +10,7 @@ pytest.importorskip("peft")
 
 import diffusers as D
 import tiny_pipelines as tiny
-from test_cli_sampling import tiltflow
+from commands import tiltflow
 
 from tiltflow.pipelines.outcome import write_sounds
 from tiltflow.verdict.paired import Judged, against_base
@@ -223,7 +223,8 @@ def test_a_hacked_reward_is_stopped(here):
 def test_an_interrupted_run_is_resumed(here, monkeypatch):
     import tiltflow.pipelines.watch as module
 
-    plain = tiltflow(*arguments(here, "--json", out=here / "whole", rounds=12))
+    small = {"rounds": 12, "steps": 3, "batch": 2, "samples": 16}
+    plain = tiltflow(*arguments(here, "--json", **small | {"out": here / "whole"}))
     judge = module.Watch.__call__
 
     def interrupt(self, tuned, row):
@@ -233,8 +234,8 @@ def test_an_interrupted_run_is_resumed(here, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(module.Watch, "__call__", interrupt)
-        assert tiltflow(*arguments(here, rounds=12)).returncode == 130
-    again = tiltflow(*arguments(here, "--json", "--resume", rounds=12))
+        assert tiltflow(*arguments(here, **small)).returncode == 130
+    again = tiltflow(*arguments(here, "--json", "--resume", **small))
     first, second = (json.loads(done.stdout)["rows"][0] for done in (plain, again))
     assert all(first[k] == second[k] for k in first if "seconds" not in k)
 

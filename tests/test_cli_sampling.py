@@ -1,37 +1,16 @@
 """Commands of the second job as users run them: documents, exit codes, run folders, misuse."""
 
-import io
 import json
-import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from commands import apart, tiltflow
 from safetensors.torch import load_file
-
-from tiltflow.cli import main
 
 ENERGIES = str(Path(__file__).with_name("energies_by_name.py"))
 TINY = ["--rounds", 3, "--batch", 32, "--gradient-steps", 2, "--steps", 10, "--hidden", 16, "--layers", 2, "--samples", 100]
 OWN = ["--shape", "2", "--scale", 2, "--finest", 0.1]
-
-
-def apart(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from tiltflow.cli import main; main()", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def tiltflow(*args: object) -> subprocess.CompletedProcess[str]:
-    """The same in this process, without the seconds that imports take."""
-    out, err = io.StringIO(), io.StringIO()
-    torch.set_default_dtype(torch.float32)
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["tiltflow", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    return subprocess.CompletedProcess(sys.argv, ended.value.code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

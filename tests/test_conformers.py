@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("rdkit")
 
+from commands import tiltflow
 from rdkit import Chem
-from test_cli_sampling import tiltflow
 
 import tiltflow as tf
 from tiltflow.cli.list import _rows
@@ -27,6 +27,7 @@ BENZYL = "OCc1ccccc1"
 
 
 def test_it_gives_what_a_run_gives(tmp_path):
+    torch.set_default_dtype(torch.float32)
     typed = ["-n", 12, "--temperature", "350K", "--seed", 3, *AS_TYPED, "--out", tmp_path / "run"]
     done = tiltflow("conformers", BENZYL, *typed)
     assert done.returncode == 0, done.stderr

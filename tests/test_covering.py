@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("rdkit")
 
-from test_cli_sampling import tiltflow
+from commands import tiltflow
 
 from tiltflow.bench import conformers as bench_conformers
 from tiltflow.molecules import covering as module
@@ -65,6 +65,7 @@ def test_what_a_choice_alone_is_worth(monkeypatch):
 def test_the_command_writes_minima_without_weights(monkeypatch, tmp_path):
     """Energies are those of MMFF94's minima: below those of embeddings. "none" stands for weights and temperature."""
     monkeypatch.setattr(module, "EXTRA", 32)
+    monkeypatch.setattr(module, "ROUNDS", 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     done = tiltflow("conformers", "CCCCO", "--cover", "-n", 4, "--out", tmp_path, "--json")
     document = json.loads(done.stdout)

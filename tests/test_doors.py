@@ -1,13 +1,12 @@
 """The front doors, in Python and on the command line alike: methods, faulty input, models that are what they say."""
 
-import contextlib
-import io
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from models import GaussianVelocity, process, right
@@ -15,7 +14,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tiltflow
-from tiltflow.cli import main
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import describe_fields
 from tiltflow.methods.log_variance import LogVariance
@@ -38,16 +36,11 @@ def single():
 
 
 def called(*args):
-    """A command in this process: its exit code, output and errors."""
-    out, err = io.StringIO(), io.StringIO()
-    torch.set_default_dtype(torch.float32)
-    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with pytest.MonkeyPatch.context() as patch, streams[0], streams[1]:
-        patch.setattr(sys, "argv", ["tiltflow", *map(str, args)])
+    """A command in this process, without its page: its exit code, output and errors."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow, "write_page", lambda folder, page: None)
-        with pytest.raises(SystemExit) as ended:
-            main()
-    return ended.value.code, out.getvalue(), err.getvalue()
+        done = commands.tiltflow(*args)
+    return done.returncode, done.stdout, done.stderr
 
 
 # --- methods

@@ -161,7 +161,7 @@ def test_blocks_of_the_batch_change_nothing(generator):
         assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(results[0], other))
 
 
-def test_derivatives_copies_and_compilation(generator):
+def test_derivatives_and_copies(generator):
     net = trained(3, 2, hidden=4, layers=2, noise=shrinking)
     x, t = points(generator, 2, 3, 2)
     x.requires_grad_(True)
@@ -171,6 +171,12 @@ def test_derivatives_copies_and_compilation(generator):
     assert slope.isfinite().all()  # particles on top of each other, no noise left
     twin = copy.deepcopy(net)
     assert torch.equal(twin(x, t), net(x, t))
+
+
+@pytest.mark.slow
+def test_compilation_changes_nothing(generator):
+    net = trained(3, 2, hidden=4, layers=2, noise=shrinking)
+    x, t = points(generator, 2, 3, 2)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(x, t), net(x, t), rtol=1e-12)
     with torch.no_grad():

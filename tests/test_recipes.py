@@ -185,6 +185,7 @@ def test_a_study_raises_reward_and_judge_and_leaves_run_folders(tmp_path, capsys
         assert {p.name for p in folder.iterdir()} >= {"config.json", "metrics.json", "model.safetensors"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_exactly(tmp_path, monkeypatch, capsys):
     study = recipe("study")
     study.run(toy(), options(tmp_path, "--out", str(tmp_path / "whole")), [])

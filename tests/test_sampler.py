@@ -60,6 +60,7 @@ def test_a_gaussian_is_learned_with_its_exact_drift_and_log_z(method):
     assert found.ess > 0.8
 
 
+@pytest.mark.slow
 def test_mode_weights_need_path_weights():
     """Modes 7.5 standard deviations apart, weights .7/.3: right with path weights, not without (the known-bad twin)."""
     problem = ENERGY_PROBLEMS["unequal2d"]()

@@ -41,7 +41,7 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of the table."""
-        return list(COMMANDS)
+        return [*COMMANDS]  # the command list is a module here, and hides the type
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """The command, imported."""
