@@ -437,11 +437,12 @@ def test_a_conditional_model_is_judged_under_conditions_it_has_not_seen(tmp_path
     assert code in (0, 3), err
     document = json.loads(out)
     lines = [row for row in document["rows"] if row["kind"] == "verdict" and row["name"].startswith("reward gap")]
-    assert [line["name"][-10:] for line in lines] == [f"(unseen {i})" for i in range(1, 9)]
+    assert [line["way"] for line in lines[:3]] == ["as drawn", "ode", "exact"]
+    assert [line["name"][-10:] for line in lines[::3]] == [f"(unseen {i})" for i in range(1, 9)]
     summary = document["rows"][0]
     assert summary["reward_base"] == pytest.approx(0.0, abs=0.05)
     assert summary["reward_reached"] == pytest.approx(0.25, abs=0.05)
-    assert summary["reward_reached_ode"] == pytest.approx(0.25, abs=0.06)
+    assert summary["reward_ode"] == pytest.approx(0.25, abs=0.06)
     assert called("sample", tmp_path / "run", "-n", 20, "--exact")[0] == 0
     model = tiltflow.load(tmp_path / "run")
     assert model.report(tmp_path / "again", samples=200, reference_samples=200).stat().st_size > 10_000

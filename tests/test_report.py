@@ -34,7 +34,7 @@ from tiltflow.report.figures import SAMPLING, TILTING, Curve, distance_figures, 
 from tiltflow.report.samples import principal_axes, project
 from tiltflow.report.sounds import spectrograms, wav
 from tiltflow.report.tables import sampler_numbers, sampler_table
-from tiltflow.verdict.line import STATUSES, Line, Verdict
+from tiltflow.verdict.line import STATUSES, Line, Score, Verdict
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -44,7 +44,7 @@ LINES = [
     Line("reward gap", 0.04321, -0.0205, 0.1107, "at most 10 %", "pass", "close to the reference"),
     Line("judge gap", 0.1789, None, None, "at most 10 %", "warn", "the judge lags"),
 ]
-SCORES = [("mean reward", 0.2111, 0.8222, 0.7933), ("diversity", 9.811, None, 8.722)]
+SCORES = [Score("mean reward", 0.2111, 0.8222, 0.7933, 0.7544, 0.8211), Score("diversity", 9.811, None, 8.722)]
 T, NORMS = (0.0, 0.5, 1.0), (3.25, 2.125, 1.0625)
 HISTORY = [
     {"iteration": i, "reward": 0.1 * i, "kl": 0.0123 * i, "loss": 9.87 / (i + 1), "grad_norm": 2.5, "seconds": 0.75 * i,
@@ -177,7 +177,7 @@ def test_nonfinite_numbers_are_named(tmp_path):
     history = [{"iteration": i, "reward": NAN, "kl": math.inf, "loss": -1.0, "adjoint_norm": [NAN] * 3} for i in range(3)]
     page = example(
         verdict=Verdict("fail", [Line("log Z", NAN, -math.inf, math.inf, "gap at most .1", "cannot tell", "diverged")]),
-        blocks=[gallery({"Before": torch.full((3, 1, 4, 4), NAN)}), scores_table([("mean reward", NAN, None, math.inf)])],
+        blocks=[gallery({"Before": torch.full((3, 1, 4, 4), NAN)}), scores_table([Score("mean reward", NAN, None, math.inf)])],
         training=training_blocks(history, TILTING, t=T),
         history=history,
         facts={"path ESS, of 1": NAN},

@@ -15,9 +15,9 @@ from tiltflow.core.noise import Constant
 from tiltflow.core.simulate import sample
 from tiltflow.metrics.distance import total_variation
 from tiltflow.problems.tilt import mixture2d
-from tiltflow.verdict.line import graded, overall
+from tiltflow.verdict.line import AS_DRAWN, EXACT, REWARD, graded, overall
 from tiltflow.verdict.paired import Judged, against_base
-from tiltflow.verdict.tilt import judge_samples, scored
+from tiltflow.verdict.tilt import BASE, TRUTH, judge_samples, scored
 
 N = 20_000
 PROBLEM = mixture2d()
@@ -56,9 +56,10 @@ def base_samples(chain):
 def judged(samples, log_weights, base_samples, exact, seed=0):
     generator = torch.Generator().manual_seed(seed)
     truth = PROBLEM.target.sample(N, generator) if exact else None
-    values = scored(COST, {}, samples, base_samples, *([truth] if exact else []))
-    log_ratio = None if log_weights is None else log_weights - values["reward"][0]
-    return judge_samples(samples, base_samples, values, log_ratio, generator, truth=truth)
+    sets = {AS_DRAWN: samples, BASE: base_samples} | ({TRUTH: truth} if exact else {})
+    values = scored(COST, {}, sets)
+    log_ratio = None if log_weights is None else log_weights - values[REWARD][AS_DRAWN]
+    return judge_samples(sets, values, log_ratio, generator)
 
 
 def exact_tv(x):

@@ -14,6 +14,8 @@ import click
 from tiltflow.core.settings import Field, Seed
 
 EXIT_MISUSE, EXIT_FAIL = 2, 3
+SCORES = ("base", "reference", "reached", "ode", "exact")
+"""What is said of a score; see :class:`tiltflow.verdict.line.Score`."""
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,12 +60,14 @@ def finish(result: dict[str, Any], as_json: bool, text: str) -> None:
 def finish_run(result: dict[str, Any], out: Path, numbers: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:
     """:func:`finish` for a run folder: its numbers, the verdict's lines, and where the report is."""
     lines = [r for r in result["rows"] if r["kind"] == "verdict"]
+    ways = [r for r in result["rows"] if r["kind"] == "way"]
     missing = next((r["report_error"] for r in result["rows"] if "report_error" in r), None)
     report = f"report:  {out / 'report.html'}" if missing is None else f"report:  none ({missing})"
     text = "\n\n".join(
         [
             table(numbers, columns),
-            table(lines, ["status", "name", "value", "low", "high", "threshold"]),
+            table(lines, ["status", *(["way"] if ways else []), "name", "value", "low", "high", "threshold"]),
+            *([table(ways, ["status", "name", "command"]).replace("RUN", str(out))] if ways else []),
             f"verdict: {result['verdict']}   ({result['rows'][0]['seconds']:.0f} s)\n{report}",
         ]
     )
@@ -71,10 +75,9 @@ def finish_run(result: dict[str, Any], out: Path, numbers: list[dict[str, Any]],
 
 
 def scores_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The scores of a summary, one row each: base, reference, reached."""
+    """The scores of a summary, one row each: of the base, the reference, and as reached in each way of sampling."""
     names = [k.removesuffix("_base") for k in summary if k.endswith("_base")]
-    parts = ("base", "reference", "reached")
-    return [{"": name, **{part: summary.get(f"{name}_{part}") for part in parts}} for name in names]
+    return [{"": name, **{part: summary.get(f"{name}_{part}") for part in SCORES}} for name in names]
 
 
 class Bars:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tiltflow.cli.common import Bars, command_line, common, document, finish, finish_run, scores_of, table
+from tiltflow.cli.common import SCORES, Bars, command_line, common, document, finish, finish_run, scores_of, table
 from tiltflow.cli.options import given, options, run_options
 from tiltflow.core.errors import TiltflowError
 from tiltflow.tilting.settings import FinetuneSettings, TiltConfig, suited
@@ -31,7 +31,7 @@ def finetune_command(out: Path, resume: bool, overwrite: bool, log: str | None, 
     job = TiltJob(**fields, settings=training)
     result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
     bars.close()
-    finish_run(result, out, scores_of(result["rows"][0]), ["", "base", "reference", "reached"], as_json)
+    finish_run(result, out, scores_of(result["rows"][0]), ["", *SCORES], as_json)
 
 
 @click.command("pretrain")

@@ -15,9 +15,9 @@ from tiltflow.report.page import (
     write_page,
 )
 from tiltflow.report.samples import gallery
-from tiltflow.report.tables import scores_table
+from tiltflow.report.tables import scores_table, ways_table
 
 __all__ = [
     "Block", "Figure", "Figures", "Gallery", "Markup", "Page", "Picture", "Table", "gallery", "history_figures",
-    "render", "require_report", "scores_table", "training_blocks", "write_page",
+    "render", "require_report", "scores_table", "training_blocks", "ways_table", "write_page",
 ]  # fmt: skip

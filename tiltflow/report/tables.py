@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from tiltflow.report.page import Table
+from tiltflow.verdict.line import Score
 
 NUMBERS = (  # row key, name, key of the floor or the exact value
     ("w2", "W2", "w2_floor"),
@@ -33,10 +34,19 @@ class SamplerNumber(NamedTuple):
     resampled: float | None
 
 
-def scores_table(scores: Iterable[tuple[str, float | None, float | None, float | None]]) -> Table:
-    """What changed: rows (name, of the base, of the reference, reached), each number possibly None."""
-    rows = [(name, base, reached, reference) for name, base, reference, reached in scores]
-    return Table("What changed", ("", "before", "after", "reference"), rows)
+def scores_table(scores: Iterable[Score]) -> Table:
+    """What changed: a row for each score, with the ways of sampling that were judged."""
+    listed = list(scores)
+    names = {"base": "before", "reached": "after", "ode": "by ODE", "exact": "exact", "reference": "reference"}
+    shown = [p for p in names if p in ("base", "reached", "reference") or any(getattr(s, p) is not None for s in listed)]
+    rows = [(s.name, *(getattr(s, part) for part in shown)) for s in listed]
+    return Table("What changed", ("", *(names[part] for part in shown)), rows)
+
+
+def ways_table(ways: Iterable[Mapping[str, Any]]) -> Table:
+    """Each way of sampling with its answer and the command that gives those samples."""
+    rows = [(way["name"], way["status"], way["command"]) for way in ways]
+    return Table("Ways of sampling", ("", "answer", "command"), rows, "The verdict is that of the best way.")
 
 
 def sampler_numbers(row: Mapping[str, Any], log_z: float | None) -> list[SamplerNumber]:

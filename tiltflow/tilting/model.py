@@ -18,20 +18,21 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process
 from tiltflow.core.settings import as_json
 from tiltflow.core.simulate import Samples
-from tiltflow.core.weights import systematic
+from tiltflow.core.weights import ess, systematic
 from tiltflow.methods.registry import Row
 from tiltflow.run.job import report
 from tiltflow.run.open import save_model
-from tiltflow.tilting.draw import CHAIN, draw_paths, draw_process
+from tiltflow.tilting.draw import CHAIN, ODE, draw_paths, draw_process
 from tiltflow.tilting.outcome import Case, Evaluation, Judgement, outcome
 from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.tilting.weights import save_chain, save_network
 from tiltflow.train.method import Conditions
-from tiltflow.verdict.line import REWARD, Verdict
-from tiltflow.verdict.tilt import Tell, judge_samples, scored
+from tiltflow.verdict.line import AS_DRAWN, BY_ODE, REWARD, Verdict
+from tiltflow.verdict.tilt import BASE, TRUTH, Tell, judge_samples, scored
 
-OVERSAMPLED, CASES = 4, 8
-"""Paths that are weighted for each exact sample; conditions that a report judges."""
+OVERSAMPLED, FEWEST, MOST, CASES, BATCH = 4, 200, 64, 8, 1_000
+"""Paths that are weighted for each exact sample at first; effective draws at least; rounds of paths at most; conditions that
+a report judges; samples that are drawn together."""
 EVALUATION_SEED = 1_000
 """Added to the seed for the samples that are judged."""
 
@@ -87,13 +88,14 @@ class TiltedModel:
             n: How many.
             noise: "chain" (the one it was trained on, which is also what a verdict judges), "ode", "memoryless", or σ ≥ 0.
             steps: Simulation steps; None: those of the training.
-            exact: Weight paths of the chain by their path weights and resample: the chain's own tilt, whatever was learned.
+            exact: Weight paths of the chain by their path weights and resample: the chain's own tilt, whatever was learned;
+                as many paths as it takes for n effective draws.
             seed: Of the draws.
             method: Of the ODE: euler, heun, or an adaptive one of torchdiffeq.
             condition: Condition rows, of one row or of n.
 
         Raises:
-            TiltflowError: an unknown noise, or one that the model was not trained for.
+            TiltflowError: an unknown noise, one that the model was not trained for, or path weights too uneven to be exact.
         """
         generator = self._generator(seed)
         if exact and (noise != CHAIN or steps is not None):
@@ -113,13 +115,28 @@ class TiltedModel:
         out: Tensor | None = None
         for i, rows in enumerate(_alike(condition, n)):
             one = {name: v[rows[:1]] if len(v) > 1 else v for name, v in condition.items()}
-            drawn = self.paths(OVERSAMPLED * len(rows), seed + i, **one)
-            picked = systematic(self.log_weights(drawn, **one), generator, len(rows))
+            x, log_w = self._pool(max(OVERSAMPLED * len(rows), FEWEST), len(rows), seed + i, one)
+            picked = systematic(log_w, generator, len(rows))
             order = torch.randperm(len(rows), generator=generator, device=generator.device).to(picked.device)
-            out = drawn.x.new_empty(n, *drawn.x.shape[1:]) if out is None else out
-            out[rows.to(out.device)] = drawn.x[picked[order]]
+            out = x.new_empty(n, *x.shape[1:]) if out is None else out
+            out[rows.to(out.device)] = x[picked[order]]
         assert out is not None
         return out
+
+    def _pool(self, batch: int, n: int, seed: int, condition: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """End points with their log weights, of as many paths as it takes for n and ``FEWEST`` effective draws."""
+        x, log_w, wanted = [], [], max(n, FEWEST)
+        for i in range(MOST):
+            drawn = self.paths(batch, seed + 1_000_003 * i, **condition)
+            x.append(drawn.x)
+            log_w.append(self.log_weights(drawn, **condition))
+            weights = torch.cat(log_w)
+            if (size := ess(weights) * len(weights)) >= wanted:
+                return torch.cat(x), weights
+        raise TiltflowError(
+            f"{len(weights)} paths are worth {size:.0f} exact draws, and {wanted} are needed: the model is too far from the "
+            "tilt for its path weights. Train it further, or lower the strength."
+        )
 
     def paths(
         self, n: int, seed: int = 0, tell: Callable[[int], None] = lambda done: None, **condition: Any
@@ -163,12 +180,24 @@ class TiltedModel:
         """
         base = self.base_samples(reference_samples, seed, tell, **condition)
         drawn = self.paths(samples, seed + 1, lambda done: tell("samples of the model", done, samples, ""), **condition)
-        return self.judge(drawn, base, judges or {}, seed, truth, tell, **condition).verdict
+        flowed = self.flowed(samples, seed, tell, **condition)
+        return self.judge(drawn, base, judges or {}, seed, truth, flowed, tell, **condition).verdict
 
     def base_samples(self, n: int, seed: int = 0, tell: Tell = lambda *news: None, **condition: Any) -> Tensor:
         """n samples of the base by the training chain."""
         told = partial(tell, "samples of the base")
         return draw_paths(self.chain, None, n, self._generator(seed), lambda done: told(done, n, ""), **condition).x
+
+    def flowed(self, n: int, seed: int = 0, tell: Tell = lambda *news: None, **condition: Any) -> Tensor | None:
+        """n samples by the ODE; None if the model was not trained for it."""
+        if not self.row.trained or self.settings.chi != 0 or self.settings.sigma is not None:
+            return None
+        parts: list[Tensor] = []
+        for start in range(0, n, BATCH):
+            size = min(BATCH, n - start)
+            parts.append(self.sample(size, noise=ODE, seed=seed + EVALUATION_SEED * (1 + len(parts)), **condition))
+            tell("samples by the ODE", start + size, n, "")
+        return torch.cat(parts)
 
     def judge(
         self,
@@ -177,23 +206,25 @@ class TiltedModel:
         judges: Mapping[str, Callable[..., Tensor]],
         seed: int = 0,
         truth: Tensor | None = None,
+        flowed: Tensor | None = None,
         tell: Tell = lambda *news: None,
         **condition: Any,
     ) -> Judgement:
-        """The verdict on paths that are drawn already."""
+        """The verdict on samples that are drawn already: paths, of the base, exact ones (truth), by the ODE (flowed)."""
 
         def given(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return lambda x: score(x, **{name: v.expand(len(x), *v.shape[1:]) for name, v in condition.items()})
 
-        sets = [drawn.x, base_samples] if truth is None else [drawn.x, base_samples, truth]
+        drawings = {AS_DRAWN: drawn.x, BASE: base_samples, BY_ODE: flowed, TRUTH: truth}
+        sets = {name: x for name, x in drawings.items() if x is not None}
         cost = replace(self.cost, reward=given(self.cost.reward))
-        values = scored(cost, {name: given(judge) for name, judge in judges.items()}, *sets, tell=tell)
+        values = scored(cost, {name: given(judge) for name, judge in judges.items()}, sets, tell)
         tell("verdict", 0, 1, "")
         log_ratio = drawn.log_ratio if self.row.trained else None
         own = torch.Generator().manual_seed(seed)
-        verdict = judge_samples(drawn.x, base_samples, values, log_ratio, own, truth, strength=cost.strength)
+        verdict = judge_samples(sets, values, log_ratio, own, strength=cost.strength)
         tell("verdict", 1, 1, "")
-        return Judgement(verdict, values[REWARD][0], values[REWARD][1])
+        return Judgement(verdict, values[REWARD][AS_DRAWN], values[REWARD][BASE])
 
     def report(
         self,

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.weights import ess, evidence, normalised
-from tiltflow.report import gallery, scores_table, training_blocks
+from tiltflow.report import gallery, scores_table, training_blocks, ways_table
 from tiltflow.report.figures import TILTING
 from tiltflow.report.page import Block
 from tiltflow.report.samples import SAME_NOISE
 from tiltflow.run.job import Outcome, Tell, silent
 from tiltflow.tilting.chain import ends_noiselessly
-from tiltflow.verdict.line import Line, Score, Verdict, overall
+from tiltflow.verdict.line import AS_DRAWN, BY_ODE, EXACT, Line, Score, Verdict, best_way
 
-GRID, FLOWED = 64, 1_000
-"""Samples that are shown; ODE samples."""
+GRID = 64
+"""Samples that are shown."""
+COMMANDS = {AS_DRAWN: "tiltflow sample RUN", BY_ODE: "tiltflow sample RUN --noise ode", EXACT: "tiltflow sample RUN --exact"}
+"""How a user gets the samples of each way."""
 Case = tuple[dict[str, Any], dict[str, Any]]
 """A condition, one row, and what only the judges see of it."""
 
@@ -70,7 +72,7 @@ class Found(NamedTuple):
     row: dict[str, Any]
     base: Tensor
     log_forward: Tensor
-    drawn: Tensor
+    tensors: dict[str, Tensor]
 
 
 def outcome(model: Tilted, how: Evaluation) -> Outcome:
@@ -86,15 +88,16 @@ def outcome(model: Tilted, how: Evaluation) -> Outcome:
         Score(parts[0].name, *(_mean([getattr(s, name) for s in parts]) for name in Score._fields[1:]))
         for parts in zip(*(one.verdict.scores for one in found), strict=True)
     ]
+    verdict = best_way(lines, scores)
+    ways = [{"kind": "way", "name": way, "status": answer, "command": COMMANDS[way]} for way, answer in verdict.ways.items()]
     row = {name: _mean([one.row[name] for one in found]) for name in found[0].row}
-    shown = {"Samples": found[0].drawn[:GRID]}
-    tensors = {"samples": found[0].drawn}
+    tensors = dict(found[0].tensors)
+    shown = {"Samples": tensors["samples"][:GRID]}
     if model.row.trained:
         before = model.base_samples(GRID, how.seed + 2, **condition)
         after = model.paths(GRID, how.seed + 2, **condition).x
         shown = {"Before": before, "After": after, "Reference": _reference(found[0], how.seed)}
         tensors |= {"before": before, "after": after}
-        row["reward_reached_ode"] = _by_ode(model, how.seed, condition)
     return Outcome(
         title=f"{how.base} tilted towards {how.reward}, λ = {model.cost.strength:g}",
         summary={
@@ -105,12 +108,13 @@ def outcome(model: Tilted, how: Evaluation) -> Outcome:
             **row,
             "train_seconds": sum(h["seconds"] for h in model.history),
         },
-        verdict=Verdict(overall(lines), lines, scores),
+        verdict=verdict,
+        rows=ways,
         tensors=tensors,
         history=model.history,
         facts={"path ESS, of 1": row["path_ess"]},
         notes=_notes(model, how),
-        draw=lambda: _blocks(model, scores, row, shown),
+        draw=lambda: _blocks(model, scores, row, shown, ways),
     )
 
 
@@ -123,13 +127,17 @@ def _assess(
     n = how.samples
     drawn = model.paths(n, how.seed + 1, lambda done: how.tell("samples of the model", done, n, ""), **condition)
     judges = {name: _seeing(judge, judged) for name, judge in how.judges.items()}
-    verdict, reached, log_forward = model.judge(drawn, base, judges, how.seed, tell=how.tell, **condition)
+    flowed = model.flowed(n, how.seed, how.tell, **condition)
+    found = model.judge(drawn, base, judges, how.seed, flowed=flowed, tell=how.tell, **condition)
+    verdict, reached, log_forward = found
     forward = evidence(log_forward)
     row = {"reference_ess": ess(log_forward), "log_z_reference": forward.log_z, "log_z": None, "path_ess": None, "kl": None}
+    tensors = {"samples": drawn.x}
     if model.row.trained:
-        own = evidence(reached + drawn.log_ratio.cpu())
+        tensors["log_weights"] = log_w = reached + drawn.log_ratio.cpu()
+        own = evidence(log_w)
         row |= {"log_z": own.log_z, "path_ess": own.ess, "kl": float(drawn.kl.mean())}
-    return Found(verdict, row, base, log_forward, drawn.x)
+    return Found(verdict, row, base, log_forward, tensors)
 
 
 def _seeing(judge: Callable[..., Tensor], judged: dict[str, Any]) -> Callable[..., Tensor]:
@@ -142,14 +150,6 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _by_ode(model: Tilted, seed: int, condition: dict[str, Any]) -> float | None:
-    """The mean reward of ODE samples, where the training's schedule allows them."""
-    if model.settings.chi != 0 or model.settings.sigma is not None:
-        return None
-    rows = {name: v.expand(FLOWED, *v.shape[1:]) for name, v in condition.items()}
-    return float(model.cost.reward_of(model.sample(FLOWED, noise="ode", seed=seed, **condition), **rows).detach().mean())
-
-
 def _reference(found: Found, seed: int) -> Tensor:
     """Draws of the weighted base."""
     generator = torch.Generator().manual_seed(seed)
@@ -158,20 +158,21 @@ def _reference(found: Found, seed: int) -> Tensor:
 
 
 def _blocks(
-    model: Tilted, scores: list[Score], row: dict[str, Any], shown: dict[str, Tensor]
+    model: Tilted, scores: list[Score], row: dict[str, Any], shown: dict[str, Tensor], ways: list[dict[str, Any]]
 ) -> tuple[list[Block], list[Block]]:
     """What came out, and how it got there."""
     reward = scores[0]
     best = None if reward.reference is None else model.cost.strength * reward.reference - row["log_z_reference"]
-    table = [("mean reward", *reward[1:]), *((f"judge: {s.name}", *s[1:]) for s in scores[1:])]
+    table = [reward._replace(name="mean reward"), *(s._replace(name=f"judge: {s.name}") for s in scores[1:])]
     table += [
-        ("log Z", None, row["log_z_reference"], row["log_z"]),
-        ("KL to the base", 0.0, best, row["kl"]),
-        ("effective sample size", None, row["reference_ess"], row["path_ess"]),
+        Score("log Z", None, row["log_z_reference"], row["log_z"]),
+        Score("KL to the base", 0.0, best, row["kl"]),
+        Score("effective sample size", None, row["reference_ess"], row["path_ess"]),
     ]
     levels = {"reward": {"before": reward.base, "reference": reward.reference}}
     caption = f"{SAME_NOISE} The reference follows the tilted law p_base · e^{{λr}} itself."
-    blocks: list[Block] = [gallery(shown, caption=caption if "After" in shown else ""), scores_table(table)]
+    pictures = gallery(shown, caption=caption if "After" in shown else "")
+    blocks: list[Block] = [pictures, ways_table(ways), scores_table(table)]
     return blocks, training_blocks(model.history, TILTING, levels, model.chain.t.tolist())
 
 

@@ -7,22 +7,26 @@ Every line has an estimate, an interval of about three standard errors, two thre
     fail          the whole interval > bad
     cannot tell   the interval straddles: more samples, or a smaller strength, are needed
 
-A verdict fails if any line fails, else cannot tell if any cannot, else warns if any warns, else passes.
+The worst line answers: fail, else cannot tell, else warn, else pass. Where a model can be sampled in several ways, each way
+has lines of its own beside those that all ways share, and an answer; the verdict is the best of them, and names it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 Status = Literal["pass", "warn", "fail", "cannot tell"]
 
 
 STATUSES: tuple[Status, ...] = get_args(Status)
-
+SEVERITY: tuple[Status, ...] = ("pass", "warn", "cannot tell", "fail")
 
 SIGMAS = 3.0
 REWARD = "reward"
 """The name of the score that is trained on; all others are held out."""
+AS_DRAWN, BY_ODE, EXACT = "as drawn", "ode", "exact"
+"""Ways of sampling: by the chain, by the ODE, and by the chain's paths under their path weights."""
 
 
 class Line(NamedTuple):
@@ -35,28 +39,42 @@ class Line(NamedTuple):
     threshold: str
     status: Status
     explanation: str
+    way: str = ""
+    """The way of sampling that it is about; empty: all."""
 
 
 class Score(NamedTuple):
-    """The mean of one quantity under the base, under the target (the reference), and as the sampler reached it."""
+    """The mean of one quantity under the base, under the target (the reference), and as the sampler reached it: as drawn,
+    and in other ways of sampling, where there are any."""
 
     name: str
     base: float | None
     reference: float | None
     reached: float | None
+    ode: float | None = None
+    exact: float | None = None
 
 
 class Verdict(NamedTuple):
-    """The answer, its lines, and the scores that were compared."""
+    """The answer, its lines, the scores that were compared, and each way of sampling with its answer, the best first."""
 
     status: Status
     lines: list[Line]
     scores: list[Score] = []  # noqa: RUF012 - a NamedTuple's default is never changed
+    ways: Mapping[str, Status] = {}  # noqa: RUF012
 
 
 def overall(lines: list[Line]) -> Status:
     """The worst answer: fail, then cannot tell, then warn, then pass."""
-    return max((line.status for line in lines), key=("pass", "warn", "cannot tell", "fail").index, default="pass")
+    return max((line.status for line in lines), key=SEVERITY.index, default="pass")
+
+
+def best_way(lines: list[Line], scores: list[Score]) -> Verdict:
+    """The verdict on a model that can be sampled in several ways: the best of their answers, of equal ones the first."""
+    ways = dict.fromkeys(line.way for line in lines if line.way)
+    answers = {way: overall([line for line in lines if line.way in ("", way)]) for way in ways}
+    ordered = dict(sorted(answers.items(), key=lambda pair: SEVERITY.index(pair[1])))
+    return Verdict(next(iter(ordered.values())), lines, scores, ordered)
 
 
 def graded(name: str, value: float, error: float, good: float, bad: float, explanation: str) -> Line:
