@@ -34,7 +34,7 @@ from tiltflow.report.figures import SAMPLING, TILTING, Curve, distance_figures, 
 from tiltflow.report.samples import principal_axes, project
 from tiltflow.report.sounds import spectrograms, wav
 from tiltflow.report.tables import sampler_numbers, sampler_table
-from tiltflow.verdict.line import STATUSES, Line, Score, Verdict
+from tiltflow.verdict.line import STATUSES, Line, Score, Verdict, best_way
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -123,7 +123,15 @@ def test_every_number_is_there_in_full(tmp_path):
     ):  # fmt: skip
         assert shown in text, shown
     assert 'value="0.7934"' not in html and "adjoint_norm" not in text  # the check itself can fail; lists are not tabulated
-    assert html.count("–</td>") == 2  # the reference's diversity and an interval that does not exist
+    assert html.count("–</td>") == 4  # diversity of the reference and of two ways, and an interval that does not exist
+
+
+def test_the_way_that_answers_is_named_and_the_others_are_not_counted(tmp_path):
+    lines = [LINES[0]._replace(way="exact"), LINES[1]._replace(way="as drawn", status="fail")]
+    _, parsed = written(tmp_path, example(verdict=best_way(lines, [])))
+    text = " ".join(" ".join(parsed.text).split())
+    assert "pass of its samples exact; as drawn: fail" in text and "1 pass of 1 checks" in text
+    assert "judge gap, as drawn" in text
 
 
 def test_verdict_then_samples_then_numbers(tmp_path):
@@ -177,7 +185,7 @@ def test_nonfinite_numbers_are_named(tmp_path):
     history = [{"iteration": i, "reward": NAN, "kl": math.inf, "loss": -1.0, "adjoint_norm": [NAN] * 3} for i in range(3)]
     page = example(
         verdict=Verdict("fail", [Line("log Z", NAN, -math.inf, math.inf, "gap at most .1", "cannot tell", "diverged")]),
-        blocks=[gallery({"Before": torch.full((3, 1, 4, 4), NAN)}), scores_table([Score("mean reward", NAN, None, math.inf)])],
+        blocks=[gallery({"Before": torch.full((3, 1, 4, 4), NAN)}), scores_table([Score("reward", NAN, None, math.inf)])],
         training=training_blocks(history, TILTING, t=T),
         history=history,
         facts={"path ESS, of 1": NAN},

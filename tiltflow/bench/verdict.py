@@ -1,8 +1,8 @@
 r"""`tiltflow bench verdict`: how often the verdict is wrong, on samplers that are wrong on purpose and on honest ones.
 
 Every case has answers that it must not get; ``wrong`` counts them over the seeds. A false pass is a known-bad sampler that
-passes, a false fail an honest one that fails. Cases come with and without exact samples of the tilt (truth) and with and
-without path weights, on two mixtures with a closed form and on the digits, where the tilt is a weighted pool of base samples.
+passes, a false fail an honest one that fails. Cases come with and without exact samples of the tilt (truth), and with and
+without path weights, on two mixtures with a closed form and on the digits, whose tilt is a weighted pool of base samples.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from tiltflow.core.noise import Constant
 from tiltflow.core.ode import ode
 from tiltflow.core.process import Process
 from tiltflow.core.simulate import Samples, sample
-from tiltflow.core.weights import normalised
 from tiltflow.problems.tilt import TiltProblem, mixture2d, mixture32d
 from tiltflow.tilting.draw import draw_paths
 from tiltflow.verdict.check_base import require_base
-from tiltflow.verdict.line import AS_DRAWN, BY_ODE, EXACT, REWARD, Verdict
+from tiltflow.verdict.line import AS_DRAWN, BY_ODE, EXACT, Verdict
 from tiltflow.verdict.tilt import BASE, TRUTH, judge_samples, scored
 
 GROUNDS = ("mixture2d", "mixture32d", "digits")
-SAMPLES, REFERENCE, POOL = 2_000, 10_000, 40_000
-STEPS, STARTS, BRANCHES = 40, 2_000, 64
+SAMPLES, REFERENCE, POOL = 2_000, 10_000, 80_000
+STEPS, BRANCHES = 40, 16
 BAD = frozenset({"pass"})
 Row = dict[str, Any]
 Draw = Callable[[int, torch.Generator], Tensor]
@@ -49,9 +48,10 @@ class Ground:
         name: Of the base.
         process: The base.
         reward: r. judge: A score that is no function of it.
-        base: Draws of the base's chain.
+        base: Draws of the base's chain. pool: Others, many.
         target: Draws of the tilt.
         paths: Paths of a control that is right, or trained, with their log ratios.
+        rough: Paths of a control that is far from right.
         flow: Draws of its ODE.
         mode: A set of weight between .1 and .4 under the tilt, as a mask of samples.
         remembering: Draws of the optimum of a chain that remembers its start, σ = 1; None: not known.
@@ -62,8 +62,10 @@ class Ground:
     reward: Callable[[Tensor], Tensor]
     judge: Callable[[Tensor], Tensor]
     base: Draw
+    pool: Draw
     target: Draw
     paths: Callable[[int, torch.Generator], Samples]
+    rough: Callable[[int, torch.Generator], Samples]
     flow: Draw
     mode: Callable[[Tensor], Tensor]
     remembering: Draw | None
@@ -88,8 +90,8 @@ class Optimal:
 
     module = None
 
-    def __init__(self, problem: TiltProblem) -> None:
-        self.process = problem.optimal()
+    def __init__(self, process: Process) -> None:
+        self.process = process
 
     def mean(self, chain: Any, k: Any, x: Tensor, base_mean: Tensor | None = None, **condition: Any) -> Tensor:
         """A x + B X̂_1 of the tilt."""
@@ -102,7 +104,9 @@ class Optimal:
 def closed_form(problem: TiltProblem) -> Ground:
     """A ground whose every quantity is known."""
     process, generator = problem.process(), torch.Generator().manual_seed(0)
-    chain, control = chain_of(problem, STEPS, generator), Optimal(problem)
+    chain, control = chain_of(problem, STEPS, generator), Optimal(problem.optimal())
+    weak = replace(problem.reward, linear=problem.reward.linear / 2, quadratic=problem.reward.quadratic / 2)
+    halfway = Optimal(replace(problem, reward=weak).optimal())
     weights = problem.target.weights
     mode = int((weights - 0.25).abs().argmin())
 
@@ -123,8 +127,10 @@ def closed_form(problem: TiltProblem) -> Ground:
         problem.reward,
         lambda x: x[:, -1],
         lambda n, own: walked(None, n, own).x,
+        problem.base.sample,
         problem.target.sample,
         partial(walked, control),
+        partial(walked, halfway),
         lambda n, own: ode(problem.optimal(), chain.source(n, own), STEPS),
         lambda x: problem.target.component(x) == mode,
         remembering,
@@ -143,17 +149,17 @@ def digits() -> Ground:
     model = finetune(base, rewards.stroke_thickness, 3.0, settings=FinetuneSettings.of(suited=SUITED))
     generator = torch.Generator().manual_seed(0)
     pool = draw_paths(model.chain, None, POOL, generator).x
-    mine = draw_paths(model.chain, FineTuned(model.process), POOL // 4, generator)
-    flowed = torch.cat([model.sample(1_000, noise="ode", seed=i) for i in range(POOL // 8_000)])
-    known, unseen = pool.chunk(2)
-    weight = normalised(3.0 * rewards.stroke_thickness(unseen).detach())
+    mine = draw_paths(model.chain, FineTuned(model.process), POOL // 8, generator)
+    flowed = torch.cat([model.sample(1_000, noise="ode", seed=i) for i in range(POOL // 16_000)])
+    known, unseen = pool[: POOL // 4], pool[POOL // 4 :]
+    weight = torch.cat([3.0 * rewards.stroke_thickness(x).detach() for x in unseen.split(4_000)])
 
     def some(x: Tensor, n: int, own: torch.Generator) -> Tensor:
         return x[torch.randperm(len(x), generator=own)[:n]]
 
     def paths(n: int, own: torch.Generator) -> Samples:
         rows = torch.randperm(len(mine.x), generator=own)[:n]
-        return Samples(*(v if v is None else v[rows] for v in mine))
+        return Samples(mine.x[rows], mine.log_ratio[rows], mine.kl[rows], mine.running[rows], None)
 
     return Ground(
         "digits",
@@ -161,7 +167,9 @@ def digits() -> Ground:
         lambda x: 3.0 * rewards.stroke_thickness(x),
         rewards.thickness_judge,
         partial(some, known),
-        lambda n, own: unseen[torch.multinomial(weight, n, generator=own)],
+        partial(some, unseen),
+        lambda n, own: rejected(unseen, weight, n, own),
+        paths,
         paths,
         partial(some, flowed),
         lambda x: rewards.digit_log_probability(x, 1) > -0.7,
@@ -169,40 +177,49 @@ def digits() -> Ground:
     )
 
 
+def rejected(pool: Tensor, log_w: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """At most n different rows by weight: each is accepted with probability w over the weights' 99.9th percentile."""
+    odds = (log_w.double() - log_w.double().quantile(0.999)).exp()
+    kept = torch.nonzero(torch.rand(len(pool), generator=generator, dtype=torch.float64) < odds)[:, 0]
+    return pool[kept[torch.randperm(len(kept), generator=generator)[:n]]]
+
+
 def cases(ground: Ground, generator: torch.Generator) -> Iterator[Case]:
     """The samplers of one seed."""
     n, reward = SAMPLES, ground.reward
     drawn = ground.paths(n, generator)
-    large, other = ground.target(2 * n, generator), ground.base(2 * n, generator)
+    exact, pool = ground.target(n, generator), ground.pool(POOL, generator)
+    rewards = torch.cat([reward(x).detach() for x in pool.split(4_000)])
 
-    def by(x: Tensor, log_w: Tensor, count: int = n) -> Tensor:
-        return x[torch.multinomial(normalised(log_w.detach()), count, generator=generator)]
+    def by(log_w: Tensor, count: int = n) -> Tensor:
+        return rejected(pool, log_w, count, generator)
 
     def bad(name: str, x: Tensor, log_ratio: Tensor | None = None, way: str | None = AS_DRAWN) -> Case:
         return Case(name, {AS_DRAWN: x}, log_ratio, BAD, way)
 
     keep = ~ground.mode(drawn.x)
     yield bad("mode dropped", drawn.x[keep], drawn.log_ratio[keep], None)
-    yield bad("mode doubled", by(large, ground.mode(large) * 0.6931))
-    yield bad("strength 30 % too small", by(large, -0.3 * reward(large)))
-    yield bad("reward's sign flipped", by(other, -reward(other)), None, None)
-    yield bad("half trained", torch.cat([large[: n // 2], other[: n // 2]]))
-    yield bad("one sample, jittered", large[:1] + 0.01 * torch.randn(n, *large.shape[1:], generator=generator))
+    yield bad("mode doubled", by(rewards + 0.6931 * ground.mode(pool)))
+    yield bad("strength 30 % too small", by(0.7 * rewards))
+    yield bad("reward's sign flipped", by(-rewards), None, None)
+    yield bad("half trained", torch.cat([exact[: n // 2], by(0 * rewards, n // 2)]))
+    yield bad("one sample, jittered", exact[:1] + 0.01 * torch.randn(n, *exact.shape[1:], generator=generator))
     few = torch.arange(n) % (n // 20)
     yield bad("a twentieth, repeated", drawn.x[few], drawn.log_ratio[few], None)
-    order = reward(large).detach().argsort().reshape(-1, 2)
-    judged = ground.judge(large)[order]
-    yield bad("reward hacked", large[order.gather(1, judged.argmin(1, keepdim=True))[:, 0]])
+    two = by(rewards, 2 * n)
+    order = reward(two).detach().argsort()[: len(two) // 2 * 2].reshape(-1, 2)
+    yield bad("reward hacked", two[order.gather(1, ground.judge(two)[order].argmin(1, keepdim=True))[:, 0]])
     if ground.remembering is not None:
-        yield bad("constant noise", ground.remembering(STARTS, generator))
-    shuffled = drawn.log_ratio[torch.randperm(n, generator=generator)]
-    yield bad("path weights of another run", drawn.x, shuffled, EXACT)
-    doubled = 2 * (reward(drawn.x).detach() + drawn.log_ratio) - reward(drawn.x).detach()
-    yield bad("path weights squared", drawn.x, doubled, EXACT)
-    yield bad("nothing changed", other[:n], torch.zeros(n), None)
+        yield bad("constant noise", ground.remembering(n, generator))
+    rough = ground.rough(n, generator)
+    shuffled = rough.log_ratio[torch.randperm(n, generator=generator)]
+    yield bad("path weights of another run", rough.x, shuffled, EXACT)
+    doubled = 2 * (reward(rough.x).detach() + rough.log_ratio) - reward(rough.x).detach()
+    yield bad("path weights squared", rough.x, doubled, EXACT)
+    yield bad("nothing changed", by(0 * rewards), torch.zeros(n), None)
     honest = frozenset({"fail"})
-    yield Case("exact samples", {AS_DRAWN: large[:n]}, None, honest)
-    yield Case("a reference of a few draws", {AS_DRAWN: large[:n]}, None, frozenset({"pass", "fail"}), None, 12.0)
+    yield Case("exact samples", {AS_DRAWN: exact}, None, honest)
+    yield Case("a reference of a few draws", {AS_DRAWN: exact}, None, frozenset({"pass", "fail"}), None, 12.0)
     sets = {AS_DRAWN: drawn.x, BY_ODE: ground.flow(n, generator)}
     for way in (AS_DRAWN, BY_ODE, EXACT):
         yield Case(f"well trained, {way}", sets, drawn.log_ratio, honest, way)
@@ -235,9 +252,10 @@ def rows_of(ground: Ground, seed: int) -> Iterator[Row]:
                     "path_weights": weighted, "answer": answer, "wrong": answer in case.wrong,
                     "honest": "pass" not in case.wrong,
                 }  # fmt: skip
+    said = door(ground.process, seed)
     yield {
         "kind": "case", "base": ground.name, "case": "base with its time flipped", "seed": seed, "truth": False,
-        "path_weights": False, "answer": (answer := door(ground.process, seed)), "wrong": answer == "pass", "honest": False,
+        "path_weights": False, "answer": said, "wrong": said == "pass", "honest": False,
     }  # fmt: skip
 
 
@@ -283,5 +301,5 @@ def summary(every: list[Row]) -> Iterator[Row]:
         answers = Counter(row["answer"] for row in rows)
         wrong = sum(row["wrong"] for row in rows)
         counts = {answer: answers[answer] for answer in ("pass", "warn", "cannot tell", "fail", "refused")}
-        share = wrong / len(rows)
-        yield {"kind": "summary", "base": base, "case": case, "verdicts": len(rows), **counts, "wrong": wrong, "share": share}
+        head = {"kind": "summary", "base": base, "case": case, "verdicts": len(rows)}
+        yield {**head, **counts, "wrong": wrong, "share": wrong / len(rows)}

@@ -158,7 +158,7 @@ def write_page(folder: Path, page: Page) -> Path:
 
 def render(page: Page) -> str:
     """The page as a string. Raises TiltflowError if jinja2 is not installed."""
-    lines = page.verdict.lines if page.verdict else []
+    lines = page.verdict.deciding if page.verdict else []
     every = [*page.blocks, *page.training]
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     if any(picture.sounds for block in every if isinstance(block, Gallery) for picture in block.pictures):

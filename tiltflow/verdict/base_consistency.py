@@ -111,7 +111,7 @@ class Consistency(BaseProbe):
 
     @cached_property
     def best(self) -> tuple[float, Reading] | None:
-        """The reading with the smallest inconsistency, if it fits, and far better than the declared one; else None."""
+        """The reading with the smallest inconsistency, if it fits better than the declared one by far; else None."""
         tried: list[tuple[float, Reading]] = []
         for reading in readings(self.base):
             probe = BaseProbe(reading.base, self.generator, self.samples, self.steps, self.conditions)
@@ -121,7 +121,7 @@ class Consistency(BaseProbe):
             except Exception:
                 continue  # a reading that cannot be evaluated is none
         declared = self.as_declared[0] if self.sensitive else math.inf
-        fitting = [pair for pair in tried if pair[0] <= min(CONSISTENT, declared / 2)]
+        fitting = [pair for pair in tried if pair[0] <= max(min(CONSISTENT, declared / 2), min(INCONSISTENT, declared / 10))]
         return min(fitting, key=lambda pair: pair[0], default=None)
 
     @property

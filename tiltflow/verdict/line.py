@@ -61,7 +61,17 @@ class Verdict(NamedTuple):
     status: Status
     lines: list[Line]
     scores: list[Score] = []  # noqa: RUF012 - a NamedTuple's default is never changed
-    ways: Mapping[str, Status] = {}  # noqa: RUF012
+    ways: Mapping[str, Status] = {}
+
+    @property
+    def way(self) -> str:
+        """The way of sampling that answers; empty if there are none."""
+        return next(iter(self.ways), "")
+
+    @property
+    def deciding(self) -> list[Line]:
+        """The lines that it answers by."""
+        return [line for line in self.lines if line.way in ("", self.way)]
 
 
 def overall(lines: list[Line]) -> Status:

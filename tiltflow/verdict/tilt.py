@@ -91,7 +91,7 @@ def judge_samples(
     for name, x in sets.items():
         bad = int((~torch.isfinite(x)).flatten(1).any(1).sum()) if len(x) else 0
         if not len(x) or bad:
-            raise TiltflowError(f"samples {name}: {len(x)} rows, {bad} of them not finite; the verdict needs finite samples.")
+            raise TiltflowError(f"samples {name}: {len(x)} rows, {bad} of them not finite; a verdict needs finite ones.")
     flat = {name: (features or (lambda x: x.flatten(1)))(x).cpu() for name, x in sets.items()}
     even = {name: torch.zeros(len(x), dtype=torch.float64) for name, x in flat.items()}
     base = Weighted(flat[BASE], even[BASE], generator)
@@ -149,7 +149,7 @@ class Reference:
         yield from self._region_lines(mine)
         yield self._diversity_line(mine)
         share, error, n = own_neighbours(mine, self.target)
-        text = f"share of {n} samples whose nearest neighbour is another of them, not of {n} draws of the tilt, beyond one half"
+        text = f"share of {n} samples whose nearest neighbour is one of them, not of {n} draws of the tilt, less one half"
         yield graded("own neighbours", max(share - 0.5, 0.0) if share == share else share, error, 0.15, 0.3, text)
 
     def _mean_line(self, name: str, mine: Weighted, reached_values: Tensor, values: Sets) -> Line:
@@ -211,7 +211,8 @@ class Reference:
         error = max(error, 1 / (mine.size * float(q[0, worst])))  # an empty region has no bootstrap spread
         low, high = max(value - SIGMAS * error, 0.0), value + SIGMAS * error
         status: Status = "fail" if high < 0.5 else "pass" if low > 0.5 else "cannot tell"
-        text = f"worst of {int(known.sum())} regions: share {float(p[0, worst]):.4f} where the tilt has {float(q[0, worst]):.4f}"
+        reached, wanted = float(p[0, worst]), float(q[0, worst])
+        text = f"worst of {int(known.sum())} regions: share {reached:.4f} where the tilt has {wanted:.4f}"
         return [*lines, Line("coverage", value, low, high, "lowest share ratio ≥ 0.5", status, text)]
 
     def _diversity_line(self, mine: Weighted) -> Line:
@@ -257,8 +258,8 @@ def _log_z_line(log_weights: Tensor, log_forward: Tensor) -> Line:
     reverse, forward = evidence(log_weights), evidence(log_forward)
     error = (reverse.log_z_error**2 + forward.log_z_error**2) ** 0.5
     text = (
-        f"{reverse.log_z:.4f} from the sampler's paths, {forward.log_z:.4f} from the base's; E[log w] = {reverse.elbo:.4f} ≤ "
-        "log Z, and the gap is KL(sampler's paths ‖ tilt)"
+        f"{reverse.log_z:.4f} from the sampler's paths, {forward.log_z:.4f} from the base's; E[log w] = {reverse.elbo:.4f}, "
+        "and the gap to log Z is KL(sampler's paths ‖ tilt)"
     )
     return graded("log Z from both sides", abs(reverse.log_z - forward.log_z), error, 0.05, 0.15, text)
 

@@ -72,8 +72,9 @@ class Weighted:
         distance = torch.cdist(self.x[drawn].double(), self.x[columns].double())
         own = (other * distance).sum(1) / other.sum(1).clamp_min(1)
         spread = (own - own.mean()).square()
-        variance = 4 * float((self.weight[drawn] * spread).mean()) + float(spread.mean()) * (1 / len(drawn) + 1 / len(columns))
-        return float(own.mean()), variance**0.5
+        error2 = 4 * float((self.weight[drawn] * spread).mean())
+        subsets = float(spread.mean()) * (1 / len(drawn) + 1 / len(columns))
+        return float(own.mean()), (error2 + subsets) ** 0.5
 
     def subset(self, n: int) -> Tensor:
         """n different rows, drawn by weight, (n, d)."""
@@ -82,10 +83,10 @@ class Weighted:
 
 
 def own_neighbours(mine: Weighted, reference: Weighted) -> tuple[float, float, int]:
-    """Share of samples whose nearest neighbour is another sample, not one of as many draws of the reference: ½ for equal laws.
+    """Share of samples whose nearest neighbour is another of them, not one of as many draws of the reference.
 
-    A sampler that repeats or memorises has its own rows as neighbours. Returns the share, its standard error, and how many
-    rows were compared. (Lopez-Paz and Oquab 2017, arXiv:1610.06545.)
+    It is ½ for equal laws. A sampler that repeats or memorises has its own rows as neighbours. Returns the share, its
+    standard error, and how many rows were compared. (Lopez-Paz and Oquab 2017, arXiv:1610.06545.)
     """
     n = min(COLUMNS, int(mine.size / APART), int(reference.size / APART))
     if n < 2:
