@@ -23,7 +23,7 @@ from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost, mean_reward
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import event_sum, retrace, running_cost, simulate
-from tiltflow.core.weights import tempered
+from tiltflow.core.weights import ess, normalised, tempered
 from tiltflow.methods.ends import renoise, require_memoryless, toward
 from tiltflow.train.buffer import Material, condition_rows, conditions_of, repeat_rows
 from tiltflow.train.loss import QuantileMask, matching_terms, reduce_terms
@@ -116,10 +116,11 @@ class AdjointMatching(Method):
         for step in retrace(self.chain, policy, path, adjoint.base_mean):
             kl, log_ratio = kl + step.kl(dimension).mean(), log_ratio + step.log_ratio(dimension)
         cost = self.cost.value(path.x[-1].to(x0.device), **condition).detach().to(path.x.device)
-        if self.importance:
-            log_w = log_ratio - cost
+        log_w = log_ratio - cost
+        if self.cost.running is not None:
             for k, x in enumerate(path.x[:-1]):
                 log_w = log_w - running_cost(self.chain, self.cost.running, k, x)
+        if self.importance:
             weight = (tempered(log_w) * self.batch).to(path.x.dtype)
         rows = weight.repeat(len(steps))
         if self.time_weight is not None:
@@ -139,7 +140,9 @@ class AdjointMatching(Method):
         if self.endpoint_share is not None:
             self._renoise(material, path.x[-1].repeat(len(steps), *(1,) * (path.x[-1].ndim - 1)), generator)
         norms = adjoint.a.reshape(len(adjoint.a), self.batch, -1).norm(dim=2).mean(1)
-        metrics = {"reward": mean_reward(self.cost, cost), "kl": float(kl)}
+        reward = mean_reward(self.cost, cost), float(-normalised(log_w) @ cost.double()) / (self.cost.strength or 1.0)
+        metrics = {"reward": reward[0], "reward_weighted": reward[1], "kl": float(kl)}
+        metrics |= {"elbo": float(log_w.double().mean()), "path_ess": ess(log_w)}
         return Round(material, metrics, {"adjoint_norm": norms.tolist()})
 
     def _renoise(self, material: Material, ends: Tensor, generator: torch.Generator) -> None:

@@ -34,6 +34,8 @@ class FinetuneSettings(Training):
         chi: Added to the memoryless noise, σ² = 2η + χ; the result may then be sampled with that schedule only.
     """
 
+    rounds: Count = 400
+    tolerance: Positive | None = 0.005
     batch: Annotated[int, Range(2, 2**53)] = 128
     minibatch: Count | None = 1024
     learning_rate: Positive = 2e-3

@@ -1,9 +1,9 @@
 r"""The one training loop: collect → buffer → gradient steps, for every trained method.
 
-Adam with gradient clipping, a cosine or constant learning rate that depends on the round only, and an exponential moving
-average of the weights. All that changes is in one checkpoint (:mod:`tiltflow.train.checkpoint`), so a resumed run equals an
-uninterrupted one bit for bit on the same machine. Of several processes (:mod:`tiltflow.train.distributed`) each collects and
-checkpoints for itself; gradients are averaged.
+Adam with gradient clipping, a learning rate that falls in a cosine, and an exponential moving average of the weights. It
+ends after its rounds, or where more would not help (:mod:`tiltflow.train.criterion`). All that changes is in one checkpoint
+(:mod:`tiltflow.train.checkpoint`), so a resumed run equals an uninterrupted one bit for bit on the same machine. Of several
+processes (:mod:`tiltflow.train.distributed`) each collects and checkpoints for itself; gradients are averaged.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import nn
 from tiltflow.core.errors import TiltflowError
 from tiltflow.train.buffer import Buffer, Material
 from tiltflow.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from tiltflow.train.criterion import until
 from tiltflow.train.distributed import any_of, average_gradients
 from tiltflow.train.method import Method, State
 from tiltflow.train.settings import Training
@@ -60,11 +61,15 @@ def fit(
     now = Progress(method, state, weights, average, optimiser, Buffer(settings.buffer_rounds), [])
     if resume:
         load_checkpoint(checkpoint, now)
-    while state.iteration < settings.rounds:
-        now.history.append(row := _round(now, others, settings))
+    end = until(now.history, settings.tolerance, settings.minutes)
+    while state.iteration < min(settings.rounds, end or settings.rounds):
+        now.history.append(row := _round(now, others, settings, end))
         state.iteration += 1
+        if settings.open_ended:
+            row["until"] = end = until(now.history, settings.tolerance, settings.minutes)
+        last = state.iteration == min(settings.rounds, end or settings.rounds)
         enough = any_of(callback is not None and callback(row) is True, weights[0].device)
-        due = state.iteration % settings.checkpoint_every == 0 or state.iteration == settings.rounds
+        due = state.iteration % settings.checkpoint_every == 0 or last
         if checkpoint is not None and (enough or due):
             save_checkpoint(checkpoint, now)
         if enough:
@@ -75,14 +80,14 @@ def fit(
     return now.history
 
 
-def _round(now: Progress, others: list[nn.Parameter], settings: Training) -> dict[str, Any]:
+def _round(now: Progress, others: list[nn.Parameter], settings: Training, end: int | None) -> dict[str, Any]:
     """One round: collect, take the gradient steps, move the average. Returns its metrics."""
     started, busy = time.perf_counter(), time.process_time()
     method, state, optimiser = now.method, now.state, now.optimiser
     collected = method.collect(state)
     now.buffer.add(collected.material)
     for group in optimiser.param_groups:
-        group["lr"] = settings.rate(state.iteration)
+        group["lr"] = settings.rate(state.iteration, end)
     loss_sum = norm_sum = 0.0
     for batch in now.buffer.batches(settings.minibatch, settings.gradient_steps, state.generator):
         optimiser.zero_grad(set_to_none=True)

@@ -16,7 +16,10 @@ class Training:
     """How :func:`tiltflow.train.fit.fit` trains.
 
     Args:
-        rounds: Rounds of simulation, each followed by gradient steps.
+        rounds: Rounds of simulation, each followed by gradient steps; at most, where there is a tolerance.
+        tolerance: Nats that the bound E[log w] must rise by, over a quarter of the rounds, for training to go on; none: all
+            rounds.
+        minutes: Minutes of training at most; none: no bound.
         gradient_steps: Gradient steps per round.
         minibatch: Rows of a gradient step; none: all that the buffer holds.
         buffer_rounds: Rounds whose rows are kept and drawn from.
@@ -31,6 +34,8 @@ class Training:
     """
 
     rounds: Count = 200
+    tolerance: Positive | None = None
+    minutes: Positive | None = None
     gradient_steps: Count = 1
     minibatch: Count | None = None
     buffer_rounds: Count = 1
@@ -43,12 +48,18 @@ class Training:
     accumulate: Count | None = None
     checkpoint_every: Count = 25
 
-    def rate(self, iteration: int) -> float:
-        """Learning rate of a round."""
-        low = self.final_learning_rate
-        cosine = 0.5 * (1 + math.cos(math.pi * iteration / max(self.rounds, 1)))
+    @property
+    def open_ended(self) -> bool:
+        """Whether training may end before its last round."""
+        return self.tolerance is not None or self.minutes is not None
+
+    def rate(self, iteration: int, until: int | None = None) -> float:
+        """Learning rate of a round: a cosine over all rounds; of an open-ended training, over its last fifth."""
+        low, end = self.final_learning_rate, min(self.rounds, until or self.rounds)
+        start = end - end // 5 if self.open_ended else 0
+        share = max(iteration - start, 0) / max(end - start, 1)
         ramp = min(1.0, (iteration + 1) / (self.warmup + 1))
-        return self.learning_rate * ramp * (low + (1 - low) * cosine)
+        return self.learning_rate * ramp * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 def check_regressed(last_steps: int | None, random_steps: int | None, steps: int) -> None:

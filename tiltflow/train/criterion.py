@@ -1,0 +1,51 @@
+r"""When does more training not help? Judged from rounds that are paid for already.
+
+The paths of a round bound log Z from below by E[log w] ("elbo"), short of it by KL(P_u ‖ P*): what training lowers. Once its
+mean over the last quarter of the rounds is no higher than over the quarter before, by more than a tolerance and by more than
+one standard error, a quarter as many rounds follow, in which the learning rate falls, and training ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, variance
+from typing import Any
+
+FEWEST = 32
+"""Rounds before the first judgement."""
+History = Sequence[Mapping[str, Any]]
+
+
+def rise(values: Sequence[float]) -> tuple[float, float]:
+    """What the last quarter of the values has over the quarter before, with its standard error."""
+    w = len(values) // 4
+    last, before = values[-w:], values[-2 * w : -w]
+    return fmean(last) - fmean(before), math.sqrt((variance(last) + variance(before)) / w)
+
+
+def settled(history: History, tolerance: float) -> bool:
+    """Whether the bound has stopped rising."""
+    bounds = [row["elbo"] for row in history if "elbo" in row]
+    if len(bounds) < FEWEST:
+        return False
+    risen, error = rise(bounds)
+    return risen < max(tolerance, error)
+
+
+def until(history: History, tolerance: float | None, minutes: float | None) -> int | None:
+    """How many rounds there will be in all, as far as the history tells; None: it does not say.
+
+    Args:
+        history: Rows of all rounds so far; all but the last remember what was found, in "until".
+        tolerance: In nats; None: no criterion.
+        minutes: Of training at most; None: no bound.
+    """
+    n = len(history)
+    found = next((row["until"] for row in history[-2:] if row.get("until") is not None), None)
+    if n == 0 or found is not None:
+        return found
+    spent = sum(row["seconds"] for row in history) / 60
+    if (tolerance is not None and settled(history, tolerance)) or (minutes is not None and spent > 0.8 * minutes):
+        return n + n // 4
+    return None
