@@ -39,13 +39,15 @@ def test_rounds_are_counts(what, rounds):
         (["conformers", "--molecules", "0"], "--molecules must be"),
         (["digits", "--methods", "socm"], "unknown method 'socm' here"),
         (["control", "--device", "cuda"], "CPU only"),
+        (["verdict", "--base", "nope"], "no base 'nope' here"),
+        (["verdict", "--seeds", "0"], "--seeds must be"),
     ],
 )
 def test_misuse(args, message):
     assert message in refused(args)
 
 
-@pytest.mark.parametrize("what", [["tilt"], ["digits"], ["control"], ["sampling", "--problem", "gmm9"], ["conformers"]])
+@pytest.mark.parametrize("what", [["tilt"], ["digits"], ["control"], ["sampling", "--problem", "gmm9"], ["conformers"], ["verdict"]])
 def test_what_is_no_result_is_never_replaced(what, tmp_path):
     mine, metrics = tmp_path / "reward.py", tmp_path / "metrics.json"
     mine.write_text("def reward(x): ...\n")

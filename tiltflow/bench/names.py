@@ -10,6 +10,8 @@ CONTROL = tuple(
     name for name in names("finetune", trained=True, without=("interpolant",)) if not METHODS[name].bias
 )
 """On a chain with no interpolant those that reach its optimum: a method that ends elsewhere has no exact control to miss."""
+VERDICT = ("mixture2d", "mixture32d", "digits")
+"""Bases of the benchmark of the verdict."""
 TEMPERING = "parallel_tempering"
 SAMPLING = names("sample")
 COLUMNS = (

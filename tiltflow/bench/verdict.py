@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tiltflow.bench.names import VERDICT
 from tiltflow.bench.tilt import chain_of
 from tiltflow.core.chain import euler_maruyama, times, uniform_grid
 from tiltflow.core.control import FineTuned
@@ -32,7 +33,6 @@ from tiltflow.verdict.check_base import require_base
 from tiltflow.verdict.line import AS_DRAWN, BY_ODE, EXACT, Verdict
 from tiltflow.verdict.tilt import BASE, TRUTH, judge_samples, scored
 
-GROUNDS = ("mixture2d", "mixture32d", "digits")
 SAMPLES, REFERENCE, POOL = 2_000, 10_000, 80_000
 STEPS, BRANCHES = 40, 16
 BAD = frozenset({"pass"})
@@ -270,14 +270,14 @@ def door(process: Process, seed: int) -> str:
 
 
 def bench_verdict(
-    seed: int = 0, seeds: int = 20, grounds: tuple[str, ...] = GROUNDS, progress: Callable[..., None] = lambda *news: None
+    seed: int = 0, seeds: int = 20, grounds: tuple[str, ...] = VERDICT, progress: Callable[..., None] = lambda *news: None
 ) -> list[Row]:
     """A summary row for each base and case, and one for each kind of error, then every answer.
 
     Args:
         seed: The first seed.
         seeds: How many.
-        grounds: Bases, of :data:`GROUNDS`.
+        grounds: Bases, of :data:`~tiltflow.bench.names.VERDICT`.
         progress: Told what is going on: (what, done, total, note).
     """
     every: list[Row] = []
@@ -301,5 +301,6 @@ def summary(every: list[Row]) -> Iterator[Row]:
         answers = Counter(row["answer"] for row in rows)
         wrong = sum(row["wrong"] for row in rows)
         counts = {answer: answers[answer] for answer in ("pass", "warn", "cannot tell", "fail", "refused")}
+        counts["cannot_tell"] = counts.pop("cannot tell")
         head = {"kind": "summary", "base": base, "case": case, "verdicts": len(rows)}
         yield {**head, **counts, "wrong": wrong, "share": wrong / len(rows)}

@@ -19,6 +19,7 @@ from tiltflow.methods.registry import chosen
 
 ROUNDS = Field("rounds", Count | None, None, "Rounds of training; none: the protocol's")
 MINUTES = Field("minutes", Positive | None, None, "As many rounds as this time allows, instead of --rounds")
+SEEDS = Field("seeds", Count, 20, "Seeds of every case")
 MOLECULES = Field("molecules", Count | None, None, "Only the first so many, for short runs")
 
 
@@ -88,6 +89,22 @@ def digits_command(methods: str, rounds: int | None, seed: int, **options: Any) 
 
     columns = "method reward judge_thickness kl diversity w2 ess base_evaluations reward_calls seconds"
     measure(lambda bars: bench_digits(wanted, seed, rounds, bars), columns, seed=seed, **options)
+
+
+@bench.command("verdict")
+@click.option("--base", "bases", multiple=True, help=f"Only these of {', '.join(names.VERDICT)}.")
+@option(SEEDS)
+@result_options
+def verdict_command(bases: tuple[str, ...], seeds: int, seed: int, **options: Any) -> None:
+    """How often the verdict is wrong, on samplers that are wrong on purpose and on honest ones."""
+    unknown = [base for base in bases if base not in names.VERDICT]
+    if unknown:
+        raise TiltflowError(f"there is no base {unknown[0]!r} here: use {', '.join(names.VERDICT)}.")
+    require_place(options["out"], options["device"])
+    from tiltflow.bench.verdict import bench_verdict
+
+    columns = "base case verdicts pass warn cannot_tell fail refused wrong share"
+    measure(lambda bars: bench_verdict(seed, seeds, bases or names.VERDICT, bars), columns, seed=seed, **options)
 
 
 @bench.command("control")
