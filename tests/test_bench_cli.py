@@ -47,7 +47,7 @@ def test_misuse(args, message):
     assert message in refused(args)
 
 
-@pytest.mark.parametrize("what", [["tilt"], ["digits"], ["control"], ["sampling", "--problem", "gmm9"], ["conformers"], ["verdict"]])
+@pytest.mark.parametrize("what", [["tilt"], ["verdict"], ["control"], ["sampling", "--problem", "gmm9"], ["conformers"]])
 def test_what_is_no_result_is_never_replaced(what, tmp_path):
     mine, metrics = tmp_path / "reward.py", tmp_path / "metrics.json"
     mine.write_text("def reward(x): ...\n")
