@@ -95,7 +95,7 @@ def digits_command(methods: str, rounds: int | None, seed: int, **options: Any) 
 @click.option("--base", "bases", multiple=True, help=f"Only these of {', '.join(names.VERDICT)}.")
 @option(SEEDS)
 @result_options
-def verdict_command(bases: tuple[str, ...], seeds: int, seed: int, **options: Any) -> None:
+def verdict_command(bases: tuple[str, ...], seeds: int | None, seed: int, **options: Any) -> None:
     """How often the verdict is wrong, on samplers that are wrong on purpose and on honest ones."""
     unknown = [base for base in bases if base not in names.VERDICT]
     if unknown:
@@ -104,7 +104,7 @@ def verdict_command(bases: tuple[str, ...], seeds: int, seed: int, **options: An
     from tiltflow.bench.verdict import bench_verdict
 
     columns = "base case verdicts pass warn cannot_tell fail refused wrong share"
-    measure(lambda bars: bench_verdict(seed, seeds, bases or names.VERDICT, bars), columns, seed=seed, **options)
+    measure(lambda bars: bench_verdict(seed, seeds or SEEDS.default, bases or names.VERDICT, bars), columns, seed=seed, **options)
 
 
 @bench.command("control")
