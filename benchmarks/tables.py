@@ -347,6 +347,17 @@ def small_models() -> str:
     return table(header, lines, documents, {"": missing})
 
 
+def verdict() -> str:
+    """Answers by case and base, and the two rates."""
+    documents = load("verdict.json")
+    found = sorted(rows_of(documents, kind="summary"), key=lambda r: r["base"] != "all")
+    kinds = ("pass", "warn", "cannot_tell", "fail", "refused", "wrong")
+    lines = [
+        [r["case"], r["base"], str(r["verdicts"]), *(str(r[k]) for k in kinds), f"{100 * r['share']:.1f} %"] for r in found
+    ]
+    return table(["case", "base", "verdicts", *kinds, "wrong, share"], lines, documents)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "tilt": tilt,
     "memoryless": memoryless,
@@ -356,6 +367,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods tilt ode": lambda: methods_tilt("ode"),
     "methods digits": methods_digits,
     "methods digits cost": methods_digits_cost,
+    "verdict": verdict,
     "control": control,
     "few steps": few_steps,
     "sampling": sampling_quality,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_fit_and_run import SETTINGS, SmallRun, Stopped, same
 
-from tiltflow.train.criterion import FEWEST, settled, until
+from tiltflow.train.criterion import FEWEST, resumed, settled, until
 from tiltflow.train.settings import Training
 
 
@@ -35,7 +35,10 @@ def test_it_ends_on_a_plateau_and_not_on_a_slope(seed):
 def test_a_decision_is_kept_and_time_bounds_it():
     flat = rows([0.0] * 40)
     assert until(flat, 0.005, None) == 50 and until(flat, None, None) is None and until([], 0.005, 1.0) is None
-    assert until([*flat, {"elbo": 9.0, "seconds": 1.0, "until": 50}], 0.005, None) == 50
+    found = [*flat, {"elbo": 9.0, "seconds": 1.0, "until": 50, "at_most": 60}]
+    assert resumed([], 60) is None and resumed(flat, 60) is None and resumed(found, 60) == resumed(found, 90) == 50
+    ended = found + found[-1:] * 9
+    assert resumed(ended, 60) == 50 and resumed(ended, 90) == 90  # it is trained further if it is given more rounds
     assert until(rows([0.1 * i for i in range(40)], 6.0), None, 5.0) is None  # 4 of 5 minutes
     assert until(rows([0.1 * i for i in range(41)], 6.0), None, 5.0) == 51
     assert until([{"seconds": 1.0}] * 100, 0.005, None) is None  # a method that knows no bound
@@ -56,3 +59,6 @@ def test_resuming_is_exact_before_and_after_the_decision(stop_at, tmp_path):
     with pytest.raises(Stopped):
         SmallRun().fit(tmp_path / "part", stop_at=stop_at, settings=settings)
     assert same(whole, SmallRun(seed=9).fit(tmp_path / "part", resume=True, settings=settings))
+    assert same(whole, SmallRun(seed=9).fit(tmp_path / "part", resume=True, settings=settings))
+    further = SmallRun(seed=9).fit(tmp_path / "part", resume=True, settings=replace(settings, rounds=90))
+    assert len(further[1]) == 90

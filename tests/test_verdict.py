@@ -7,9 +7,11 @@ bases and seeds.
 import pytest
 import torch
 
+from tiltflow.bench.tilt import mode_weights
 from tiltflow.bench.verdict import cases, closed_form, judged, rows_of, summary
 from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
+from tiltflow.metrics.distance import total_variation
 from tiltflow.problems.tilt import mixture2d
 from tiltflow.verdict.line import AS_DRAWN, BY_ODE, EXACT, SEVERITY, best_way, graded, overall
 from tiltflow.verdict.paired import Judged, against_base
@@ -61,6 +63,7 @@ def test_an_honest_sampler_passes_in_every_way(ground, base_samples):
     (score,) = found.scores
     exact = float(PROBLEM.reward(PROBLEM.target.sample(N, generator)).mean())
     assert [score.reached, score.ode, score.exact, score.reference] == pytest.approx([exact] * 4, abs=0.03)
+    assert total_variation(mode_weights(PROBLEM, drawn.x), PROBLEM.target.weights) < 0.02
     few = verdict_on({AS_DRAWN: drawn.x[:60], BASE: base_samples[:300]}, drawn.log_ratio[:60])
     assert few.status == "cannot tell"
     assert lines_of(few, EXACT)["effective draws"].status == "cannot tell"

@@ -34,18 +34,21 @@ def settled(history: History, tolerance: float) -> bool:
 
 
 def until(history: History, tolerance: float | None, minutes: float | None) -> int | None:
-    """How many rounds there will be in all, as far as the history tells; None: it does not say.
+    """How many rounds there will be in all; None: more of them help as yet.
 
     Args:
-        history: Rows of all rounds so far; all but the last remember what was found, in "until".
+        history: Rows of all rounds so far.
         tolerance: In nats; None: no criterion.
         minutes: Of training at most; None: no bound.
     """
-    n = len(history)
-    found = next((row["until"] for row in history[-2:] if row.get("until") is not None), None)
-    if n == 0 or found is not None:
-        return found
     spent = sum(row["seconds"] for row in history) / 60
     if (tolerance is not None and settled(history, tolerance)) or (minutes is not None and spent > 0.8 * minutes):
-        return n + n // 4
+        return len(history) + len(history) // 4
     return None
+
+
+def resumed(history: History, rounds: int) -> int | None:
+    """What was found before a training was interrupted; all its rounds, if it had ended and is now given more of them."""
+    if not history or (found := history[-1].get("until")) is None:
+        return None
+    return rounds if len(history) >= found and history[-1]["at_most"] < rounds else int(found)

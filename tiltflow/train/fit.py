@@ -20,7 +20,7 @@ from torch import nn
 from tiltflow.core.errors import TiltflowError
 from tiltflow.train.buffer import Buffer, Material
 from tiltflow.train.checkpoint import Progress, load_checkpoint, save_checkpoint
-from tiltflow.train.criterion import until
+from tiltflow.train.criterion import resumed, until
 from tiltflow.train.distributed import any_of, average_gradients
 from tiltflow.train.method import Method, State
 from tiltflow.train.settings import Training
@@ -61,12 +61,13 @@ def fit(
     now = Progress(method, state, weights, average, optimiser, Buffer(settings.buffer_rounds), [])
     if resume:
         load_checkpoint(checkpoint, now)
-    end = until(now.history, settings.tolerance, settings.minutes)
+    end = resumed(now.history, settings.rounds)
     while state.iteration < min(settings.rounds, end or settings.rounds):
         now.history.append(row := _round(now, others, settings, end))
         state.iteration += 1
         if settings.open_ended:
-            row["until"] = end = until(now.history, settings.tolerance, settings.minutes)
+            end = end or until(now.history, settings.tolerance, settings.minutes)
+            row |= {"until": end, "at_most": settings.rounds}
         last = state.iteration == min(settings.rounds, end or settings.rounds)
         enough = any_of(callback is not None and callback(row) is True, weights[0].device)
         due = state.iteration % settings.checkpoint_every == 0 or last
