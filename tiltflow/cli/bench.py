@@ -103,8 +103,8 @@ def verdict_command(bases: tuple[str, ...], seeds: int | None, seed: int, **opti
     require_place(options["out"], options["device"])
     from tiltflow.bench.verdict import bench_verdict
 
-    columns = "base case verdicts pass warn cannot_tell fail refused wrong share"
-    measure(lambda bars: bench_verdict(seed, seeds or SEEDS.default, bases or names.VERDICT, bars), columns, seed=seed, **options)
+    columns, many = "base case verdicts pass warn cannot_tell fail refused wrong share", seeds or SEEDS.default
+    measure(lambda bars: bench_verdict(seed, many, bases or names.VERDICT, bars), columns, seed=seed, **options)
 
 
 @bench.command("control")
