@@ -570,7 +570,7 @@ def test_a_walk_without_the_normalisation_is_caught(method, monkeypatch):
     wrong = lambda u, noise, dimension, ratio=1.0: right(u, noise, 0, ratio)  # noqa: E731
     monkeypatch.setattr(simulation, "log_ratio", wrong)
     monkeypatch.setattr("tiltflow.methods.log_variance.log_ratio", wrong)
-    monkeypatch.setattr(simulation.Step, "kl", lambda step, dimension: simulation.energy(step.u))
+    monkeypatch.setattr(simulation, "step_kl", lambda u, dimension, ratio=1.0: simulation.energy(u))
     CHECKS[method][0](Case("brownian_euclidean", False))  # ρ = 1 has nothing to lose
     with pytest.raises(AssertionError):
         CHECKS[method][0](Case("brownian_euclidean", True))

@@ -15,10 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tiltflow.core.chain import Chain, at, times
+from tiltflow.core.chain import Chain, Index, at, times
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.core.simulate import Path, energy
+
+
+ROWS = 2**14
+"""Of the base, evaluated at once where the adjoint goes through Jacobians."""
+EXTRA_ROWS = 2**9
+"""TODO"""
 
 
 class Adjoint(NamedTuple):
@@ -28,13 +34,14 @@ class Adjoint(NamedTuple):
     base_mean: Tensor
 
 
-def _running_grad(chain: Chain, cost: Cost, k: int, x: Tensor) -> Tensor | float:
+def _running_grad(chain: Chain, cost: Cost, k: Index, x: Tensor) -> Tensor:
+    """h∇f(x, t_k); zeros without a state cost f."""
     if cost.running is None:
-        return 0.0
+        return torch.zeros_like(x)
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         (grad,) = torch.autograd.grad(cost.running(x, times(chain, k, x)).sum(), x)
-    return float(chain.t[k + 1] - chain.t[k]) * grad
+    return at(chain.t.diff(), k, x) * grad
 
 
 def lean_adjoint(
@@ -42,9 +49,14 @@ def lean_adjoint(
 ) -> Adjoint:
     """The lean adjoint along ``path``: it needs the base only, never the control.
 
+    Small events take whole Jacobians, of many steps at once (:func:`_by_jacobians`).
     ``device``: where to compute, if the path is kept elsewhere; the adjoint is kept where the path is.
     """
     kept, a = _last(path, cost, device, condition)
+    if a.device == path.x.device and _calls_dominate(path, condition):
+        for steps in reversed(torch.arange(len(path.mean)).split(max(1, ROWS // len(a)))):
+            _by_jacobians(chain, path, cost, kept, steps, condition)
+        return kept
     for k in reversed(range(len(path.mean))):
         with torch.enable_grad():
             x = path.x[k].to(a.device).detach().requires_grad_(True)
@@ -53,6 +65,32 @@ def lean_adjoint(
         a = a + _running_grad(chain, cost, k, x)
         kept.a[k], kept.base_mean[k] = a, mean.detach()
     return kept
+
+
+def _calls_dominate(path: Path, condition: dict[str, Any]) -> bool:
+    """Whether d products for all rows cost less than one for each step's: few entries, and one condition for each path."""
+    n, d = path.x.shape[1], path.x[0, 0].numel()
+    by_row = all(isinstance(rows, Tensor) and rows.ndim > 0 and len(rows) == n for rows in condition.values())
+    return by_row and n * (d - 1) <= EXTRA_ROWS
+
+
+def _by_jacobians(
+    chain: Chain, path: Path, cost: Cost, kept: Adjoint, steps: Tensor, condition: dict[str, Tensor]
+) -> None:
+    """The adjoint of consecutive ``steps`` (n,), all evaluated at once: the states are known, so no step waits for the next."""
+    many, d, k = slice(int(steps[0]), int(steps[-1]) + 1), path.x[0, 0].numel(), steps.repeat_interleave(path.x.shape[1])
+    rows = {name: v.repeat(len(steps), *(1,) * (v.ndim - 1)) for name, v in condition.items()}
+    with torch.enable_grad():
+        x = path.x[many].flatten(0, 1).detach().requires_grad_(True)
+        mean = chain.base_mean(k, x, **rows)
+        units = (e.expand(len(x), d).reshape(x.shape) for e in torch.eye(d).to(x))
+        jacobian = torch.stack([torch.autograd.grad(mean, x, e, retain_graph=True)[0].flatten(1) for e in units], 1)
+    kept.base_mean[many] = mean.detach().unflatten(0, (len(steps), -1))
+    running = _running_grad(chain, cost, k, x).reshape(len(steps), -1, 1, d)
+    a = kept.a[many.stop].reshape(-1, 1, d)
+    for own, transposed, place in reversed(list(zip(running, jacobian.unflatten(0, (len(steps), -1)), kept.a[many], strict=True))):
+        a = torch.baddbmm(own, a, transposed)
+        place.copy_(a.view_as(place))
 
 
 def full_adjoint(
