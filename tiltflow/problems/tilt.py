@@ -46,17 +46,25 @@ class GaussianMixture:
         return cls(_tensor([1.0]), _tensor(mean)[None], _tensor(covariance)[None])
 
     @cached_property
-    def _eigen(self) -> tuple[Tensor, Tensor]:
-        return torch.linalg.eigh(self.covariances)
+    def _eigen(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Eigenvalues (M, d); eigenvectors, side by side (d, M·d); means in those bases (M, d); log w − (d/2) log 2π (M,)."""
+        values, vectors = torch.linalg.eigh(self.covariances)
+        shift = torch.einsum("md,mde->me", self.means, vectors)
+        constant = self.weights.log() - 0.5 * math.log(2 * math.pi) * self.means.shape[1]
+        return values, vectors.transpose(0, 1).flatten(1), shift, constant
 
     def _projected(self, x: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Residuals and variances in each component's eigenbasis, (B, M, d), and log component densities (B, M)."""
-        values, vectors = (e.to(x) for e in self._eigen)
-        shift = torch.einsum("md,mde->me", self.means.to(x), vectors)
-        z = torch.einsum("bd,mde->bme", x, vectors) - alpha[:, None, None] * shift
-        variance = alpha[:, None, None] ** 2 * values + beta[:, None, None] ** 2
-        log_prob = -0.5 * (z**2 / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
-        return z, variance, log_prob + self.weights.to(x).log()
+        values, vectors, shift, constant = (e.to(x) for e in self._eigen)
+        alpha, beta = alpha[:, None, None], beta[:, None, None]
+        z = torch.addcmul((x @ vectors).view(len(x), *shift.shape), alpha, shift, value=-1)
+        variance = torch.addcmul(beta**2, alpha**2, values)
+        return z, variance, torch.sub(constant, (z**2 / variance + variance.log()).sum(-1), alpha=0.5)
+
+    def _mixed(self, log_prob: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Responsibilities ϖ (B, M), and Σ_i ϖ_i z_i (B, d) of vectors z (B, M, d) in the components' eigenbases."""
+        share = torch.softmax(log_prob, 1)
+        return share, (share[:, :, None] * z).flatten(1) @ self._eigen[1].to(z).T
 
     def log_prob(self, x: Tensor, t: Tensor | None = None, interpolant: Interpolant | None = None) -> Tensor:
         """log p_t(x), (B,); t None is t = 1."""
@@ -67,16 +75,14 @@ class GaussianMixture:
         """E[X_1 | X_t = x] = Σ_i ϖ_i(x) (m_i + αC_i(α²C_i + β²)⁻¹(x − αm_i))."""
         alpha, beta = _coefficients(x, t, interpolant)
         z, variance, log_prob = self._projected(x, alpha, beta)
-        values, vectors = (e.to(x) for e in self._eigen)
-        shift = torch.einsum("mde,bme->bmd", vectors, alpha[:, None, None] * values / variance * z)
-        return torch.einsum("bm,bmd->bd", torch.softmax(log_prob, 1), self.means.to(x) + shift)
+        share, shift = self._mixed(log_prob, alpha[:, None, None] * self._eigen[0].to(x) / variance * z)
+        return torch.addmm(shift, share, self.means.to(x))
 
     def score(self, x: Tensor, t: Tensor | None = None, interpolant: Interpolant | None = None) -> Tensor:
         """∇log p_t(x)."""
         alpha, beta = _coefficients(x, t, interpolant)
         z, variance, log_prob = self._projected(x, alpha, beta)
-        pull = torch.einsum("mde,bme->bmd", self._eigen[1].to(x), -z / variance)
-        return torch.einsum("bm,bmd->bd", torch.softmax(log_prob, 1), pull)
+        return self._mixed(log_prob, -z / variance)[1]
 
     def component(self, x: Tensor) -> Tensor:
         """Index of the most likely component at t = 1, (B,)."""
