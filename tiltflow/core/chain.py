@@ -86,8 +86,10 @@ def one_start(chain: Chain) -> bool:
 
 def at(values: Tensor, k: Index, x: Tensor) -> Tensor:
     """Entry k of per-step ``values`` (K, …), broadcastable against ``x`` (B, *event); k an int or a LongTensor (B,)."""
-    v = values[k.to(values.device) if isinstance(k, Tensor) else k].to(x)
-    return v.reshape(v.shape + (1,) * (x.ndim - v.ndim)) if isinstance(k, Tensor) else v
+    if not isinstance(k, Tensor):
+        return values[k].to(x)
+    v = values[k.to(values.device)].to(x)
+    return v.reshape(v.shape + (1,) * (x.ndim - v.ndim))
 
 
 def times(chain: Chain, k: Index, x: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def times(chain: Chain, k: Index, x: Tensor) -> Tensor:
 
 
 def cast(chain: Chain, x: Tensor) -> Chain:
-    """The chain, its coefficients in the dtype and on the device of ``x`` if it has an interpolant: once for a whole walk."""
+    """The chain; over an interpolant, with coefficients in the dtype and on the device of ``x``, once for a whole walk."""
     if not isinstance(chain, InterpolantChain):
         return chain
     return replace(chain, t=chain.t.to(x), a=chain.a.to(x), b=chain.b.to(x), std=chain.std.to(x))

@@ -46,47 +46,53 @@ class GaussianMixture:
         return cls(_tensor([1.0]), _tensor(mean)[None], _tensor(covariance)[None])
 
     @cached_property
-    def _eigen(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Eigenvalues (M, d); eigenvectors, side by side (d, M·d); means in those bases (M, d); log w − (d/2) log 2π (M,)."""
-        values, vectors = torch.linalg.eigh(self.covariances)
-        shift = torch.einsum("md,mde->me", self.means, vectors)
-        constant = self.weights.log() - 0.5 * math.log(2 * math.pi) * self.means.shape[1]
-        return values, vectors.transpose(0, 1).flatten(1), shift, constant
+    def _frames(self) -> dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]]:
+        return {}
 
-    def _projected(self, x: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Residuals and variances in each component's eigenbasis, (B, M, d), and log component densities (B, M)."""
-        values, vectors, shift, constant = (e.to(x) for e in self._eigen)
-        alpha, beta = alpha[:, None, None], beta[:, None, None]
-        z = torch.addcmul((x @ vectors).view(len(x), *shift.shape), alpha, shift, value=-1)
+    def _frame(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Eigenvalues and the means in the eigenbases (M, d, 1), those bases (d, M·d), log w − (d/2) log 2π (M, 1), m (M, d)."""
+        if (key := (x.dtype, x.device)) not in self._frames:
+            values, vectors = torch.linalg.eigh(self.covariances)
+            turned = torch.einsum("md,mde->me", self.means, vectors)
+            constant = self.weights.log() - 0.5 * math.log(2 * math.pi) * self.means.shape[1]
+            frame = values[..., None], turned[..., None], vectors.transpose(0, 1).flatten(1), constant[:, None], self.means
+            self._frames[key] = tuple(e.to(x) for e in frame)
+        return self._frames[key]
+
+    def _projected(self, x: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """Residuals over variances in each component's eigenbasis, (M, d, B), and log component densities (M, B)."""
+        values, turned, vectors, constant, _ = self._frame(x)
+        z = torch.addcmul((vectors.T @ x.T).view(*turned.shape[:2], -1), alpha, turned, value=-1)
         variance = torch.addcmul(beta**2, alpha**2, values)
-        return z, variance, torch.sub(constant, (z**2 / variance + variance.log()).sum(-1), alpha=0.5)
+        scaled = z / variance
+        return scaled, torch.sub(constant, torch.addcmul(variance.log(), z, scaled).sum(1), alpha=0.5)
 
-    def _mixed(self, log_prob: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Responsibilities ϖ (B, M), and Σ_i ϖ_i z_i (B, d) of vectors z (B, M, d) in the components' eigenbases."""
-        share = torch.softmax(log_prob, 1)
-        return share, (share[:, :, None] * z).flatten(1) @ self._eigen[1].to(z).T
+    def _mixed(self, share: Tensor, z: Tensor) -> Tensor:
+        """Σ_i ϖ_i z_i (B, d) of responsibilities ϖ (M, B) and vectors z (M, d, B) in the components' eigenbases."""
+        return (share[:, None] * z).flatten(0, 1).T @ self._frame(z)[2].T
 
     def log_prob(self, x: Tensor, t: Tensor | None = None, interpolant: Interpolant | None = None) -> Tensor:
         """log p_t(x), (B,); t None is t = 1."""
         alpha, beta = _coefficients(x, t, interpolant)
-        return torch.logsumexp(self._projected(x, alpha, beta)[2], 1)
+        return torch.logsumexp(self._projected(x, alpha, beta)[1], 0)
 
     def x1(self, x: Tensor, t: Tensor, interpolant: Interpolant) -> Tensor:
         """E[X_1 | X_t = x] = Σ_i ϖ_i(x) (m_i + αC_i(α²C_i + β²)⁻¹(x − αm_i))."""
         alpha, beta = _coefficients(x, t, interpolant)
-        z, variance, log_prob = self._projected(x, alpha, beta)
-        share, shift = self._mixed(log_prob, alpha[:, None, None] * self._eigen[0].to(x) / variance * z)
-        return torch.addmm(shift, share, self.means.to(x))
+        scaled, log_prob = self._projected(x, alpha, beta)
+        values, *_, means = self._frame(x)
+        share = torch.softmax(log_prob, 0)
+        return torch.addmm(self._mixed(share, alpha * values * scaled), share.T, means)
 
     def score(self, x: Tensor, t: Tensor | None = None, interpolant: Interpolant | None = None) -> Tensor:
         """∇log p_t(x)."""
         alpha, beta = _coefficients(x, t, interpolant)
-        z, variance, log_prob = self._projected(x, alpha, beta)
-        return self._mixed(log_prob, -z / variance)[1]
+        scaled, log_prob = self._projected(x, alpha, beta)
+        return self._mixed(torch.softmax(log_prob, 0), -scaled)
 
     def component(self, x: Tensor) -> Tensor:
         """Index of the most likely component at t = 1, (B,)."""
-        return self._projected(x, *_coefficients(x, None, None))[2].argmax(1)
+        return self._projected(x, *_coefficients(x, None, None))[1].argmax(0)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """n exact draws (n, d) in the default dtype."""
