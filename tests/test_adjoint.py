@@ -173,7 +173,7 @@ def test_jacobians_of_many_steps_at_once_change_nothing(name, side, running, gen
 
 
 def test_jacobians_are_for_small_events_networks_and_batches(generator):
-    for d, paths, calls in ((1, 1000, 2), (2, 30, 1), (2, 5000, 5), (100, 30, 5)):
+    for d, paths, calls in ((1, 4000, 3), (2, 30, 1), (2, 5000, 5), (200, 30, 5)):
         base, chain = turning("memoryless", d)
         path = simulate(chain, None, chain.source(paths, generator), generator)
         base.calls = 0

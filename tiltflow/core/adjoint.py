@@ -20,9 +20,9 @@ from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.core.simulate import Path, energy
 
-ROWS = 2**12
+ROWS = 2**13
 """That the base sees at once where the adjoint goes through Jacobians."""
-CALL, ROW = 2**22, 2**11
+CALL, ROW = 2**22, 2**10
 """What a call costs whatever it computes, and a row whatever the network, in weights times rows. Measured on one core with a
 closed form and with networks of 9,000 and 200,000 weights, d = 1 … 8, 32 … 1024 paths."""
 

@@ -50,7 +50,7 @@ class GaussianMixture:
         return {}
 
     def _frame(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Eigenvalues and the means in the eigenbases (M, d, 1), those bases (d, M·d), log w − (d/2) log 2π (M, 1), m (M, d)."""
+        """Eigenvalues and means in the eigenbases (M, d, 1), these (d, M·d), log w − (d/2) log 2π (M, 1), means (M, d)."""
         if (key := (x.dtype, x.device)) not in self._frames:
             values, vectors = torch.linalg.eigh(self.covariances)
             turned = torch.einsum("md,mde->me", self.means, vectors)
