@@ -282,9 +282,23 @@ def few_steps() -> str:
 def iteration() -> str:
     """One round of Adjoint Matching."""
     documents = load("iteration.json")
-    times = ("median_ms", "lowest_ms", "highest_ms")
-    lines = [["path weights" if r["importance"] else "plain", *(f"{r[c]:.0f}" for c in times)] for r in rows_of(documents)]
-    return table(["Adjoint Matching", "median ms", "lowest", "highest"], lines, documents)
+    times = ("median_ms", "lowest_ms", "highest_ms", "processor_ms")
+    lines = [
+        ["path weights" if r["importance"] else "plain", str(r["regressed"]), *(f"{r[c]:.0f}" for c in times)]
+        for r in rows_of(documents, kind="round")
+    ]
+    header = ["Adjoint Matching", "steps in the loss", "median ms", "lowest", "highest", "processor ms"]
+    return table(header, lines, documents)
+
+
+def overhead() -> str:
+    """The parts of a round beside their bare network calls."""
+    documents, columns = load("iteration.json"), {"ms": 0, "bare_ms": 0, "ratio": 2, "processor_ratio": 2}
+    lines = [
+        [r["network"], r["part"], *(number([r[c]], digits) for c, digits in columns.items())]
+        for r in rows_of(documents, kind="overhead")
+    ]
+    return table(["network", "part", "ms", "bare calls, ms", "ratio", "of processor time"], lines, documents)
 
 
 def plain(pattern: str, labels: tuple[str, ...], columns: dict[str, int], header: dict[str, str] | None = None) -> str:
@@ -382,6 +396,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pipeline memory": pipeline_memory,
     "small models": small_models,
     "iteration": iteration,
+    "overhead": overhead,
 }
 
 

@@ -13,7 +13,9 @@ from tiltflow.core.control import FineTuned, NetworkControl, tilted
 from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Euclidean
+from tiltflow.core.interpolant import Linear
 from tiltflow.core.noise import Constant
+from tiltflow.core.process import Process
 from tiltflow.core.simulate import event_sum, sample, simulate
 from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.nn.mlp import MLP
@@ -119,6 +121,71 @@ def test_adjoint_equals_autograd_along_the_path(kind, running):
     for k in range(len(path.mean)):
         exact = future_cost(chain, control, cost, path, k, kind == "lean")
         assert (a[k] - exact).abs().max() < 1e-8 * max(1.0, float(exact.abs().max()))
+
+
+class Turning(torch.nn.Module):
+    """A base whose Jacobian is not symmetric, conditional or not; it counts its evaluations."""
+
+    def __init__(self, d=2):
+        super().__init__()
+        self.turn, self.calls = torch.nn.Parameter(torch.randn(d, d, generator=torch.Generator().manual_seed(3))), 0
+
+    def forward(self, x, t, side=None):
+        self.calls += 1
+        return torch.sin(x @ self.turn + t[:, None] * (1 if side is None else side[:, None]))
+
+
+def turning(name, d=2):
+    base, t = Turning(d), uniform_grid(5)
+    if name == "drift":
+        return base, DriftChain.build(base, lambda n, g: torch.randn(n, d, generator=g), t, Constant(0.8))
+    process = Process(Linear(), base, "x1" if name == "x1" else "velocity", (d,))
+    if name == "euler_maruyama":
+        return base, euler_maruyama(process, t, Constant(0.7))
+    spread = torch.linspace(0.1, 0.3, 5 * d).reshape(5, d) if name == "per_coordinate" else 0.1 * torch.ones(5)
+    return base, memoryless_chain(process, t, spread, name == "noiseless_last")
+
+
+@pytest.mark.parametrize("name", ["memoryless", "x1", "per_coordinate", "noiseless_last", "euler_maruyama", "drift"])
+@pytest.mark.parametrize("side", [None, torch.linspace(-1, 1, 7)], ids=["free", "conditional"])
+@pytest.mark.parametrize("running", [None, bump], ids=["f=0", "f"])
+def test_jacobians_of_many_steps_at_once_change_nothing(name, side, running, generator, monkeypatch):
+    base, chain = turning(name)
+    condition = {} if side is None else {"side": side}
+    cost = RewardCost(lambda x, **condition: torch.sin(x).sum(1), running=running)
+    path = simulate(chain, None, chain.source(7, generator), generator, **condition)
+
+    def found(call, rows):
+        monkeypatch.setattr("tiltflow.core.adjoint.CALL", call)
+        monkeypatch.setattr("tiltflow.core.adjoint.ROWS", rows)
+        base.calls = 0
+        return lean_adjoint(chain, path, cost, **condition), base.calls
+
+    each, calls = found(-1, 0)
+    assert calls == 5
+    for rows, calls in ((1000, 1), (15, 3)):  # blocks of all, and of two steps
+        once = found(2**22, rows)
+        assert once[1] == calls
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(each, once[0], strict=True))
+    right = torch.baddbmm
+    monkeypatch.setattr(torch, "baddbmm", lambda own, a, j: right(own, a, j.mT))  # the Jacobian, not its transpose
+    assert (found(2**22, 1000)[0].a - each.a).abs().max() > 0.01
+
+
+def test_jacobians_are_for_small_events_networks_and_batches(generator):
+    for d, paths, calls in ((1, 4000, 3), (2, 30, 1), (2, 5000, 5), (200, 30, 5)):
+        base, chain = turning("memoryless", d)
+        path = simulate(chain, None, chain.source(paths, generator), generator)
+        base.calls = 0
+        lean_adjoint(chain, path, RewardCost(lambda x: x.sum(1)))
+        assert base.calls == calls
+    wide = torch.nn.Parameter(torch.zeros(2**20))
+    base, chain = turning("memoryless")
+    base.register_parameter("more", wide)
+    path = simulate(chain, None, chain.source(30, generator), generator)
+    base.calls = 0
+    lean_adjoint(chain, path, RewardCost(lambda x: x.sum(1)))
+    assert base.calls == 5
 
 
 def test_sign_of_the_adjoint():

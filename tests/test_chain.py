@@ -17,6 +17,7 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.interpolant import VP, Cosine, Follmer, Linear
 from tiltflow.core.noise import Constant, Memoryless, zero
 from tiltflow.core.ode import ode
+from tiltflow.core.process import Process
 from tiltflow.core.simulate import sample, simulate
 from tiltflow.core.weights import ess, evidence, log_mean_exp
 from tiltflow.problems.tilt import GaussianMixture, QuadraticReward, TiltProblem, mixture2d
@@ -236,3 +237,19 @@ def test_simulate_returns_every_state(generator):
     chain = memoryless_chain(problem.process(), uniform_grid(5), torch.full((5,), 0.1))
     path = simulate(chain, None, chain.source(7, generator), generator)
     assert path.x.shape == (6, 7, 1) and path.mean.shape == (5, 7, 1)
+
+
+@pytest.mark.parametrize("path", [LINEAR, Cosine(), VP(), Follmer(1.3, 4.0)], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("per_coordinate", [False, True])
+def test_the_mean_in_terms_of_the_velocity_is_that_of_its_end_point(path, per_coordinate, generator):
+    velocity, t = Process(path, lambda x, t: torch.sin(x) + t[:, None], "velocity", (2,)), power_grid(6, 2.0)
+    spread = torch.linspace(0.1, 0.4, 12).reshape(6, 2)
+    chain = memoryless_chain(velocity, t, spread if per_coordinate else spread.mean(1))
+    x = torch.randn(6, 2, generator=generator)
+    for k in (0, 3, 5, torch.arange(6)):
+        exact = chain.mean(k, x, velocity.x1(x, times(chain, k, x)))
+        assert torch.allclose(chain.base_mean(k, x), exact, rtol=1e-12, atol=1e-12)
+        single = chain.base_mean(k, x.float())
+        assert single.dtype == torch.float32 and torch.allclose(single, exact.float(), rtol=1e-4, atol=1e-5)
+    drawn = simulate(chain, None, x.float(), generator)
+    assert drawn.x.dtype == torch.float32 == drawn.mean.dtype

@@ -524,6 +524,19 @@ def test_samples_and_their_weights(name, own_variance):
 
 
 @pytest.mark.parametrize("own_variance", [False, True])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_stored_path_is_retraced_alike_in_blocks(name, own_variance, monkeypatch):
+    c = Case(name, own_variance)
+    path = simulation.simulate(c.chain, c.control, c.chain.source(B, c.generator), c.generator)
+    base_mean = torch.stack([c.chain.base_mean(k, x) for k, x in enumerate(path.x[:-1])])
+    for entries in (1, 2 * path.x[0].numel(), 2**20):
+        monkeypatch.setattr(simulation, "ENTRIES", entries)
+        found = simulation.retrace(c.chain, c.control, path, base_mean)
+        exact = densities(c.chain, c.control, path.x, c.dimension)
+        assert all(torch.allclose(a, b, rtol=1e-8) for a, b in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("own_variance", [False, True])
 @pytest.mark.parametrize("space", SPACES)
 def test_value_and_reversed_paths(space, own_variance):
     """−log mean e^{log w} over the very paths that ``value`` draws; and a path reversed has the density of the path."""
@@ -570,7 +583,7 @@ def test_a_walk_without_the_normalisation_is_caught(method, monkeypatch):
     wrong = lambda u, noise, dimension, ratio=1.0: right(u, noise, 0, ratio)  # noqa: E731
     monkeypatch.setattr(simulation, "log_ratio", wrong)
     monkeypatch.setattr("tiltflow.methods.log_variance.log_ratio", wrong)
-    monkeypatch.setattr(simulation.Step, "kl", lambda step, dimension: simulation.energy(step.u))
+    monkeypatch.setattr(simulation, "step_kl", lambda u, dimension, ratio=1.0: simulation.energy(u))
     CHECKS[method][0](Case("brownian_euclidean", False))  # ρ = 1 has nothing to lose
     with pytest.raises(AssertionError):
         CHECKS[method][0](Case("brownian_euclidean", True))

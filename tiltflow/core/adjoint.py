@@ -1,4 +1,4 @@
-r"""Adjoints along fixed paths of a chain: one vector–Jacobian product per step, backwards, ã_K = ∇g(x_K).
+r"""Adjoints along fixed paths of a chain: a vector–Jacobian product per step, backwards, from ã_K = ∇g(x_K).
 
     lean   ã_k = J_{mean_base}(x_k)ᵀ ã_{k+1} + h∇f(x_k)
     full   a_k = J_{mean_u}(x_k)ᵀ a_{k+1} + ∇(½‖u_k‖²)(x_k) + h∇f(x_k)
@@ -13,12 +13,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tiltflow.core.chain import Chain, at, times
+from tiltflow.core.chain import Chain, Index, InterpolantChain, at, times
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.core.simulate import Path, energy
+
+ROWS = 2**13
+"""That the base sees at once where the adjoint goes through Jacobians."""
+CALL, ROW = 2**22, 2**10
+"""What a call costs whatever it computes, and a row whatever the network, in weights times rows. Measured on one core with a
+closed form and with networks of 9,000 and 200,000 weights, d = 1 … 8, 32 … 1024 paths."""
 
 
 class Adjoint(NamedTuple):
@@ -28,13 +34,14 @@ class Adjoint(NamedTuple):
     base_mean: Tensor
 
 
-def _running_grad(chain: Chain, cost: Cost, k: int, x: Tensor) -> Tensor | float:
+def _running_grad(chain: Chain, cost: Cost, k: Index, x: Tensor) -> Tensor:
+    """h∇f(x, t_k); zeros without a state cost f."""
     if cost.running is None:
-        return 0.0
+        return torch.zeros_like(x)
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         (grad,) = torch.autograd.grad(cost.running(x, times(chain, k, x)).sum(), x)
-    return float(chain.t[k + 1] - chain.t[k]) * grad
+    return at(chain.t.diff(), k, x) * grad
 
 
 def lean_adjoint(
@@ -42,9 +49,15 @@ def lean_adjoint(
 ) -> Adjoint:
     """The lean adjoint along ``path``: it needs the base only, never the control.
 
+    One base evaluation and one product per step; for small events, where that is cheaper, whole Jacobians of many steps at
+    once. The base must then treat the rows of a batch as it treats them in the loss: each by itself, at its own step.
     ``device``: where to compute, if the path is kept elsewhere; the adjoint is kept where the path is.
     """
     kept, a = _last(path, cost, device, condition)
+    if a.device == path.x.device and _calls_dominate(chain, path, condition):
+        for steps in reversed(torch.arange(len(path.mean)).split(max(1, ROWS // len(a)))):
+            _by_jacobians(chain, path, cost, kept, steps, condition)
+        return kept
     for k in reversed(range(len(path.mean))):
         with torch.enable_grad():
             x = path.x[k].to(a.device).detach().requires_grad_(True)
@@ -53,6 +66,35 @@ def lean_adjoint(
         a = a + _running_grad(chain, cost, k, x)
         kept.a[k], kept.base_mean[k] = a, mean.detach()
     return kept
+
+
+def _calls_dominate(chain: Chain, path: Path, condition: dict[str, Any]) -> bool:
+    """Whether d − 1 more products for every row cost less than the calls they save; conditions must have a row a path."""
+    n, d = path.x.shape[1], path.x[0, 0].numel()
+    by_row = all(isinstance(rows, Tensor) and rows.ndim > 0 and len(rows) == n for rows in condition.values())
+    base = chain.base.model if isinstance(chain, InterpolantChain) else getattr(chain, "drift", None)
+    weights = sum(p.numel() for p in base.parameters()) if isinstance(base, nn.Module) else 0
+    return by_row and n * (d - 1) * (ROW + weights) <= CALL
+
+
+def _by_jacobians(
+    chain: Chain, path: Path, cost: Cost, kept: Adjoint, steps: Tensor, condition: dict[str, Tensor]
+) -> None:
+    """The adjoint at consecutive ``steps`` (n,), given the next: the states are known, so no evaluation waits for one."""
+    many, d, k = slice(int(steps[0]), int(steps[-1]) + 1), path.x[0, 0].numel(), steps.repeat_interleave(path.x.shape[1])
+    rows = {name: v.repeat(len(steps), *(1,) * (v.ndim - 1)) for name, v in condition.items()}
+    with torch.enable_grad():
+        x = path.x[many].flatten(0, 1).detach().requires_grad_(True)
+        mean = chain.base_mean(k, x, **rows)
+        units = (e.expand(len(x), d).reshape(x.shape) for e in torch.eye(d).to(x))
+        jacobian = torch.stack([torch.autograd.grad(mean, x, e, retain_graph=True)[0].flatten(1) for e in units], 1)
+    kept.base_mean[many] = mean.detach().unflatten(0, (len(steps), -1))
+    running = _running_grad(chain, cost, k, x).reshape(len(steps), -1, 1, d)
+    a = kept.a[many.stop].reshape(-1, 1, d)
+    by_step = zip(running, jacobian.unflatten(0, (len(steps), -1)), kept.a[many], strict=True)
+    for own, columns, place in reversed(list(by_step)):
+        a = torch.baddbmm(own, a, columns)
+        place.copy_(a.view_as(place))
 
 
 def full_adjoint(

@@ -16,7 +16,7 @@ Over an interpolant, the mean of every scheme here is linear in the denoised sam
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -86,14 +86,23 @@ def one_start(chain: Chain) -> bool:
 
 def at(values: Tensor, k: Index, x: Tensor) -> Tensor:
     """Entry k of per-step ``values`` (K, …), broadcastable against ``x`` (B, *event); k an int or a LongTensor (B,)."""
-    v = values[k.to(values.device) if isinstance(k, Tensor) else k].to(x)
-    return v.reshape(v.shape + (1,) * (x.ndim - v.ndim)) if isinstance(k, Tensor) else v
+    if not isinstance(k, Tensor):
+        return values[k].to(x)
+    v = values[k.to(values.device)].to(x)
+    return v.reshape(v.shape + (1,) * (x.ndim - v.ndim))
 
 
 def times(chain: Chain, k: Index, x: Tensor) -> Tensor:
     """t_k as a (B,) tensor of the dtype of x."""
     t = chain.t[k.to(chain.t.device) if isinstance(k, Tensor) else k].to(x)
     return t if isinstance(k, Tensor) else t.expand(x.shape[0])
+
+
+def cast(chain: Chain, x: Tensor) -> Chain:
+    """The chain; over an interpolant, with coefficients in the dtype and on the device of ``x``, once for a whole walk."""
+    if not isinstance(chain, InterpolantChain):
+        return chain
+    return replace(chain, t=chain.t.to(x), a=chain.a.to(x), b=chain.b.to(x), std=chain.std.to(x))
 
 
 @dataclass(frozen=True)
@@ -117,13 +126,27 @@ class InterpolantChain:
         """The steps with noise, (n,)."""
         return noisy_steps(self.std)
 
+    @cached_property
+    def _of_velocity(self) -> tuple[Tensor, Tensor]:
+        """(A + Ba, Bb), for X̂_1 = ax + bv: the mean in terms of x and the velocity."""
+        a, b = (c.reshape(-1, *(1,) * (self.a.ndim - 1)) for c in self.base.interpolant.from_velocity(self.t[:-1]))
+        return self.a + self.b * a, self.b * b
+
     def mean(self, k: Index, x: Tensor, x1: Tensor) -> Tensor:
-        """A_k x + B_k x1, for the base's or a fine-tuned model's X̂_1."""
-        return at(self.a, k, x) * x + at(self.b, k, x) * x1
+        """A_k x + B_k x1."""
+        return torch.addcmul(at(self.a, k, x) * x, at(self.b, k, x), x1)
+
+    def mean_of(self, process: Process, k: Index, x: Tensor, **condition: Any) -> Tensor:
+        """A_k x + B_k X̂_1(x) of the base, or of a process along the base's interpolant."""
+        t = times(self, k, x)
+        if process.predicts != "velocity":
+            return self.mean(k, x, process.x1(x, t, **condition))
+        a, b = (at(c, k, x) for c in self._of_velocity)
+        return torch.addcmul(a * x, b, process.velocity(x, t, **condition))
 
     def base_mean(self, k: Index, x: Tensor, **condition: Any) -> Tensor:
         """E[x_{k+1} | x_k = x] of the base."""
-        return self.mean(k, x, self.base.x1(x, times(self, k, x), **condition))
+        return self.mean_of(self.base, k, x, **condition)
 
     def source(self, n: int, generator: torch.Generator) -> Tensor:
         """n draws of x_0 in the default dtype of torch."""

@@ -64,11 +64,12 @@ class FineTuned:
         self, chain: InterpolantChain, k: Index, x: Tensor, base_mean: Tensor | None = None, **condition: Any
     ) -> Tensor:
         """A_k x + B_k X̂_1 of the fine-tuned process."""
-        t, model = times(chain, k, x), self.process.model
-        if isinstance(model, Blend | Tilt) and base_mean is not None:  # the base is known: only the network is evaluated
-            b = (base_mean - at(chain.a, k, x) * x) / at(chain.b, k, x)
-            return chain.mean(k, x, model.from_base(b, x, t, **condition))
-        return chain.mean(k, x, self.process.x1(x, t, **condition))
+        model = self.process.model
+        if base_mean is None or not isinstance(model, Blend | Tilt):
+            return chain.mean_of(self.process, k, x, **condition)
+        from_x, b = at(chain.a, k, x) * x, at(chain.b, k, x)  # the base is known: only the network is evaluated
+        x1 = model.from_base((base_mean - from_x) / b, x, times(chain, k, x), **condition)
+        return torch.addcmul(from_x, b, x1)
 
     def ratios(self, chain: Chain) -> Tensor | None:
         """The base\'s step variance."""
@@ -197,7 +198,7 @@ class Tilt(nn.Module):
 
     def from_base(self, b: Tensor, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """X̂_1 of the tilted process, given the base's."""
-        return b + expand(self.base.interpolant.beta(t), x) * self.net(torch.cat([x, b], -1), t, **condition)
+        return torch.addcmul(b, expand(self.base.interpolant.beta(t), x), self.net(torch.cat([x, b], -1), t, **condition))
 
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """X̂_1 of the tilted process."""

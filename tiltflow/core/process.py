@@ -30,7 +30,7 @@ Model = Callable[..., Tensor]
 
 def expand(a: Tensor, like: Tensor) -> Tensor:
     """Append singleton axes to ``a`` (B,) until it broadcasts against ``like`` (B, *event)."""
-    return a.reshape(a.shape + (1,) * (like.ndim - a.ndim)).to(like.dtype)
+    return a.reshape(-1, *(1,) * (like.ndim - 1)).to(like.dtype)
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:

@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tiltflow.core.chain import Chain, InterpolantChain, at, times
+from tiltflow.core.chain import Chain, InterpolantChain, at, cast, times
 from tiltflow.core.control import Control
 from tiltflow.core.geometry import noise as tangent_noise
 
 Running = Callable[[Tensor, Tensor], Tensor]
+ENTRIES = 2**20
+"""Of the states that :func:`retrace` sees at once."""
 
 
 def event_sum(x: Tensor) -> Tensor:
@@ -47,6 +49,14 @@ def log_ratio(u: Tensor, noise: Tensor, dimension: int, ratio: float | Tensor = 
     return 0.5 * event_sum(noise**2 - (u + ratio * noise) ** 2) + dimension * log_rho
 
 
+def step_kl(u: Tensor, dimension: int, ratio: float | Tensor = 1.0) -> Tensor:
+    """KL(p_u ‖ p_base) of transitions, (B,); ρ as in :func:`log_ratio`."""
+    if isinstance(ratio, float):
+        return energy(u) + dimension * (0.5 * (ratio**2 - 1) - math.log(ratio))
+    ratio = ratio.reshape(len(u))
+    return energy(u) + dimension * (0.5 * (ratio**2 - 1) - ratio.log())
+
+
 class Step(NamedTuple):
     """One transition; ``u`` (scaled: √h times the control) is None if the base mean was not asked for; ``ratio`` is ρ_k."""
 
@@ -66,7 +76,7 @@ class Step(NamedTuple):
     def kl(self, dimension: int) -> Tensor:
         """KL(p_u ‖ p_base) of the transition, (B,)."""
         assert self.u is not None
-        return energy(self.u) + dimension * (0.5 * (self.ratio**2 - 1) - math.log(self.ratio))
+        return step_kl(self.u, dimension, self.ratio)
 
 
 class Path(NamedTuple):
@@ -143,7 +153,7 @@ def transition(
     u = None
     if with_base and base_mean is not None:
         u = torch.zeros_like(x) if mean is base_mean else (mean - base_mean) / std
-    return Step(k, x, noise, mean + ratio * std * noise, mean, u, ratio)
+    return Step(k, x, noise, torch.addcmul(mean, noise, std, value=ratio), mean, u, ratio)
 
 
 def walk_from(
@@ -156,7 +166,8 @@ def walk_from(
     condition: dict[str, Any],
 ) -> Iterator[Step]:
     """:func:`walk` from states ``x`` at step ``start``."""
-    for k, (actor, ratio) in list(enumerate(actors(chain, control)))[start:]:
+    makers, chain = actors(chain, control), cast(chain, x)
+    for k, (actor, ratio) in list(enumerate(makers))[start:]:
         noise = tangent_noise(chain.geometry, x, generator)
         step = transition(chain, actor, k, x, noise, ratio, condition, with_base)
         yield step
@@ -178,12 +189,18 @@ def walk(
     return walk_from(0, chain, control, x0, generator, with_base, condition)
 
 
-def retrace(chain: Chain, control: Control, path: Path, base_mean: Tensor) -> Iterator[Step]:
-    """The transitions of a stored path of ``control``, with mean_base(x_k) (K, B, *event), where there is noise."""
-    for k, (actor, ratio) in enumerate(actors(chain, control)):
-        if actor is not None:
-            x, x_next, mean, std = path.x[k], path.x[k + 1], path.mean[k], at(chain.std, k, path.x[k])
-            yield Step(k, x, (x_next - mean) / (ratio * std), x_next, mean, (mean - base_mean[k]) / std, ratio)
+def retrace(chain: Chain, control: Control, path: Path, base_mean: Tensor) -> tuple[Tensor, Tensor]:
+    """log dP_base/dP_u and Σ_k KL of stored paths of ``control``, each (B,), from mean_base(x_k) (K, B, *event)."""
+    n, dimension, ratios = path.x.shape[1], chain.geometry.dimension(path.x.shape[2:]), control.ratios(chain)
+    found = path.x.new_zeros(2, n)
+    for steps in chain.controlled.split(max(1, ENTRIES // path.x[0].numel())):
+        x_next, mean, base = (v[steps].flatten(0, 1) for v in (path.x[1:], path.mean, base_mean))
+        k = steps.repeat_interleave(n)
+        std, ratio = at(chain.std, k, mean), 1.0 if ratios is None else at(ratios, k, mean)
+        u, noise = (mean - base) / std, (x_next - mean) / (ratio * std)
+        terms = torch.stack([log_ratio(u, noise, dimension, ratio), step_kl(u, dimension, ratio)])
+        found += terms.reshape(2, len(steps), n).sum(1)
+    return found[0], found[1]
 
 
 @torch.no_grad()
@@ -202,8 +219,9 @@ def simulate(
     x = torch.empty((len(chain.t), *x0.shape), dtype=x0.dtype, device=keep or x0.device)
     mean = torch.empty_like(x[1:])
     x[0] = x0
-    for s in walk(chain, control, x0, generator, **condition):
-        x[s.k + 1], mean[s.k] = s.x_next, s.mean
+    for s, x_next, centre in zip(walk(chain, control, x0, generator, **condition), x[1:], mean, strict=True):
+        x_next.copy_(s.x_next)
+        centre.copy_(s.mean)
     return Path(x, mean)
 
 

@@ -111,12 +111,9 @@ class AdjointMatching(Method):
             adjoint = full_adjoint(self.chain, state.control, path, self.cost, x0.device, **condition)
         steps = torch.tensor(self._steps(generator))
         n = len(steps) * self.batch
-        weight = torch.ones_like(event_sum(path.x[0]))
-        kl, log_ratio, dimension = torch.zeros(()), torch.zeros_like(weight), self.chain.geometry.dimension(x0.shape[1:])
-        for step in retrace(self.chain, policy, path, adjoint.base_mean):
-            kl, log_ratio = kl + step.kl(dimension).mean(), log_ratio + step.log_ratio(dimension)
+        log_ratio, kl = retrace(self.chain, policy, path, adjoint.base_mean)
         cost = self.cost.value(path.x[-1].to(x0.device), **condition).detach().to(path.x.device)
-        log_w = log_ratio - cost
+        weight, log_w = torch.ones_like(kl), log_ratio - cost
         if self.cost.running is not None:
             for k, x in enumerate(path.x[:-1]):
                 log_w = log_w - running_cost(self.chain, self.cost.running, k, x)
@@ -140,8 +137,8 @@ class AdjointMatching(Method):
         if self.endpoint_share is not None:
             self._renoise(material, path.x[-1].repeat(len(steps), *(1,) * (path.x[-1].ndim - 1)), generator)
         norms = adjoint.a.reshape(len(adjoint.a), self.batch, -1).norm(dim=2).mean(1)
-        reward = mean_reward(self.cost, cost), float(-normalised(log_w) @ cost.double()) / (self.cost.strength or 1.0)
-        metrics = {"reward": reward[0], "reward_weighted": reward[1], "kl": float(kl)}
+        weighted = float(-normalised(log_w) @ cost.double()) / (self.cost.strength or 1.0)
+        metrics = {"reward": mean_reward(self.cost, cost), "reward_weighted": weighted, "kl": float(kl.mean())}
         metrics |= {"elbo": float(log_w.double().mean()), "path_ess": ess(log_w)}
         return Round(material, metrics, {"adjoint_norm": norms.tolist()})
 

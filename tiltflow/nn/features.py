@@ -10,5 +10,6 @@ from torch import Tensor
 
 def time_features(t: Tensor, frequencies: int) -> Tensor:
     """[t, sin πkt, cos πkt for k = 1 … frequencies], (B, 1 + 2 frequencies), of t (B,)."""
-    angle = t[:, None] * math.pi * torch.arange(1, frequencies + 1, dtype=t.dtype, device=t.device)
-    return torch.cat([t[:, None], angle.sin(), angle.cos()], 1)
+    t = t[:, None]
+    angle = t * torch.linspace(math.pi, frequencies * math.pi, frequencies, dtype=t.dtype, device=t.device)
+    return torch.cat([t, angle.sin(), angle.cos()], 1)

@@ -46,41 +46,53 @@ class GaussianMixture:
         return cls(_tensor([1.0]), _tensor(mean)[None], _tensor(covariance)[None])
 
     @cached_property
-    def _eigen(self) -> tuple[Tensor, Tensor]:
-        return torch.linalg.eigh(self.covariances)
+    def _frames(self) -> dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]]:
+        return {}
 
-    def _projected(self, x: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Residuals and variances in each component's eigenbasis, (B, M, d), and log component densities (B, M)."""
-        values, vectors = (e.to(x) for e in self._eigen)
-        shift = torch.einsum("md,mde->me", self.means.to(x), vectors)
-        z = torch.einsum("bd,mde->bme", x, vectors) - alpha[:, None, None] * shift
-        variance = alpha[:, None, None] ** 2 * values + beta[:, None, None] ** 2
-        log_prob = -0.5 * (z**2 / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
-        return z, variance, log_prob + self.weights.to(x).log()
+    def _frame(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Eigenvalues and means in the eigenbases (M, d, 1), these (d, M·d), log w − (d/2) log 2π (M, 1), means (M, d)."""
+        if (key := (x.dtype, x.device)) not in self._frames:
+            values, vectors = torch.linalg.eigh(self.covariances)
+            turned = torch.einsum("md,mde->me", self.means, vectors)
+            constant = self.weights.log() - 0.5 * math.log(2 * math.pi) * self.means.shape[1]
+            frame = values[..., None], turned[..., None], vectors.transpose(0, 1).flatten(1), constant[:, None], self.means
+            self._frames[key] = tuple(e.to(x) for e in frame)
+        return self._frames[key]
+
+    def _projected(self, x: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """Residuals over variances in each component's eigenbasis, (M, d, B), and log component densities (M, B)."""
+        values, turned, vectors, constant, _ = self._frame(x)
+        z = torch.addcmul((vectors.T @ x.T).view(*turned.shape[:2], -1), alpha, turned, value=-1)
+        variance = torch.addcmul(beta**2, alpha**2, values)
+        scaled = z / variance
+        return scaled, torch.sub(constant, torch.addcmul(variance.log(), z, scaled).sum(1), alpha=0.5)
+
+    def _mixed(self, share: Tensor, z: Tensor) -> Tensor:
+        """Σ_i ϖ_i z_i (B, d) of responsibilities ϖ (M, B) and vectors z (M, d, B) in the components' eigenbases."""
+        return (share[:, None] * z).flatten(0, 1).T @ self._frame(z)[2].T
 
     def log_prob(self, x: Tensor, t: Tensor | None = None, interpolant: Interpolant | None = None) -> Tensor:
         """log p_t(x), (B,); t None is t = 1."""
         alpha, beta = _coefficients(x, t, interpolant)
-        return torch.logsumexp(self._projected(x, alpha, beta)[2], 1)
+        return torch.logsumexp(self._projected(x, alpha, beta)[1], 0)
 
     def x1(self, x: Tensor, t: Tensor, interpolant: Interpolant) -> Tensor:
         """E[X_1 | X_t = x] = Σ_i ϖ_i(x) (m_i + αC_i(α²C_i + β²)⁻¹(x − αm_i))."""
         alpha, beta = _coefficients(x, t, interpolant)
-        z, variance, log_prob = self._projected(x, alpha, beta)
-        values, vectors = (e.to(x) for e in self._eigen)
-        shift = torch.einsum("mde,bme->bmd", vectors, alpha[:, None, None] * values / variance * z)
-        return torch.einsum("bm,bmd->bd", torch.softmax(log_prob, 1), self.means.to(x) + shift)
+        scaled, log_prob = self._projected(x, alpha, beta)
+        values, *_, means = self._frame(x)
+        share = torch.softmax(log_prob, 0)
+        return torch.addmm(self._mixed(share, alpha * values * scaled), share.T, means)
 
     def score(self, x: Tensor, t: Tensor | None = None, interpolant: Interpolant | None = None) -> Tensor:
         """∇log p_t(x)."""
         alpha, beta = _coefficients(x, t, interpolant)
-        z, variance, log_prob = self._projected(x, alpha, beta)
-        pull = torch.einsum("mde,bme->bmd", self._eigen[1].to(x), -z / variance)
-        return torch.einsum("bm,bmd->bd", torch.softmax(log_prob, 1), pull)
+        scaled, log_prob = self._projected(x, alpha, beta)
+        return self._mixed(torch.softmax(log_prob, 0), -scaled)
 
     def component(self, x: Tensor) -> Tensor:
         """Index of the most likely component at t = 1, (B,)."""
-        return self._projected(x, *_coefficients(x, None, None))[2].argmax(1)
+        return self._projected(x, *_coefficients(x, None, None))[1].argmax(0)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """n exact draws (n, d) in the default dtype."""
