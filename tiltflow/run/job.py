@@ -77,7 +77,7 @@ class Work:
 
     def round(self, row: Row, what: str, total: int, note: str = "") -> None:
         """A round of training is done: tell, log, and let metrics.json grow."""
-        done = row["iteration"] + 1
+        done, total = row["iteration"] + 1, min(total, row.get("until") or total)
         self.rounds = [r for r in self.rounds if r["iteration"] < row["iteration"]] + [scalars(row)]
         self.tell(what, done, total, note)
         self.log(scalars(row), done)
