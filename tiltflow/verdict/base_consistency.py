@@ -111,7 +111,7 @@ class Consistency(BaseProbe):
 
     @cached_property
     def best(self) -> tuple[float, Reading] | None:
-        """The reading with the smallest inconsistency, if it fits better than the declared one by far; else None."""
+        """The reading with the smallest inconsistency, if it fits, and far better than the declared one; else None."""
         tried: list[tuple[float, Reading]] = []
         for reading in readings(self.base):
             probe = BaseProbe(reading.base, self.generator, self.samples, self.steps, self.conditions)
@@ -121,7 +121,7 @@ class Consistency(BaseProbe):
             except Exception:
                 continue  # a reading that cannot be evaluated is none
         declared = self.as_declared[0] if self.sensitive else math.inf
-        fitting = [pair for pair in tried if pair[0] <= max(min(CONSISTENT, declared / 2), min(INCONSISTENT, declared / 10))]
+        fitting = [pair for pair in tried if pair[0] <= min(self.limit, declared / 2)]
         return min(fitting, key=lambda pair: pair[0], default=None)
 
     @property
@@ -132,7 +132,12 @@ class Consistency(BaseProbe):
     @property
     def right(self) -> bool:
         """Whether no other reading needs to be tried."""
-        return self.as_declared[0] <= CONSISTENT and self.sensitive
+        return self.as_declared[0] <= self.limit and self.sensitive
+
+    @property
+    def limit(self) -> float:
+        """What an exact base may have from this many samples."""
+        return CONSISTENT * max(1.0, math.sqrt(1_000 / self.samples))
 
 
 def consistency(p: Consistency) -> Answer:
@@ -142,7 +147,7 @@ def consistency(p: Consistency) -> Answer:
         return None, "fail", "the end points of its ODE explode, collapse or are not finite: see 'magnitude'"
     shown = ", ".join(f"{e:.2g}" for e in each)
     text = f"how far X̂_1 is from E[X_1|x] on the base's own samples, in spreads of the data; at t = {LEVELS}: {shown}"
-    if number <= CONSISTENT:
+    if number <= p.limit:
         return number, "pass", text
     if p.best:
         return number, "fail", f"{text}: see {p.best[1].line!r}"
@@ -186,7 +191,7 @@ def timesteps(p: Consistency) -> Answer:
     if p.best and p.best[1].line == "timesteps":
         return change, "fail", f"{text}: {p.best[1].words} ({p.best[0]:.2g} for {p.as_declared[0]:.2g} inconsistent)"
     if not p.sensitive:
-        status: Status = "warn" if p.as_declared[0] <= CONSISTENT else "fail"
+        status: Status = "warn" if p.as_declared[0] <= p.limit else "fail"
         return change, status, text + ": it hardly depends on t; does it expect integer timesteps?"
     return change, "pass", text
 
