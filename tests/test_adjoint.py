@@ -163,7 +163,7 @@ def test_jacobians_of_many_steps_at_once_change_nothing(name, side, running, gen
 
     each, calls = found(-1, 0)
     assert calls == 5
-    for rows, calls in ((1000, 1), (15, 3)):  # blocks of all, and of two steps
+    for rows, calls in ((1000, 1), (22, 2)):  # blocks of all, and of three steps
         once = found(2**22, rows)
         assert once[1] == calls
         assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(each, once[0], strict=True))
@@ -173,7 +173,7 @@ def test_jacobians_of_many_steps_at_once_change_nothing(name, side, running, gen
 
 
 def test_jacobians_are_for_small_events_networks_and_batches(generator):
-    for d, paths, calls in ((1, 4000, 3), (2, 30, 1), (2, 5000, 5), (200, 30, 5)):
+    for d, paths, calls in ((1, 4000, 3), (2, 30, 1), (2, 5000, 5), (8, 2, 5)):
         base, chain = turning("memoryless", d)
         path = simulate(chain, None, chain.source(paths, generator), generator)
         base.calls = 0

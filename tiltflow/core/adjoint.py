@@ -10,12 +10,13 @@ u_k = −s_k ã_{k+1}. Sign: ã_K = +∇g = −λ∇r. Domingo-Enrich et al. 202
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tiltflow.core.chain import Chain, Index, InterpolantChain, at, times
+from tiltflow.core.chain import Chain, DriftChain, Index, InterpolantChain, at, times
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.core.simulate import Path, energy
@@ -69,12 +70,15 @@ def lean_adjoint(
 
 
 def _calls_dominate(chain: Chain, path: Path, condition: dict[str, Any]) -> bool:
-    """Whether d − 1 more products for every row cost less than the calls they save; conditions must have a row a path."""
-    n, d = path.x.shape[1], path.x[0, 0].numel()
+    """Whether d products for each of few blocks cost less than one for each step; conditions must have a row a path."""
+    steps, n, d = len(path.mean), path.x.shape[1], path.x[0, 0].numel()
+    saved = 1 - d * math.ceil(steps / max(1, ROWS // n)) / steps  # of the calls
     by_row = all(isinstance(rows, Tensor) and rows.ndim > 0 and len(rows) == n for rows in condition.values())
-    base = chain.base.model if isinstance(chain, InterpolantChain) else getattr(chain, "drift", None)
+    if not isinstance(chain, InterpolantChain | DriftChain):  # a base of unknown cost, or none
+        return False
+    base = chain.base.model if isinstance(chain, InterpolantChain) else chain.drift
     weights = sum(p.numel() for p in base.parameters()) if isinstance(base, nn.Module) else 0
-    return by_row and n * (d - 1) * (ROW + weights) <= CALL
+    return by_row and n * (d - 1) * (ROW + weights) < CALL * saved
 
 
 def _by_jacobians(
