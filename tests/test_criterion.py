@@ -51,11 +51,11 @@ def test_the_rate_falls_over_the_last_fifth():
     assert ended.rate(39, until=50) == 1e-3 and ended.rate(49, until=50) < 0.1e-3
 
 
-@pytest.mark.parametrize("stop_at", [7, 35])
+@pytest.mark.parametrize("stop_at", [7, 45])
 def test_resuming_is_exact_before_and_after_the_decision(stop_at, tmp_path):
     settings = replace(SETTINGS, rounds=80, tolerance=1e9)  # settled as soon as that can be asked
     whole = SmallRun().fit(tmp_path / "whole", settings=settings)
-    assert len(whole[1]) == FEWEST + FEWEST // 4 and [row["until"] for row in whole[1]][FEWEST - 2 :][:2] == [None, 40]
+    assert len(whole[1]) == FEWEST + FEWEST // 4 and [row["until"] for row in whole[1]][FEWEST - 2 :][:2] == [None, 50]
     with pytest.raises(Stopped):
         SmallRun().fit(tmp_path / "part", stop_at=stop_at, settings=settings)
     assert same(whole, SmallRun(seed=9).fit(tmp_path / "part", resume=True, settings=settings))

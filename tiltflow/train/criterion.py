@@ -2,7 +2,7 @@ r"""When does more training not help? Judged from rounds that are paid for alrea
 
 The paths of a round bound log Z from below by E[log w] ("elbo"), short of it by KL(P_u ‖ P*): what training lowers. Once its
 mean over the last quarter of the rounds is no higher than over the quarter before, by more than a tolerance and by more than
-one standard error, a quarter as many rounds follow, in which the learning rate falls, and training ends.
+half a standard error, a quarter as many rounds follow, in which the learning rate falls, and training ends.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, variance
 from typing import Any
 
-FEWEST = 32
+FEWEST = 40
 """Rounds before the first judgement."""
 History = Sequence[Mapping[str, Any]]
 
@@ -30,7 +30,7 @@ def settled(history: History, tolerance: float) -> bool:
     if len(bounds) < FEWEST:
         return False
     risen, error = rise(bounds)
-    return risen < max(tolerance, error)
+    return risen < max(tolerance, error / 2)
 
 
 def until(history: History, tolerance: float | None, minutes: float | None) -> int | None:
