@@ -194,26 +194,32 @@ class Reference:
         return self.target.diversity()
 
     def _region_lines(self, mine: Weighted) -> list[Line]:
-        """Shares of the regions under the sampler and under the tilt."""
+        """Shares of the regions under the sampler and under the tilt, and the one that the sampler neglects most."""
         p, q = mine.shares(self._centres), self._shares
         distance = 0.5 * (p - q).abs().sum(1)
         noise = distance[1:] - distance[0]  # the bootstrap repeats the upward bias of |·|: take it off once
         value = max(float(distance[0] - noise.mean()), 0.0)
         text = f"shares of {len(self._centres)} regions of the base's samples under the sampler and under the tilt"
         lines = [graded("region weights (total variation)", value, float(distance[1:].std()), 0.05, 0.08, text)]
-        known = q[1:].std(0) * SIGMAS < 0.5 * q[0]  # regions whose exact share is known well enough to miss
-        if not bool(known.any()):
-            text = "no region's share under the tilt is known to better than a sixth"
-            return [*lines, Line("coverage", None, None, None, "lowest share ratio ≥ 0.5", "cannot tell", text)]
-        ratio = p / q.clamp_min(1e-12)
-        worst = int(torch.where(known, ratio[0], torch.inf).argmin())
-        value, error = float(ratio[0, worst]), float(ratio[1:, worst].std())
-        error = max(error, 1 / (mine.size * float(q[0, worst])))  # an empty region has no bootstrap spread
-        low, high = max(value - SIGMAS * error, 0.0), value + SIGMAS * error
-        status: Status = "fail" if high < 0.5 else "pass" if low > 0.5 else "cannot tell"
+        return [*lines, self._coverage_line(mine, p)]
+
+    def _coverage_line(self, mine: Weighted, p: Tensor) -> Line:
+        """The lowest share ratio: a region whose interval is below ½ is lost; above it are only those that can be told."""
+        q, name, threshold = self._shares, "coverage", "lowest share ratio ≥ 0.5"
+        doubt, ratio = q[1:].std(0) / q[0].clamp_min(1e-12), p / q.clamp_min(1e-12)
+        few = 1 / (mine.size * q[0]).clamp_min(1e-12)  # relative variance of a share of so many samples
+        error = torch.maximum(ratio[1:].std(0), few)  # an empty region has no bootstrap spread
+        known = SIGMAS * doubt < 0.5
+        lost = known & (ratio[0] + SIGMAS * error < 0.5)
+        telling = lost if bool(lost.any()) else known & ((SIGMAS + 1) * (doubt**2 + few).sqrt() < 0.5)
+        if not bool(telling.any()):
+            return Line(name, None, None, None, threshold, "cannot tell", "no region's share is known well enough")
+        worst = int(torch.where(telling, ratio[0], torch.inf).argmin())
+        value, wide = float(ratio[0, worst]), SIGMAS * float(error[worst])
+        status: Status = "fail" if bool(lost.any()) else "pass" if value - wide > 0.5 else "cannot tell"
         reached, wanted = float(p[0, worst]), float(q[0, worst])
-        text = f"worst of {int(known.sum())} regions: share {reached:.4f} where the tilt has {wanted:.4f}"
-        return [*lines, Line("coverage", value, low, high, "lowest share ratio ≥ 0.5", status, text)]
+        text = f"worst of {int(telling.sum())} regions that can be told: share {reached:.4f} where the tilt has {wanted:.4f}"
+        return Line(name, value, max(value - wide, 0.0), value + wide, threshold, status, text)
 
     def _diversity_line(self, mine: Weighted) -> Line:
         (own, own_error), (exact, exact_error) = mine.diversity(), self._diversity
