@@ -1,7 +1,8 @@
 """The demo over several seeds: ``python benchmarks/demo.py --seeds 0,1,2,3,4``
 
-Fine-tunes the digits towards thickness as ``make demo`` does, in a folder that is thrown away, and writes each run's document to
-benchmarks/results/digits-thickness-SEED.json. Goal: the verdict passes on all of them, within four minutes on two idle cores.
+Fine-tunes the digits towards thickness as ``make demo`` does, in a folder that is thrown away, and writes each run's
+document to benchmarks/results/digits-thickness-SEED.json. Goal: the verdict passes on all of them, within four minutes each
+on two idle cores.
 """
 
 from __future__ import annotations
