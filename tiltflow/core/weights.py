@@ -11,10 +11,16 @@ The first is always available; against the true p_base it keeps the chain's O(1/
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from tiltflow.core.errors import TiltflowError
+
+OVERSAMPLED, MOST = 4, 64
+"""Weighted rows for each exact draw at first, and how many times as many at most."""
 
 
 def log_mean_exp(log_w: Tensor) -> float:
@@ -70,3 +76,33 @@ def systematic(log_w: Tensor, generator: torch.Generator, n: int | None = None) 
     start = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device).to(log_w.device)
     points = (torch.arange(n, dtype=torch.float64, device=log_w.device) + start) / n
     return torch.searchsorted(torch.softmax(log_w.double(), 0).cumsum(0), points).clamp_max(len(log_w) - 1)
+
+
+def exact_draws(
+    draw: Callable[[int, int], tuple[Tensor, Tensor]], n: int, fewest: int, generator: torch.Generator
+) -> Tensor:
+    """n draws of the law that weighted rows follow, resampled from as many rows as n and ``fewest`` effective draws take.
+
+    Args:
+        draw: (how many, number of the call) → rows (m, *event) and their log weights (m,).
+        n: Draws.
+        fewest: Effective draws that the weights must be worth for their law to be trusted.
+        generator: Of the resampling.
+
+    Raises:
+        TiltflowError: 64 times as many rows as at first are worth too few draws.
+    """
+    rows, log_w, wanted = [], [], max(n, fewest)
+    for i in range(MOST):
+        x, w = draw(max(OVERSAMPLED * n, fewest), i)
+        rows.append(x)
+        log_w.append(w)
+        weights = torch.cat(log_w)
+        if (size := ess(weights) * len(weights)) >= wanted:
+            x, picked = torch.cat(rows), systematic(weights, generator, n)
+            order = torch.randperm(n, generator=generator, device=generator.device).to(picked.device)
+            return x[picked[order].to(x.device)]
+    raise TiltflowError(
+        f"{len(weights)} paths are worth {size:.0f} exact draws, and {wanted} are needed: the model is too far from the "
+        "tilt. Train it further, or lower the strength."
+    )

@@ -140,10 +140,10 @@ class PipelineJob(PipelineConfig):
         self, folder: Path, n: int, asked: dict[str, Any], seed: int, device: str
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """n new samples, decoded, with the numbers of their prompts, and their mean reward."""
-        if asked:
-            raise TiltflowError(f"{folder} is a pipeline's run, drawn by its own chain only: leave out {', '.join(asked)}.")
+        if other := [name for name in asked if name != "exact"]:
+            raise TiltflowError(f"{folder} is a pipeline's run, drawn by its own chain only: leave out {', '.join(other)}.")
         model = self.load(folder, device)
-        x, prompt = model.sample(n, seed), model.turns(n)
+        x, prompt = model.sample(n, seed, **asked), model.turns(n)
         reward = scored(REWARD, model.reward, x, [model.prompts[i] for i in prompt.tolist()])
         return {"samples": x, "prompt": prompt}, {"reward": float(reward.mean())}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import as_json
 from tiltflow.core.simulate import Samples, sample
-from tiltflow.core.weights import systematic
+from tiltflow.core.weights import exact_draws, systematic
 from tiltflow.methods.registry import Row
 from tiltflow.metrics.distance import pairwise_mean
 from tiltflow.pipelines.adapters import save_adapter, trains_all
@@ -32,6 +33,8 @@ from tiltflow.verdict.paired import Judged, against_base
 JOB = "finetune-pipeline"
 EVALUATION_SEED = 1_000
 """Added to the seed for the samples that are judged."""
+FEWEST = 16
+"""Effective draws behind exact samples of a prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,34 +76,58 @@ class TiltedPipeline:
         decoded = DecodedReward(self.chain, self.reward, self.texts)
         return RewardCost(decoded, self.strength, self.settings.max_cost_gradient)
 
-    def sample(self, prompts: int | Sequence[str], seed: int = 0) -> Tensor:
+    def sample(self, prompts: int | Sequence[str], seed: int = 0, exact: bool = False) -> Tensor:
         """What it makes: images (n, 3, H, W) in [0, 1], or audio (n, channels, samples).
 
         Args:
             prompts: One text a sample; or how many samples, over the prompts of the training in turn.
             seed: Of the draws; with the same seed, the base's samples have the same noise.
+            exact: Weight paths by their path weights and resample, prompt by prompt: the chain's own tilt, whatever was
+                learned, for 16 and more paths a prompt.
 
         Raises:
-            TiltflowError: no prompt, or less than one sample.
+            TiltflowError: no prompt, less than one sample, or path weights too uneven to be exact.
         """
         if isinstance(prompts, int):
-            return self.decode(self.paths(prompts, seed).x)
+            return self.decode(self._exact(prompts, seed) if exact and self.row.trained else self.paths(prompts, seed).x)
         check_prompts(prompts)
         rows = encode_prompts(self.pipe, list(prompts), self.negative)
         other = replace(self, chain=replace(self.chain, rows=rows), prompts=tuple(prompts))
-        return other.sample(len(prompts), seed)
+        return other.sample(len(prompts), seed, exact)
+
+    def _exact(self, n: int, seed: int) -> Tensor:
+        """n latents among weighted paths of the same prompt."""
+        generator, out = torch.Generator(str(self.pipe.device)).manual_seed(EVALUATION_SEED + seed), None
+        turns = self.turns(n)
+        for number in turns.unique().tolist():
+            rows = torch.nonzero(turns == number)[:, 0]
+            x = exact_draws(partial(self._weighted, number, seed), len(rows), FEWEST, generator)
+            out = x.new_empty(n, *x.shape[1:]) if out is None else out
+            out[rows.to(out.device)] = x
+        assert out is not None
+        return out
+
+    def _weighted(self, number: int, seed: int, n: int, call: int) -> tuple[Tensor, Tensor]:
+        """End points of n paths of a prompt, and their log weights."""
+        prompt = torch.full((n,), number)
+        drawn = self._walked(prompt, seed + 1_000_003 * (1 + number + len(self.prompts) * call))
+        return drawn.x, drawn.log_ratio - self.cost.value(drawn.x, prompt=prompt).detach()
 
     @torch.no_grad()
     def paths(self, n: int, seed: int = 0, base: bool = False) -> Samples:
         """n end points, latents, with what their paths say, over the prompts in turn; ``base``: of the base."""
         if n < 1:
             raise TiltflowError(f"the number of samples must be at least 1, got {n}.")
-        generator = torch.Generator(str(self.pipe.device)).manual_seed(EVALUATION_SEED + seed)
-        prompt = self.turns(n)
         if not (self.row.trained or base):
-            return self._drawn(prompt, generator)
+            return self._drawn(self.turns(n), torch.Generator(str(self.pipe.device)).manual_seed(EVALUATION_SEED + seed))
+        return self._walked(self.turns(n), seed, base)
+
+    @torch.no_grad()
+    def _walked(self, prompt: Tensor, seed: int, base: bool = False) -> Samples:
+        """End points of the chain under prompts, by their numbers."""
+        generator = torch.Generator(str(self.pipe.device)).manual_seed(EVALUATION_SEED + seed)
         control = None if self.control is None else replace(self.control, on=not base)
-        return sample(self.chain, control, self.chain.source(n, generator), generator, prompt=prompt)
+        return sample(self.chain, control, self.chain.source(len(prompt), generator), generator, prompt=prompt)
 
     def turns(self, n: int) -> Tensor:
         """The numbers of the prompts of n samples."""

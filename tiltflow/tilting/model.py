@@ -18,7 +18,7 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process
 from tiltflow.core.settings import as_json
 from tiltflow.core.simulate import Samples
-from tiltflow.core.weights import ess, systematic
+from tiltflow.core.weights import exact_draws, systematic
 from tiltflow.methods.registry import Row
 from tiltflow.run.job import report
 from tiltflow.run.open import save_model
@@ -30,9 +30,8 @@ from tiltflow.train.method import Conditions
 from tiltflow.verdict.line import AS_DRAWN, BY_ODE, REWARD, Verdict
 from tiltflow.verdict.tilt import BASE, TRUTH, Tell, judge_samples, scored
 
-OVERSAMPLED, FEWEST, MOST, CASES, BATCH = 4, 200, 64, 8, 1_000
-"""Paths that are weighted for each exact sample at first; effective draws at least; rounds of paths at most; conditions that
-a report judges; samples that are drawn together."""
+FEWEST, CASES, BATCH = 200, 8, 1_000
+"""Effective draws behind exact samples; conditions that a report judges; samples that are drawn together."""
 EVALUATION_SEED = 1_000
 """Added to the seed for the samples that are judged."""
 
@@ -115,28 +114,16 @@ class TiltedModel:
         out: Tensor | None = None
         for i, rows in enumerate(_alike(condition, n)):
             one = {name: v[rows[:1]] if len(v) > 1 else v for name, v in condition.items()}
-            x, log_w = self._pool(max(OVERSAMPLED * len(rows), FEWEST), len(rows), seed + i, one)
-            picked = systematic(log_w, generator, len(rows))
-            order = torch.randperm(len(rows), generator=generator, device=generator.device).to(picked.device)
+            x = exact_draws(partial(self._weighted, seed + i, one), len(rows), FEWEST, generator)
             out = x.new_empty(n, *x.shape[1:]) if out is None else out
-            out[rows.to(out.device)] = x[picked[order]]
+            out[rows.to(out.device)] = x
         assert out is not None
         return out
 
-    def _pool(self, batch: int, n: int, seed: int, condition: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """End points with their log weights, of as many paths as it takes for n and ``FEWEST`` effective draws."""
-        x, log_w, wanted = [], [], max(n, FEWEST)
-        for i in range(MOST):
-            drawn = self.paths(batch, seed + 1_000_003 * i, **condition)
-            x.append(drawn.x)
-            log_w.append(self.log_weights(drawn, **condition))
-            weights = torch.cat(log_w)
-            if (size := ess(weights) * len(weights)) >= wanted:
-                return torch.cat(x), weights
-        raise TiltflowError(
-            f"{len(weights)} paths are worth {size:.0f} exact draws, and {wanted} are needed: the model is too far from the "
-            "tilt for its path weights. Train it further, or lower the strength."
-        )
+    def _weighted(self, seed: int, condition: dict[str, Any], n: int, call: int) -> tuple[Tensor, Tensor]:
+        """End points of n paths, and their log weights."""
+        drawn = self.paths(n, seed + 1_000_003 * call, **condition)
+        return drawn.x, self.log_weights(drawn, **condition)
 
     def paths(
         self, n: int, seed: int = 0, tell: Callable[[int], None] = lambda done: None, **condition: Any
