@@ -258,8 +258,8 @@ def test_the_programs_of_the_house(tuned, tmp_path):
     x = tuned.sample(64)
     exact = tuned.sample(4000, exact=True)
     assert x.shape == (64, 2) and float(exact[:, 0].mean()) == pytest.approx(0.25, abs=0.03)  # N(0, .25) tilted by e^x
-    verdict = tuned.verdict(judges={"held out": lambda x: (x[:, 0] > 0).float()}, samples=2000, reference_samples=4000)
-    assert verdict.status in ("pass", "warn") and {s.name for s in verdict.scores} == {"reward", "held out"}
+    verdict = tuned.verdict(judges={"held out": lambda x: (x[:, 0] > 0).float()})
+    assert verdict.status == "pass" and {s.name for s in verdict.scores} == {"reward", "held out"}
     tuned.save(tmp_path / "mine")
     again = tiltflow.load(tmp_path / "mine", base=process(), reward=right)
     assert torch.equal(again.sample(9), tuned.sample(9)) and not torch.equal(again.sample(9), tuned.sample(9, seed=1))
