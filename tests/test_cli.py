@@ -52,6 +52,17 @@ def test_sample_with_any_schedule(run, noise, steps, tmp_path):
     assert again.returncode == 2 and "exists" in again.stderr
 
 
+def test_samples_have_their_path_weights(run, tmp_path):
+    """Those of the run and new ones as drawn: what they say, weighted, is the tilt's. Exact ones need none."""
+    out, _ = run
+    assert tiltflow("sample", out, "-n", 4000, "--out", tmp_path / "drawn").returncode == 0
+    assert tiltflow("sample", out, "-n", 400, "--exact", "--out", tmp_path / "exact").returncode == 0
+    for file in (tmp_path / "drawn", out / "samples.safetensors"):
+        drawn = load_file(file)
+        assert float(torch.softmax(drawn["log_weights"], 0) @ drawn["samples"][:, 0]) == pytest.approx(0.25, abs=0.04)
+    assert set(load_file(tmp_path / "exact")) == {"samples"}
+
+
 def test_existing_run_is_refused_and_untouched(run):
     out, _ = run
     before = {p.name: p.read_bytes() for p in out.iterdir()}

@@ -23,6 +23,7 @@ from tiltflow.rewards.spec import RewardSpec
 from tiltflow.run.job import Outcome, Work
 from tiltflow.run.names import anchored
 from tiltflow.tilting.chain import require_memoryless, trainable_copy, tuned_process
+from tiltflow.tilting.draw import CHAIN
 from tiltflow.tilting.model import TiltedModel
 from tiltflow.tilting.names import load_base, load_reward
 from tiltflow.tilting.outcome import Case, Evaluation, outcome
@@ -89,15 +90,20 @@ class TiltJob(TiltConfig):
     def draw(
         self, folder: Path, n: int, asked: dict[str, Any], seed: int, device: str
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """n new samples, with their conditions, and their mean reward."""
+        """n new samples and their mean reward; with conditions, and with log path weights if drawn as trained."""
         model, spec = self.load(folder, device), self.load_reward()
         condition: dict[str, Any] = {}
         if spec.unseen is not None:
             rows = spec.unseen(UNSEEN, torch.Generator(device).manual_seed(seed))[0]
             condition = {k: v[torch.arange(n) % UNSEEN].to(device) for k, v in rows.items()}
-        x = model.sample(n, seed=seed, **asked, **condition)
-        reward = float(spec.reward(x, **condition).detach().mean())
-        return {"samples": x, **condition}, {"noise": asked.get("noise", "chain"), "reward": reward}
+        row: dict[str, Any] = {"noise": asked.get("noise", CHAIN)}
+        if model.row.trained and not asked.get("exact") and row["noise"] == CHAIN and "steps" not in asked:
+            drawn = model.paths(n, seed, **condition)
+            x, weights = drawn.x, {"log_weights": model.log_weights(drawn, **condition)}
+        else:
+            x, weights = model.sample(n, seed=seed, **asked, **condition), {}
+        row["reward"] = float(spec.reward(x, **condition).detach().mean())
+        return {"samples": x, **condition, **weights}, row
 
     def perform(self, work: Work) -> Outcome:
         """Train, save, judge."""
