@@ -206,11 +206,9 @@ class TiltedModel:
         sets = {name: x for name, x in drawings.items() if x is not None}
         cost = replace(self.cost, reward=given(self.cost.reward))
         values = scored(cost, {name: given(judge) for name, judge in judges.items()}, sets, tell)
-        tell("verdict", 0, 1, "")
         log_ratio = drawn.log_ratio if self.row.trained else None
         own = torch.Generator().manual_seed(seed)
-        verdict = judge_samples(sets, values, log_ratio, own, strength=cost.strength)
-        tell("verdict", 1, 1, "")
+        verdict = judge_samples(sets, values, log_ratio, own, strength=cost.strength, tell=tell)
         return Judgement(verdict, values[REWARD][AS_DRAWN], values[REWARD][BASE])
 
     def report(

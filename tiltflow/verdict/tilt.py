@@ -73,6 +73,7 @@ def judge_samples(
     generator: torch.Generator,
     features: Callable[[Tensor], Tensor] | None = None,
     strength: float = 1.0,
+    tell: Tell = lambda *news: None,
 ) -> Verdict:
     """Compare a sampler with p* ∝ p_base e^{−g}, in every way that it can be sampled.
 
@@ -84,6 +85,7 @@ def judge_samples(
         generator: For bootstrap, clustering and subsets.
         features: Map in which regions and diversity are measured (default: the flattened sample).
         strength: λ, so that the scores state the reward itself; 0: nothing was to change.
+        tell: Told what is going on: (what, done, total, note).
 
     Raises:
         TiltflowError: empty or non-finite samples.
@@ -105,7 +107,8 @@ def judge_samples(
         ways[EXACT] = Weighted(flat[AS_DRAWN], log_w, generator)
         if strength:
             lines += trusted(tilt, [_effect_line(tilt, log_ratio)])
-    for way, mine in ways.items():
+    for done, (way, mine) in enumerate(ways.items()):
+        tell("verdict", done, len(ways), way)
         own = trusted(exact, found.lines(mine, values, AS_DRAWN if way == EXACT else way))
         if way == AS_DRAWN and log_ratio is not None:
             own.append(_bound_line(ways[EXACT]))
@@ -113,6 +116,7 @@ def judge_samples(
             own = trusted(mine, [*own, *trusted(tilt, [_log_z_line(mine.log_w, tilt.log_w)])])
             own.append(_size_line("effective draws", mine.size, "effective number of the paths under their weights"))
         lines += [line._replace(way=way) for line in own]
+    tell("verdict", len(ways), len(ways), "")
     return best_way(lines, list(_scores(ways, found, values, strength)))
 
 
