@@ -269,6 +269,7 @@ def test_importance_weights_full_adjoint_and_subsets_reach_the_tilt_too(generato
         assert end_mean(chain, control, g) == pytest.approx(0.75, abs=0.04), kw
 
 
+@pytest.mark.slow
 def test_linear_quadratic_control_is_learned(generator):
     """Explicit control, state cost f ≠ 0, no interpolant: against the Riccati solution."""
     problem = LinearQuadratic(torch.tensor([[0.2]]), torch.tensor([[1.0]]), torch.tensor([[1.0]]), sigma=1.0)

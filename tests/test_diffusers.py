@@ -369,7 +369,7 @@ def test_frozen_weights_may_be_bfloat16(name):
     assert any(float(p.abs().max()) > 0 for n, p in tuned.chain.network.named_parameters() if "lora_B" in n)
 
 
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("sign", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_the_reward_rises_and_not_falls(sign):
     """Stable Diffusion, brightness: it moves the way it is rewarded, by more than four standard errors in the same noise."""
     tuned, *_ = trained("stable_diffusion", lambda x, texts: sign * brightness(x, texts), 200.0, rounds=12, batch=8)

@@ -129,7 +129,7 @@ def test_steps_that_led_to_more_reward_become_more_likely(monkeypatch, method, s
     assert sign * float((better * 0.5 * (old - new)).sum() / (better.norm() * (0.5 * (old - new)).norm())) > 0.05
 
 
-@pytest.mark.parametrize("method", ["discrete_adjoint", "adjoint_matching_basic"])
+@pytest.mark.parametrize("method", ["discrete_adjoint", pytest.param("adjoint_matching_basic", marks=pytest.mark.slow)])
 def test_methods_that_differentiate_base_and_control_bear_gradient_checkpointing(method):
     """What the network computes again is computed under the adapter's state of then, of both in one graph."""
     losses = []
@@ -267,6 +267,7 @@ def test_what_is_judged_is_what_is_sampled_is_what_is_saved(tmp_path):
         tf.load(tmp_path / "lora", pipe=stock, reward=brightness)
 
 
+@pytest.mark.slow
 def test_a_page_from_python(tmp_path):
     pytest.importorskip("matplotlib")
     page = tilt("flow_grpo", by_numpy).report(tmp_path / "new", {"half": brightness}, samples=4).read_text(encoding="utf-8")

@@ -44,7 +44,7 @@ def lines_of(verdict, way):
     return {line.name: line for line in verdict.lines if line.way == way}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_wrong_samplers_do_not_pass_and_honest_ones_do_not_fail(ground, seed):
     rows = list(rows_of(ground, seed))
     assert not [row for row in rows if row["wrong"]]
