@@ -60,14 +60,14 @@ def finish(result: dict[str, Any], as_json: bool, text: str) -> None:
 def finish_run(result: dict[str, Any], out: Path, numbers: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:
     """:func:`finish` for a run folder: its numbers, the verdict's lines, and where the report is."""
     lines = [r for r in result["rows"] if r["kind"] == "verdict"]
-    ways = [r for r in result["rows"] if r["kind"] == "way"]
+    ways = [r | {"command": r["command"].replace("RUN", str(out))} for r in result["rows"] if r["kind"] == "way"]
     missing = next((r["report_error"] for r in result["rows"] if "report_error" in r), None)
     report = f"report:  {out / 'report.html'}" if missing is None else f"report:  none ({missing})"
     text = "\n\n".join(
         [
             table(numbers, columns),
             table(lines, ["status", *(["way"] if ways else []), "name", "value", "low", "high", "threshold"]),
-            *([table(ways, ["status", "name", "command"]).replace("RUN", str(out))] if ways else []),
+            *([table(ways, ["status", "name", "command"])] if ways else []),
             f"verdict: {result['verdict']}   ({result['rows'][0]['seconds']:.0f} s)\n{report}",
         ]
     )
