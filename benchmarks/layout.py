@@ -102,3 +102,28 @@ def table(
         return "Not run."
     about = [] if more else [*absent(missing or {}), provenance(documents)]
     return "\n\n".join([markdown(header, rows), *about])
+
+
+def column(rows: list[Row], name: str, digits: int = 3) -> str:
+    """One column over the seeds of a row."""
+    return number([r.get(name) for r in rows], digits)
+
+
+def with_reference(rows: list[Row], name: str, reference: str, digits: int = 3) -> str:
+    """A column with another one in brackets."""
+    return beside(column(rows, name, digits), column(rows, reference, digits))
+
+
+def seeds(found: list[Row], done: list[Row], failure: str) -> str:
+    """How many seeds ended, and how many did not."""
+    return f"{len(done)}" + (f", {len(found) - len(done)} {failure}" if len(done) < len(found) else "")
+
+
+def plain(pattern: str, labels: tuple[str, ...], columns: dict[str, int], header: dict[str, str] | None = None) -> str:
+    """A table that shows result rows one by one: labels as they are, ``columns`` with their digits."""
+    documents = load(pattern)
+    lines = [
+        [*(str(r[name]) for name in labels), *(number([r.get(c)], digits) for c, digits in columns.items())]
+        for r in rows_of(documents)
+    ]
+    return table([*((header or {}).get(name, name) for name in labels), *columns], lines, documents)

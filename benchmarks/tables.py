@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from statistics import median
 
-from layout import ROOT, Row, beside, load, markdown, number, rows_of, table
+from layout import ROOT, Row, beside, column, load, markdown, number, plain, rows_of, seeds, table, with_reference
 
 from tiltflow.bench.conformers import METHODS as GENERATORS
 from tiltflow.bench.conformers import SUBSETS
@@ -26,21 +26,6 @@ PAGES = ROOT / "docs" / "benchmarks"
 WAYS = ("reached", "ode", "exact")
 STUDIES, SEEDS, TENTHS = ("words", "emoji", "speech"), 3, 10
 PROBLEMS = ("mixture2d", "mixture2d-rare", "mixture32d", "quadratic2d", "inverse4d")
-
-
-def column(rows: list[Row], name: str, digits: int = 3) -> str:
-    """One column over the seeds of a row."""
-    return number([r.get(name) for r in rows], digits)
-
-
-def with_reference(rows: list[Row], name: str, reference: str, digits: int = 3) -> str:
-    """A column with another one in brackets."""
-    return beside(column(rows, name, digits), column(rows, reference, digits))
-
-
-def seeds(found: list[Row], done: list[Row], failure: str) -> str:
-    """How many seeds ended, and how many did not."""
-    return f"{len(done)}" + (f", {len(found) - len(done)} {failure}" if len(done) < len(found) else "")
 
 
 def tilt() -> str:
@@ -300,16 +285,6 @@ def overhead() -> str:
         for r in rows_of(documents, kind="overhead")
     ]
     return table(["network", "part", "ms", "bare calls, ms", "ratio", "of processor time"], lines, documents)
-
-
-def plain(pattern: str, labels: tuple[str, ...], columns: dict[str, int], header: dict[str, str] | None = None) -> str:
-    """A table that shows result rows one by one: labels as they are, ``columns`` with their digits."""
-    documents = load(pattern)
-    lines = [
-        [*(str(r[name]) for name in labels), *(number([r.get(c)], digits) for c, digits in columns.items())]
-        for r in rows_of(documents)
-    ]
-    return table([*((header or {}).get(name, name) for name in labels), *columns], lines, documents)
 
 
 def particle_network() -> str:
