@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tiltflow.pipelines.settings import PipelineSettings
     from tiltflow.pipelines.train import finetune_pipeline
     from tiltflow.run.open import load
+    from tiltflow.sampling.automatic import sample
     from tiltflow.sampling.model import Sampler
     from tiltflow.sampling.settings import SamplerSettings
     from tiltflow.sampling.train import train_sampler
@@ -56,6 +57,7 @@ _WHERE = {
     "from_flow_matching": "core.wrappers",
     "load": "run.open",
     "ode": "core.ode",
+    "sample": "sampling.automatic",
     "tilted": "core.control",
     "train_sampler": "sampling.train",
 }
@@ -87,6 +89,7 @@ __all__ = [
     "from_flow_matching",
     "load",
     "ode",
+    "sample",
     "tilted",
     "train_sampler",
 ]

@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "pipeline:export_command",
     "compare": "compare:compare_command",
     "train-sampler": "sampling:train_sampler_command",
+    "sample-energy": "sampling:sample_energy_command",
     "check-energy": "sampling:check_energy_command",
     "sample": "sampling:sample_command",
     "conformers": "conformers:conformers_command",

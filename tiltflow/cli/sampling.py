@@ -10,10 +10,22 @@ import click
 from tiltflow.cli.common import Bars, cell, command_line, common, document, finish, finish_run, table
 from tiltflow.cli.options import given, options, run_options
 from tiltflow.core.errors import TiltflowError
-from tiltflow.sampling.settings import SamplerConfig, SamplerSettings
+from tiltflow.sampling.settings import AutomaticConfig, AutomaticSettings, SamplerConfig, SamplerSettings
 
 CHECKED = ("shape", "space", "scale", "finest")
 """Fields of a sampler that a check of its energy needs too."""
+
+
+def _run(job: Any, out: Path, resume: bool, overwrite: bool, log: str | None, as_json: bool) -> None:
+    """Run a job on an energy, and print its numbers and its verdict."""
+    from tiltflow.report.tables import sampler_numbers
+    from tiltflow.run.job import run
+
+    bars = Bars()
+    result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
+    bars.close()
+    numbers = [{"": r.name, **r._asdict()} for r in sampler_numbers(result["rows"][0], job.load_problem().log_z)]
+    finish_run(result, out, numbers, ["", "value", "floor", "resampled"], as_json)
 
 
 @click.command("train-sampler")
@@ -32,20 +44,30 @@ def train_sampler_command(
     named = SamplerConfig(**fields)
     wanted = given(values, SamplerSettings)
     SamplerSettings.of(named.method, {}, **wanted)
-    from tiltflow.report.tables import sampler_numbers
-    from tiltflow.run.job import run
     from tiltflow.sampling.job import SamplerJob
 
-    loaded = SamplerJob(**fields).load_problem()
-    training = SamplerSettings.of(named.method, loaded.settings, **wanted)
-    bars = Bars()
-    result = run(
-        SamplerJob(**fields, settings=training), out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars,
-        log=log,
-    )  # fmt: skip
-    bars.close()
-    numbers = [{"": r.name, **r._asdict()} for r in sampler_numbers(result["rows"][0], loaded.log_z)]
-    finish_run(result, out, numbers, ["", "value", "floor", "resampled"], as_json)
+    training = SamplerSettings.of(named.method, SamplerJob(**fields).load_problem().settings, **wanted)
+    _run(SamplerJob(**fields, settings=training), out, resume, overwrite, log, as_json)
+
+
+@click.command("sample-energy")
+@click.argument("problem")
+@options(AutomaticConfig, AutomaticSettings, leave=("problem", "settings"))
+@run_options
+def sample_energy_command(
+    problem: str, out: Path, resume: bool, overwrite: bool, log: str | None, as_json: bool, **values: Any
+) -> None:
+    """Sample e^{−E} without training: samples, log Z and its error, a verdict, a report.
+
+    PROBLEM as for train-sampler. A population is annealed, a mixture fitted to it, and its draws are weighted exactly.
+    An interrupted run starts again.
+    """
+    fields = {"problem": problem, **given(values, AutomaticConfig)}
+    AutomaticConfig(**fields)
+    asked = AutomaticSettings(**given(values, AutomaticSettings))
+    from tiltflow.sampling.job import AutomaticJob
+
+    _run(AutomaticJob(**fields, settings=asked), out, resume, overwrite, log, as_json)
 
 
 @click.command("check-energy")

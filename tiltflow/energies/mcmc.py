@@ -94,21 +94,27 @@ def _move(
 
 
 def mala(
-    energy: Energy, x: Tensor, step: float, n: int, generator: torch.Generator, geometry: Geometry | None = None
+    energy: Energy,
+    x: Tensor,
+    step: float | Tensor,
+    n: int,
+    generator: torch.Generator,
+    geometry: Geometry | None = None,
 ) -> Polished:
     """n moves of MALA at temperature 1 from x (B, *event): a polish of samples that are nearly right.
 
-    energy: in kT, read through an :class:`Evaluator`; ``step`` is ε, in units of x². Raises TiltflowError if ``step`` is not
-    positive, if a starting point has no finite energy, and what the Evaluator raises.
+    energy: in kT, read through an :class:`Evaluator`; ``step`` is ε, in units of x², one for all or (B,). Raises
+    TiltflowError if ``step`` is not positive, if a starting point has no finite energy, and what the Evaluator raises.
     """
-    if not step > 0:
+    steps = torch.as_tensor(step, dtype=x.dtype, device=x.device).expand(len(x))
+    if not bool((steps > 0).all()):
         raise TiltflowError(f"the step of MALA must be positive, got {step}.")
     geometry = geometry or Euclidean()
     evaluator = Evaluator(energy)
     state = _start(evaluator, geometry.wrap(x))
     ones, moved = torch.ones(len(x), dtype=x.dtype, device=x.device), 0.0
     for _ in range(n):
-        state, accepted, _ = _move(evaluator, state, step * ones, ones, generator, geometry)
+        state, accepted, _ = _move(evaluator, state, steps, ones, generator, geometry)
         moved += float(accepted.double().mean())
     return Polished(state.x, moved / max(n, 1), evaluator.evaluations)
 

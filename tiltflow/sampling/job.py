@@ -1,4 +1,4 @@
-"""The second job, from a name to a run folder: train a sampler of an energy, draw, assess, report.
+"""The second job, from a name to a run folder: sample an energy by stages, or train a sampler of it; assess, report.
 
 A run folder holds config.json, checkpoint.safetensors, weights.safetensors, samples.safetensors, metrics.json, report.html.
 """
@@ -20,10 +20,11 @@ from tiltflow.energies import EnergyProblem
 from tiltflow.energies.problem import base_draws
 from tiltflow.run.job import Outcome, Work
 from tiltflow.run.names import anchored
+from tiltflow.sampling.automatic import sample
 from tiltflow.sampling.model import WEIGHTS, Sampler
 from tiltflow.sampling.names import load_problem
 from tiltflow.sampling.outcome import outcome, tensors_of
-from tiltflow.sampling.settings import SamplerConfig
+from tiltflow.sampling.settings import AutomaticConfig, SamplerConfig
 from tiltflow.sampling.train import require_trained, train_sampler, untrained
 from tiltflow.train.store import load_weights
 from tiltflow.verdict.check_energy import check_energy
@@ -31,11 +32,14 @@ from tiltflow.verdict.check_energy import check_energy
 TRIAL = 64
 
 
-@settings
-class SamplerJob(SamplerConfig):
-    """A run that trains a sampler."""
+class Named:
+    """A job on an energy that its config names; see :class:`~tiltflow.sampling.settings.EnergyConfig`."""
 
-    name: ClassVar[str] = "train-sampler"
+    problem: str | None
+    shape: tuple[int, ...] | None
+    space: str
+    scale: float | None
+    finest: float | None
 
     def config(self) -> dict[str, Any]:
         """The fields as JSON; a file by its absolute path."""
@@ -53,6 +57,13 @@ class SamplerJob(SamplerConfig):
             raise TiltflowError("this run was saved from Python: give its problem, load(folder, problem=…).")
         return load_problem(self.problem, self.shape, self.space, self.scale, self.finest)
 
+
+@settings
+class SamplerJob(Named, SamplerConfig):
+    """A run that trains a sampler."""
+
+    name: ClassVar[str] = "train-sampler"
+
     def check(self) -> None:
         """Find misuse: the method, and what the energy returns where the base process ends.
 
@@ -63,20 +74,7 @@ class SamplerJob(SamplerConfig):
         if self.device != "cpu":
             raise TiltflowError(f"device {self.device!r}: samplers are trained on the CPU; leave --device out.")
         sampler, _ = untrained(problem, row, self.settings, self.seed)
-        generator = torch.Generator().manual_seed(self.seed)
-        report = check_energy(
-            problem.energy,
-            base_draws(problem, TRIAL, generator, sampler.chain.end_variance**0.5),
-            geometry=problem.geometry,
-            generator=generator,
-            **symmetries(problem),
-        )
-        for line in report.lines:
-            if line.status == "fail" and line.name != "spread":  # far out, energies may span many decades
-                raise TiltflowError(
-                    f"the energy fails the check {line.name!r} ({line.threshold}) on {TRIAL} draws of the base process: "
-                    f"{line.explanation}. All checks: tiltflow check-energy."
-                )
+        require_energy(problem, sampler.chain.end_variance**0.5, torch.Generator().manual_seed(self.seed))
 
     def load(self, folder: Path, device: str = "cpu", problem: EnergyProblem | None = None) -> Sampler:
         """The sampler of a finished run folder; ``problem`` replaces the one that it names."""
@@ -115,6 +113,43 @@ class SamplerJob(SamplerConfig):
         )
         sampler.save_weights(work.path)
         return outcome(sampler, self.samples, self.compared, self.seed, notes, work.tell)
+
+
+@settings
+class AutomaticJob(Named, AutomaticConfig):
+    """A run that samples an energy by stages, without training."""
+
+    name: ClassVar[str] = "sample-energy"
+
+    def check(self) -> None:
+        """Find misuse: what the energy returns where the population starts."""
+        if self.device != "cpu":
+            raise TiltflowError(f"device {self.device!r}: the stages run on the CPU; leave --device out.")
+        problem = self.load_problem()
+        require_energy(problem, problem.scale, torch.Generator().manual_seed(self.seed))
+
+    def perform(self, work: Work) -> Outcome:
+        """Sample, assess."""
+        problem, notes = _present(self.load_problem())
+        return sample(problem, self.samples, self.settings, seed=self.seed, tell=work.tell).outcome(
+            self.compared, self.seed, notes, work.tell
+        )
+
+
+def require_energy(problem: EnergyProblem, scale: float, generator: torch.Generator) -> None:
+    """What the energy returns for draws of N(0, scale²).
+
+    Raises:
+        TiltflowError: naming the question of ``check_energy`` that the energy fails.
+    """
+    x = base_draws(problem, TRIAL, generator, scale)
+    report = check_energy(problem.energy, x, geometry=problem.geometry, generator=generator, **symmetries(problem))
+    for line in report.lines:
+        if line.status == "fail" and line.name != "spread":  # far out, energies may span many decades
+            raise TiltflowError(
+                f"the energy fails the check {line.name!r} ({line.threshold}) on {TRIAL} draws of the base process: "
+                f"{line.explanation}. All checks: tiltflow check-energy."
+            )
 
 
 def symmetries(problem: EnergyProblem) -> dict[str, bool]:

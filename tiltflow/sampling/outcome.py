@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from tiltflow.core.geometry import Centred
 from tiltflow.core.progress import Tell, silent
 from tiltflow.core.weights import normalised
+from tiltflow.energies import EnergyProblem, Evaluator
 from tiltflow.report import Figures, gallery, training_blocks
 from tiltflow.report.figures import SAMPLING, distance_figures, energy_figures, weight_figures
 from tiltflow.report.page import Block
@@ -41,7 +42,7 @@ def outcome(
         notes: Sentences for the report.
         tell: Told what is going on.
     """
-    spent = {f"energy_{name}": count for name, count in sampler.energy.report().items()}
+    spent = spent_on(sampler.energy) | {"train_seconds": sum(h["seconds"] for h in sampler.history)}
     tell("samples", 0, samples, "")
     drawn = sampler.sample(samples, EVALUATION_SEED + seed)
     tell("samples", samples, samples, "")
@@ -49,24 +50,37 @@ def outcome(
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
     assessed = assess_all(sampler.problem, drawn, sampler.chain, sampler.control, generator, compared)
     tell("distances", 1, 1, "")
+    return judged(sampler.problem, sampler.method, drawn, assessed, sampler.history, spent, notes)
+
+
+def judged(
+    problem: EnergyProblem,
+    method: str,
+    drawn: Drawn,
+    assessed: Assessed,
+    history: Sequence[Mapping[str, Any]],
+    spent: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> Outcome:
+    """The outcome of samples that are drawn and assessed."""
     row = assessed.row
     return Outcome(
-        title=f"{sampler.problem.name}, sampled by {sampler.method}",
+        title=f"{problem.name}, sampled by {method}",
         summary={
-            "problem": sampler.problem.name,
-            "method": sampler.method,
-            **row,
-            "median_energy": float(drawn.energy.median()),
-            **spent,
-            "train_seconds": sum(h["seconds"] for h in sampler.history),
+            "problem": problem.name, "method": method, **row, "median_energy": float(drawn.energy.median()), **spent,
         },
         verdict=judge_sampler(row),
         tensors=tensors_of(drawn),
-        history=sampler.history,
-        facts={"path ESS, of 1": row["ess"]} if row.get("ess") is not None else {},
+        history=[dict(h) for h in history],
+        facts={"ESS, of 1": row["ess"]} if row.get("ess") is not None else {},
         notes=notes,
-        draw=lambda: _blocks(sampler, drawn, assessed),
-    )
+        draw=lambda: _blocks(problem, history, drawn, assessed),
+    )  # fmt: skip
+
+
+def spent_on(energy: Evaluator) -> dict[str, int]:
+    """What was asked of the energy."""
+    return {f"energy_{name}": count for name, count in energy.report().items()}
 
 
 def tensors_of(drawn: Drawn) -> dict[str, Tensor]:
@@ -75,10 +89,10 @@ def tensors_of(drawn: Drawn) -> dict[str, Tensor]:
 
 
 def _blocks(
-    sampler: Drawable, drawn: Drawn, assessed: Assessed
+    problem: EnergyProblem, history: Sequence[Mapping[str, Any]], drawn: Drawn, assessed: Assessed
 ) -> tuple[list[Block], list[Block]]:
     """What came out, and how it got there."""
-    problem, (row, reference) = sampler.problem, assessed
+    row, reference = assessed
     energy = None if reference is None else problem.energy(reference).detach()
     particles = isinstance(problem.geometry, Centred)
     sets, median = {"Samples": drawn.x, "Reference": reference}, None if energy is None else float(energy.median())
@@ -87,4 +101,4 @@ def _blocks(
     laws += weight_figures(None if drawn.log_weights is None else normalised(drawn.log_weights))
     levels = {"energy": {"reference": median}, "log_z": {"reference": problem.log_z}}
     blocks: list[Block] = [gallery(sets, particles=particles), Figures("", laws), sampler_table(row, problem.log_z)]
-    return blocks, training_blocks(sampler.history, SAMPLING, levels)
+    return blocks, training_blocks(history, SAMPLING, levels)

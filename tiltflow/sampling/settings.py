@@ -70,8 +70,29 @@ class SamplerSettings(Training):
 
 
 @settings
-class SamplerConfig:
-    """Everything a sampler run depends on; the run folder's config.json.
+class AutomaticSettings:
+    """Settings of :func:`tiltflow.sample`.
+
+    Args:
+        islands: Populations that are annealed apart; they say how far log Z is to be trusted.
+        particles: Draws of each.
+        moves: Moves of MALA at each temperature, and of the samples at the end.
+        draws: Draws of each round that adapts a mixture.
+        rounds: Such rounds at most.
+        least_ess: Share of effective draws below which the annealed population is the answer.
+    """
+
+    islands: Annotated[int, Range(2, 10_000)] = 8
+    particles: Annotated[int, Range(16, 10_000_000)] = 256
+    moves: Count = 10
+    draws: Annotated[int, Range(100, 10_000_000)] = 10_000
+    rounds: Count = 10
+    least_ess: Share = 0.02
+
+
+@settings
+class EnergyConfig:
+    """An energy, and how many samples of it are judged.
 
     Args:
         problem: The energy, by name: gmm40, dw4, …, or module:function.
@@ -79,12 +100,10 @@ class SamplerConfig:
         space: State space of a plain energy: vectors, particles or torus.
         scale: Spread of the target of a plain energy.
         finest: Its finest detail.
-        method: The method; see tiltflow list methods.
         seed: Seed of every random number.
         device: Device of torch; samplers run on the CPU.
         samples: Samples that are drawn from the result.
         compared: Of them those that distances to the reference are computed on.
-        settings: Of the training.
     """
 
     problem: str | None
@@ -92,9 +111,31 @@ class SamplerConfig:
     space: Literal["vectors", "particles", "torus"] = "vectors"
     scale: Positive | None = None
     finest: Positive | None = None
-    method: str = DEFAULT_METHOD
     seed: Seed = 0
     device: str = "cpu"
     samples: Samples = 10_000
     compared: Samples = 2_000
+
+
+@settings
+class SamplerConfig(EnergyConfig):
+    """Everything a sampler run depends on; the run folder's config.json.
+
+    Args:
+        method: The method; see tiltflow list methods.
+        settings: Of the training.
+    """
+
+    method: str = DEFAULT_METHOD
     settings: SamplerSettings = SamplerSettings()
+
+
+@settings
+class AutomaticConfig(EnergyConfig):
+    """Everything that sampling an energy depends on; the run folder's config.json.
+
+    Args:
+        settings: Of the stages.
+    """
+
+    settings: AutomaticSettings = AutomaticSettings()

@@ -1,0 +1,223 @@
+"""Sample e^{−E} without training, by stages: anneal a population, fit a mixture to it, weigh the mixture's draws exactly.
+
+    from tiltflow import EnergyProblem, sample
+    energy = lambda x: 8 * (x.norm(dim=1) - 2) ** 2
+    problem = EnergyProblem(name="ring", energy=energy, event_shape=(2,), scale=3, finest=0.03)
+    found = sample(problem)
+    found.x, found.log_z, found.stage
+
+What a stage cannot improve it leaves as it is: on particles and angles, and where a mixture's draws are worth too little,
+the annealed population is the answer. All samples end with moves that keep e^{−E}.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tiltflow.core.geometry import Euclidean
+from tiltflow.core.progress import Tell, silent
+from tiltflow.core.settings import Seed, check_value
+from tiltflow.core.weights import evidence, systematic
+from tiltflow.energies import EnergyProblem, Evaluator
+from tiltflow.energies.anchor import Anchor, fitted
+from tiltflow.energies.annealing import Annealed, anneal, jittered, quenched
+from tiltflow.energies.population import Weighted, adapt, weigh
+from tiltflow.run.job import Outcome, report
+from tiltflow.sampling.assess import assess_all
+from tiltflow.sampling.drawn import Drawn
+from tiltflow.sampling.outcome import EVALUATION_SEED, judged, spent_on
+from tiltflow.sampling.settings import AutomaticSettings
+from tiltflow.verdict.line import Verdict
+
+ANNEALED, MIXTURE = "annealed population", "mixture"
+QUENCHED, SNAPSHOTS, MOST = 200, 4, 20
+"""Moves of draws that fall into the modes near them; states of the annealed population that a mixture is fitted to; weighted
+draws for a sample at most."""
+
+
+class LogZ(NamedTuple):
+    """log ∫ e^{−E} with its standard error; of weighted draws the ESS, of 1, and E[log w]."""
+
+    value: float
+    error: float
+    ess: float | None = None
+    elbo: float | None = None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Samples of e^{−E}/Z, equally weighted, and what is known of Z.
+
+    Args:
+        problem: What was sampled.
+        x: (n, *event).
+        energies: (n,).
+        stage: Which stage gave them: the annealed population, or a mixture's weighted draws.
+        log_z: By that stage.
+        annealed: By the first stage, from islands that know nothing of each other.
+        proposals: The mixtures that were adapted.
+        energy: The evaluator, which counts every evaluation.
+        history: One row per round that adapted a mixture.
+        seconds: In all.
+    """
+
+    problem: EnergyProblem
+    x: Tensor
+    energies: Tensor
+    stage: str
+    log_z: LogZ
+    annealed: LogZ
+    proposals: Sequence[Anchor]
+    energy: Evaluator
+    history: list[dict[str, Any]]
+    seconds: float
+
+    def verdict(self, compared: int = 2_000, seed: int = 0) -> Verdict:
+        """The verdict, with so many samples compared with the problem's reference, if it has one."""
+        found = self.outcome(compared, seed).verdict
+        assert found is not None
+        return found
+
+    def report(self, folder: Path | str, compared: int = 2_000, seed: int = 0) -> Path:
+        """Write ``folder/report.html``: the verdict, samples beside the reference, the mixture. Returns its path."""
+        return report(self.outcome(compared, seed), folder, {"stage": self.stage})
+
+    def outcome(self, compared: int, seed: int, notes: Sequence[str] = (), tell: Tell = silent) -> Outcome:
+        """Compare and judge."""
+        tell("distances", 0, 1, "")
+        drawn, generator = Drawn(self.x, self.energies, None), torch.Generator().manual_seed(EVALUATION_SEED + seed)
+        assessed = assess_all(self.problem, drawn, None, None, generator, compared)
+        tell("distances", 1, 1, "")
+        row = {"log_z": self.log_z.value, "log_z_std": self.log_z.error, "ess": self.log_z.ess, "elbo": self.log_z.elbo}
+        if self.problem.log_z is not None:
+            row["log_z_error"] = abs(self.log_z.value - self.problem.log_z)
+        found = f"{self.annealed.value:.4g} ± {self.annealed.error:.2g}"
+        notes = [*notes, f"The samples are those of the {self.stage}. The annealed population alone says log Z = {found}."]
+        return judged(
+            self.problem, self.stage, drawn, assessed._replace(row=assessed.row | row), self.history,
+            spent_on(self.energy) | {"sample_seconds": self.seconds}, notes,
+        )  # fmt: skip
+
+
+def sample(
+    problem: EnergyProblem,
+    samples: int = 10_000,
+    settings: AutomaticSettings | None = None,
+    *,
+    seed: int = 0,
+    energy: Evaluator | None = None,
+    tell: Tell = silent,
+) -> Sampled:
+    """Samples of e^{−E}/Z with log Z, by the stages that the energy needs.
+
+    Args:
+        problem: The energy, its space, and its two lengths ``scale`` and ``finest``.
+        samples: How many.
+        settings: Of the stages.
+        seed: Of every draw.
+        energy: The evaluator to use; None: a new one, with neither budget nor cache.
+        tell: Told what is going on: (what, done, total, note).
+
+    Raises:
+        TiltflowError: an energy that fails (see :class:`~tiltflow.energies.Evaluator`), or that no draw of N(0, scale²) has.
+    """
+    check_value("seed", seed, Seed)
+    s, started, generator = settings or AutomaticSettings(), time.perf_counter(), torch.Generator().manual_seed(seed)
+    energy = energy or Evaluator(problem.energy)
+
+    def advance(beta: float) -> None:
+        tell("annealing", round(100 * beta), 100, f"β {beta:.2g}")
+
+    start = anneal(problem, energy, s.islands, s.particles, s.moves, generator, advance)
+    annealed, history, proposals = LogZ(*start.evidence), list[dict[str, Any]](), list[Anchor]()
+    stage, log_z, x = ANNEALED, annealed, None
+    if type(problem.geometry) is Euclidean:
+        proposals = _mixtures(problem, energy, start, s, generator, history, tell)
+        weighted = weigh(proposals, energy, problem.event_shape, max(s.draws, samples), generator)
+        found = evidence(weighted.log_weights)
+        if found.ess >= s.least_ess:
+            stage, log_z = MIXTURE, LogZ(found.log_z, found.log_z_error, found.ess, found.elbo)
+            x = _resampled(problem, energy, proposals, weighted, samples, generator)
+    x = _spread(problem, energy, start, samples, s, generator, tell) if x is None else x
+    x = _moved(problem, energy, x, start.step, s.moves, generator, tell)
+    seconds = time.perf_counter() - started
+    return Sampled(problem, x, energy.value(x), stage, log_z, annealed, proposals, energy, history, seconds)
+
+
+def _mixtures(
+    problem: EnergyProblem, energy: Evaluator, start: Annealed, s: AutomaticSettings, generator: torch.Generator,
+    history: list[dict[str, Any]], tell: Tell,
+) -> list[Anchor]:  # fmt: skip
+    """Mixtures, first fitted to the annealed population and to draws that fell into their nearest modes, then adapted.
+
+    One half of the islands chooses between mixtures that are fitted to the other: rows of one island are related.
+    """
+    n = s.islands * s.particles // 2
+    tell("quenching", 0, 1, "")
+    fallen = quenched(problem, energy, n, QUENCHED, generator)
+    tell("quenching", 1, 1, "")
+    parts = [[fallen[0::2]], [fallen[1::2]]]
+    x = start.x
+    for _ in range(SNAPSHOTS):
+        x = jittered(energy, x, start.step, s.moves, generator, problem).x
+        half = s.particles * (s.islands // 2)
+        for part, rows in zip(parts, (x[:half], x[half:]), strict=True):
+            part.append(rows[torch.randperm(len(rows), generator=generator)[: max(1, n // 2)]])
+    train, held = (torch.cat(part).flatten(1).double() for part in parts)
+    tell("mixture", 0, s.rounds, "")
+    begun = time.perf_counter()
+
+    def advance(done: int, found: Any) -> None:
+        nonlocal begun
+        now, begun = begun, time.perf_counter()
+        said = {"ess": found.ess, "log_z": found.log_z, "elbo": found.elbo}
+        history.append({"iteration": done - 1, **said, "seconds": begun - now})
+        tell("mixture", done, s.rounds, f"ESS {found.ess:.2g}")
+
+    return adapt(energy, problem.event_shape, fitted(train, held, generator), s.draws, s.rounds, generator, advance)
+
+
+def _resampled(
+    problem: EnergyProblem, energy: Evaluator, proposals: Sequence[Anchor], first: Weighted, n: int,
+    generator: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """n rows of weighted draws, of as many that they are worth n, or :data:`MOST` n."""
+    parts, log_w = [first.x], first.log_weights
+    missing = min(n / evidence(log_w).ess, MOST * n) - len(log_w)
+    if missing > 0:
+        more = weigh(proposals, energy, problem.event_shape, math.ceil(missing), generator)
+        parts, log_w = [*parts, more.x], torch.cat([log_w, more.log_weights])
+    chosen = systematic(log_w, generator, n)[torch.randperm(n, generator=generator)]
+    return torch.cat(parts)[chosen].view(n, *problem.event_shape).to(torch.get_default_dtype())
+
+
+def _spread(
+    problem: EnergyProblem, energy: Evaluator, start: Annealed, n: int, s: AutomaticSettings, generator: torch.Generator,
+    tell: Tell,
+) -> Tensor:  # fmt: skip
+    """n states of the annealed population as it goes on moving."""
+    x, parts, times = start.x, [start.x], -(-n // len(start.x))
+    for i in range(1, times):
+        tell("moves", i, times, "")
+        x = jittered(energy, x, start.step, s.moves, generator, problem).x
+        parts.append(x)
+    rows = torch.cat(parts)
+    return rows[torch.randperm(len(rows), generator=generator)[:n]]
+
+
+def _moved(
+    problem: EnergyProblem, energy: Evaluator, x: Tensor, step: float, moves: int, generator: torch.Generator, tell: Tell
+) -> Tensor:
+    """After moves of MALA that keep e^{−E}."""
+    tell("last moves", 0, 1, "")
+    x = jittered(energy, x, step, moves, generator, problem).x
+    tell("last moves", 1, 1, "")
+    return x
