@@ -5,6 +5,8 @@ Rows of a prompt are what the network wants beside x and the time; their last ro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,10 @@ from tiltflow.core.errors import TiltflowError
 Rows = dict[str, Tensor]
 AT_ONCE = 8
 """Prompts that are encoded at a time."""
+DECODERS = ("vae", "vocoder")
+"""Components that make images or audio of latents."""
+FIXED = ("hf_quantizer", "_hf_hook")
+"""Marks of components that are quantised or place themselves, which are not moved."""
 
 
 class Family(Protocol):
@@ -284,9 +290,14 @@ def family_of(pipe: Any) -> Family:
     return FAMILIES[name]
 
 
+def device_of(pipe: Any) -> torch.device:
+    """Where the pipeline's network is; its encoders may be elsewhere."""
+    return getattr(pipe, family_of(pipe).network).device
+
+
 @torch.no_grad()
 def encode_prompts(pipe: Any, texts: list[str], negative: str | None = None) -> Rows:
-    """Rows (n + 1, …) of texts, a few at a time; the last is of ``negative`` (None: what the pipeline takes for it).
+    """Rows (n + 1, …) of texts, on the host; the last is of ``negative`` (None: what the pipeline takes for it).
 
     Raises:
         TiltflowError: no text.
@@ -298,5 +309,25 @@ def encode_prompts(pipe: Any, texts: list[str], negative: str | None = None) -> 
     for i in range(0, len(texts), AT_ONCE):
         some = texts[i : i + AT_ONCE]
         other = {} if negative is None else {"negative_prompt": [negative] * len(some)}
-        parts.append(family.encode(pipe, {"prompt": some} | other))
+        parts.append(on_host(family.encode(pipe, {"prompt": some} | other)))
     return {name: torch.cat([*(p[name][:-1] for p in parts), parts[0][name][-1:]]) for name in parts[0]}
+
+
+def on_host(rows: Rows) -> Rows:
+    """The rows in the host's memory."""
+    return {name: v.cpu() for name, v in rows.items()}
+
+
+@contextmanager
+def encoders_on_host(pipe: Any) -> Iterator[None]:
+    """While this lasts, what only prompts need, all but network and decoder, is in the host's memory; then where it was."""
+    needed = (family_of(pipe).network, *DECODERS)
+    parts: list[Any] = [part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name not in needed]
+    moved = [(part, part.device) for part in parts if not any(hasattr(part, mark) for mark in FIXED)]
+    try:
+        for part, _ in moved:
+            part.to("cpu")
+        yield
+    finally:
+        for part, device in moved:
+            part.to(device)
