@@ -13,10 +13,11 @@ import tiny_pipelines as tiny
 from tiltflow.pipelines import outcome
 from tiltflow.pipelines.chain import pipeline_chain
 from tiltflow.pipelines.families import (
+    HOST,
     StableDiffusion,
     StableDiffusion3,
     encode_prompts,
-    encoders_on_host,
+    encoders_on,
     family_of,
 )
 from tiltflow.pipelines.model import compared
@@ -203,6 +204,20 @@ def test_encoders_are_on_the_host_while_a_network_is_trained(fails):
     assert moves == ["cpu", "meta"] * 2 and own == []
 
 
+def test_prompts_are_encoded_where_the_network_is(monkeypatch):
+    """Also while encoders are away; they go back there."""
+    pipe, moves, places = tiny.build("stable_diffusion"), [], []
+    pipe.text_encoder = Encoder(moves)
+
+    def encode(self, pipe, prompts):
+        places.append(pipe.text_encoder.device.type)
+        return {"text": torch.zeros(len(prompts["prompt"]) + 1, 8, 16)}
+
+    monkeypatch.setattr(StableDiffusion, "encode", encode)
+    assert encode_prompts(pipe, ["a"] * 9)["text"].shape == (10, 8, 16)
+    assert places == ["cpu", "cpu"] and moves == ["cpu", "meta"]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -216,7 +231,7 @@ def test_what_only_prompts_need(name, expected, monkeypatch):
     for key, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
             monkeypatch.setattr(part, "to", lambda device, key=key: moved.add(key))
-    with encoders_on_host(pipe):
+    with encoders_on(pipe, HOST):
         assert moved == expected
 
 

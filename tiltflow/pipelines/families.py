@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tiltflow.core.errors import TiltflowError
 
 Rows = dict[str, Tensor]
+HOST = torch.device("cpu")
 AT_ONCE = 8
 """Prompts that are encoded at a time."""
 DECODERS = ("vae", "vocoder")
@@ -306,10 +307,11 @@ def encode_prompts(pipe: Any, texts: list[str], negative: str | None = None) -> 
         raise TiltflowError("there is no prompt; give at least one, which may be empty.")
     family = family_of(pipe)
     parts = []
-    for i in range(0, len(texts), AT_ONCE):
-        some = texts[i : i + AT_ONCE]
-        other = {} if negative is None else {"negative_prompt": [negative] * len(some)}
-        parts.append(on_host(family.encode(pipe, {"prompt": some} | other)))
+    with encoders_on(pipe, device_of(pipe)):
+        for i in range(0, len(texts), AT_ONCE):
+            some = texts[i : i + AT_ONCE]
+            other = {} if negative is None else {"negative_prompt": [negative] * len(some)}
+            parts.append(on_host(family.encode(pipe, {"prompt": some} | other)))
     return {name: torch.cat([*(p[name][:-1] for p in parts), parts[0][name][-1:]]) for name in parts[0]}
 
 
@@ -319,15 +321,15 @@ def on_host(rows: Rows) -> Rows:
 
 
 @contextmanager
-def encoders_on_host(pipe: Any) -> Iterator[None]:
-    """While this lasts, what only prompts need, all but network and decoder, is in the host's memory; then where it was."""
+def encoders_on(pipe: Any, device: torch.device) -> Iterator[None]:
+    """While this lasts, what only prompts need, all but network and decoder, is on ``device``; then where it was."""
     needed = (family_of(pipe).network, *DECODERS)
     parts: list[Any] = [part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name not in needed]
     moved = [(part, part.device) for part in parts if not any(hasattr(part, mark) for mark in FIXED)]
     try:
         for part, _ in moved:
-            part.to("cpu")
+            part.to(device)
         yield
     finally:
-        for part, device in moved:
-            part.to(device)
+        for part, before in moved:
+            part.to(before)

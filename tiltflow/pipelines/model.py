@@ -20,7 +20,7 @@ from tiltflow.methods.registry import Row
 from tiltflow.metrics.distance import pairwise_mean
 from tiltflow.pipelines.adapters import save_adapter, trains_all
 from tiltflow.pipelines.chain import Adapted, DecodedReward, PipelineChain, in_parts
-from tiltflow.pipelines.families import encode_prompts, encoders_on_host
+from tiltflow.pipelines.families import HOST, encode_prompts, encoders_on
 from tiltflow.pipelines.outcome import outcome
 from tiltflow.pipelines.settings import PipelineSettings, check_prompts
 from tiltflow.rewards.combine import Score
@@ -194,7 +194,7 @@ class TiltedPipeline:
         if samples < 2 or REWARD in judges:
             raise TiltflowError(f"a verdict needs at least 2 samples, got {samples}, and no judge called {REWARD!r}.")
         scores, found = {REWARD: self.reward, **judges}, []
-        with encoders_on_host(self.pipe):
+        with encoders_on(self.pipe, HOST):
             for i, base in enumerate((True, False)):
                 tell("samples to judge", i, 2, "")
                 found.append(self.judge(scores, samples, seed, base))

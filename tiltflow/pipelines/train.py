@@ -29,7 +29,7 @@ from tiltflow.methods.registry import Row, names, row_of
 from tiltflow.pipelines.adapters import add_adapter, remove_adapter, train_all
 from tiltflow.pipelines.chain import Adapted, PipelineChain, pipeline_chain
 from tiltflow.pipelines.conditions import DrawnConditions
-from tiltflow.pipelines.families import Rows, device_of, encode_prompts, encoders_on_host
+from tiltflow.pipelines.families import HOST, Rows, device_of, encode_prompts, encoders_on
 from tiltflow.pipelines.memory import fitting_rows
 from tiltflow.pipelines.model import TiltedPipeline
 from tiltflow.pipelines.settings import CLIP, DEFAULT_METHOD, PipelineSettings, check_prompts
@@ -103,7 +103,7 @@ def finetune_pipeline(
     network = train_all(pipe) if s.rank is None else add_adapter(pipe, s.rank, generator, s.targets)
     try:
         tilted = untrained(pipe, rows, reward, prompts, negative, strength, row, s, network)
-        with encoders_on_host(pipe):
+        with encoders_on(pipe, HOST):
             return _train(tilted, generator, checkpoint, resume, callback)
     except BaseException:
         remove_adapter(pipe)
@@ -225,7 +225,7 @@ def made(tilted: TiltedPipeline, rollout: Adapted, generator: torch.Generator) -
         conditions=DrawnConditions(len(tilted.prompts), 1 if grouped else s.per_prompt, {"prompt": s.dropout}),
         group=s.per_prompt,
         rollout=rollout,
-        keep=torch.device("cpu") if s.offload else None,
+        keep=HOST if s.offload else None,
         micro_batch=tilted.chain.micro_batch,
         **options,
     )
