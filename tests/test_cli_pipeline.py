@@ -111,11 +111,11 @@ def plain(x, texts):
 
 
 def test_a_judge_is_called_once_per_sample(here):
-    """Two samples before anything is written; then those before and after, once each."""
+    """Two samples before anything is written; then those before and after, once each, a batch of 8 at a time."""
     count = counted(here)
     done = tiltflow(*arguments(here, "--json", "--judge", here / "mine.py:counting", rounds=1, samples=10))
     assert done.returncode in (0, 3), done.stderr
-    assert count.read_text().split() == ["2", "10", "10"]
+    assert count.read_text().split() == ["2", "8", "2", "8", "2"]
 
 
 def test_a_run_without_a_gradient_is_opened_again(here):

@@ -20,6 +20,7 @@ from tiltflow.methods.adjoint_matching import AdjointMatching
 from tiltflow.nn.mlp import MLP
 from tiltflow.problems.tilt import mixture2d
 from tiltflow.run.folder import LOCK, RunFolder
+from tiltflow.train import store
 from tiltflow.train.buffer import Buffer
 from tiltflow.train.fit import fit
 from tiltflow.train.loss import QuantileMask
@@ -93,7 +94,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(stop_at, uninter
     path = tmp_path / "checkpoint.safetensors"
     with pytest.raises(Stopped):
         SmallRun().fit(path, stop_at=stop_at)
-    assert load_state(path)["iteration"] == 6 and len(load_state(path)["buffer"]["x"]) == 240
+    assert load_state(path)["iteration"] == 6 and len(load_state(path)["buffer"]["x"]) == 160  # of 240: the next drops 80
     resumed = SmallRun(seed=99).fit(path, resume=True)  # another start, other random numbers: all comes from the file
     assert same(whole, resumed)
     again = load_state(path)
@@ -314,6 +315,13 @@ def test_shared_and_overlapping_tensors_are_saved_apart(tmp_path):
     assert torch.equal(loaded["a"], loaded["b"]) and torch.equal(loaded["view"], x[1:3])
 
 
+def test_what_is_on_the_host_is_written_without_a_copy(monkeypatch, tmp_path):
+    given, written = [torch.ones(3), torch.zeros(2, 2)], []
+    monkeypatch.setattr(store, "save_file", lambda tensors, path, **_: written.append(tensors) or save_file(tensors, path))
+    save_state(tmp_path / "s", {"given": given})
+    assert [v.data_ptr() for v in written[0].values()] == [v.data_ptr() for v in given]
+
+
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "s"
     save_state(path, {"a": 1})
@@ -471,9 +479,20 @@ def test_buffer_holds_the_newest_rounds():
     last.add(rows(1, 2, 3))
     last.add(rows(4))
     assert last.items["k"].tolist() == [4]
-    copy = Buffer(2)
-    copy.load_state_dict(ring.state_dict())
-    assert len(copy) == 2 and copy.state_dict().keys() == ring.state_dict().keys()
+
+
+@pytest.mark.parametrize("lengths", [(3, 3, 3, 3), (3, 1, 2, 4)])
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_a_buffer_saves_what_the_next_round_leaves_of_it(rounds, lengths):
+    """Restored after any round it goes on as it was, without the rows that were to be dropped."""
+    whole, part, first = Buffer(rounds), Buffer(rounds), 0
+    for n in lengths:
+        part.load_state_dict(whole.state_dict())
+        for ring in (whole, part):
+            ring.add(rows(*range(first, first + n)))
+        first += n
+        assert part.items["k"].tolist() == whole.items["k"].tolist()
+        assert len(part.state_dict().get("k", ())) == len(whole.state_dict().get("k", ())) <= (rounds - 1) * n
 
 
 def test_buffer_batches(generator):

@@ -11,6 +11,7 @@ u_k = −s_k ã_{k+1}. Sign: ã_K = +∇g = −λ∇r. Domingo-Enrich et al. 202
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,19 +47,51 @@ def _running_grad(chain: Chain, cost: Cost, k: Index, x: Tensor) -> Tensor:
 
 
 def lean_adjoint(
-    chain: Chain, path: Path, cost: Cost, device: torch.device | None = None, **condition: Any
+    chain: Chain,
+    path: Path,
+    cost: Cost,
+    device: torch.device | None = None,
+    micro_batch: int | None = None,
+    **condition: Any,
 ) -> Adjoint:
     """The lean adjoint along ``path``: it needs the base only, never the control.
 
     One base evaluation and one product per step; for small events, where that is cheaper, whole Jacobians of many steps at
     once. The base must then treat the rows of a batch as it treats them in the loss: each by itself, at its own step.
-    ``device``: where to compute, if the path is kept elsewhere; the adjoint is kept where the path is.
+
+    Args:
+        device: Where to compute, if the path is kept elsewhere; the adjoint is kept where the path is.
+        micro_batch: Paths whose graph is held at a time (None: all); cost and conditions must then have a row a path.
     """
-    kept, a = _last(path, cost, device, condition)
+    kept = Adjoint(torch.empty_like(path.x), torch.empty_like(path.mean))
+    for part, own, rows in _parts(path, kept, micro_batch, condition):
+        _lean(chain, part, cost, own, device, rows)
+    return kept
+
+
+def _parts(
+    path: Path, kept: Adjoint, size: int | None, condition: dict[str, Any]
+) -> Iterator[tuple[Path, Adjoint, dict[str, Any]]]:
+    """``size`` of the paths at a time, their places in ``kept``, and their conditions."""
+    n = path.x.shape[1]
+    if size is None or size >= n:
+        yield path, kept, condition
+        return
+    for i in range(0, n, size):
+        rows = slice(i, i + size)
+        part, own = Path(*(v[:, rows] for v in path)), Adjoint(*(v[:, rows] for v in kept))
+        yield part, own, {name: v[rows] for name, v in condition.items()}
+
+
+def _lean(
+    chain: Chain, path: Path, cost: Cost, kept: Adjoint, device: torch.device | None, condition: dict[str, Any]
+) -> None:
+    """Fill in the lean adjoint of ``path``."""
+    a = _last(path, cost, kept, device, condition)
     if a.device == path.x.device and _calls_dominate(chain, path, condition):
         for steps in reversed(torch.arange(len(path.mean)).split(max(1, ROWS // len(a)))):
             _by_jacobians(chain, path, cost, kept, steps, condition)
-        return kept
+        return
     for k in reversed(range(len(path.mean))):
         with torch.enable_grad():
             x = path.x[k].to(a.device).detach().requires_grad_(True)
@@ -66,7 +99,6 @@ def lean_adjoint(
             (a,) = torch.autograd.grad(mean, x, a)
         a = a + _running_grad(chain, cost, k, x)
         kept.a[k], kept.base_mean[k] = a, mean.detach()
-    return kept
 
 
 def _calls_dominate(chain: Chain, path: Path, condition: dict[str, Any]) -> bool:
@@ -102,14 +134,35 @@ def _by_jacobians(
 
 
 def full_adjoint(
-    chain: Chain, control: Control, path: Path, cost: Cost, device: torch.device | None = None, **condition: Any
+    chain: Chain,
+    control: Control,
+    path: Path,
+    cost: Cost,
+    device: torch.device | None = None,
+    micro_batch: int | None = None,
+    **condition: Any,
 ) -> Adjoint:
     """The full adjoint along ``path``: the gradient of Σ_j≥k (½‖u_j‖² + h f) + g with respect to x_k.
 
-    ``device`` as in :func:`lean_adjoint`.
+    ``device`` and ``micro_batch`` as in :func:`lean_adjoint`.
     """
-    kept, a = _last(path, cost, device, condition)
-    noisy = set(chain.controlled.tolist())
+    kept = Adjoint(torch.empty_like(path.x), torch.empty_like(path.mean))
+    for part, own, rows in _parts(path, kept, micro_batch, condition):
+        _full(chain, control, part, cost, own, device, rows)
+    return kept
+
+
+def _full(
+    chain: Chain,
+    control: Control,
+    path: Path,
+    cost: Cost,
+    kept: Adjoint,
+    device: torch.device | None,
+    condition: dict[str, Any],
+) -> None:
+    """Fill in the full adjoint of ``path``."""
+    a, noisy = _last(path, cost, kept, device, condition), set(chain.controlled.tolist())
     for k in reversed(range(len(path.mean))):
         with torch.enable_grad():
             x = path.x[k].to(a.device).detach().requires_grad_(True)
@@ -123,12 +176,12 @@ def full_adjoint(
                 (a,) = torch.autograd.grad(base_mean, x, a)
         a = a + _running_grad(chain, cost, k, x)
         kept.a[k], kept.base_mean[k] = a, base_mean.detach()
-    return kept
 
 
-def _last(path: Path, cost: Cost, device: torch.device | None, condition: dict[str, Any]) -> tuple[Adjoint, Tensor]:
-    """Room for the adjoint, its last state filled in, and that state."""
+def _last(
+    path: Path, cost: Cost, kept: Adjoint, device: torch.device | None, condition: dict[str, Any]
+) -> Tensor:
+    """The adjoint's last state, filled in."""
     a = cost.grad(path.x[-1].to(device or path.x.device), **condition)
-    kept = Adjoint(torch.empty_like(path.x), torch.empty_like(path.mean))
     kept.a[-1] = a
-    return kept, a
+    return a

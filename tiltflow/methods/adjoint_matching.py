@@ -51,6 +51,7 @@ class AdjointMatching(Method):
         conditions: draws one condition row per path, ``(n, generator) -> {name: (n, …)}``.
         rollout: the control that the paths follow (None: the trained one), sharing its weights; e.g. with guidance.
         keep: the device that paths, and the rows made of them, are kept on (None: where they are drawn).
+        micro_batch: paths whose graph the adjoint holds at a time (None: all).
 
     Raises:
         TiltflowError: more steps asked for than the chain has, or options that exclude each other.
@@ -70,6 +71,7 @@ class AdjointMatching(Method):
     conditions: Conditions | None = None
     rollout: Control | None = None
     keep: torch.device | None = None
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         n = len(self.chain.controlled)
@@ -106,9 +108,9 @@ class AdjointMatching(Method):
         with parametrize.cached():  # low-rank updates are added to their weights once, not at every step
             path = simulate(self.chain, policy, x0, generator, self.keep, **condition)
         if self.adjoint == "lean":
-            adjoint = lean_adjoint(self.chain, path, self.cost, x0.device, **condition)
+            adjoint = lean_adjoint(self.chain, path, self.cost, x0.device, self.micro_batch, **condition)
         else:
-            adjoint = full_adjoint(self.chain, state.control, path, self.cost, x0.device, **condition)
+            adjoint = full_adjoint(self.chain, state.control, path, self.cost, x0.device, self.micro_batch, **condition)
         steps = torch.tensor(self._steps(generator))
         n = len(steps) * self.batch
         log_ratio, kl = retrace(self.chain, policy, path, adjoint.base_mean)

@@ -25,7 +25,7 @@ from tiltflow.core.cost import Cost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import log_ratio
 from tiltflow.core.value import weighted_paths
-from tiltflow.train.buffer import Material, condition_rows, conditions_of
+from tiltflow.train.buffer import Material, condition_rows, conditions_of, repeat_rows
 from tiltflow.train.method import Conditions, Method, Round, State
 
 
@@ -108,14 +108,14 @@ def path_log_ratio(control: Control, chain: Chain, material: Material) -> Tensor
     noisy, ratios = chain.controlled, control.ratios(chain)
     paths, steps = len(x), len(noisy)
 
-    def flat(v: Tensor) -> Tensor:
-        return v.reshape(paths * steps, *v.shape[2:])
+    def flat(v: Tensor, k: Tensor) -> Tensor:  # step by step, as the paths were drawn
+        return v.transpose(0, 1)[k].flatten(0, 1)
 
-    condition = {name: v.repeat_interleave(steps, 0) for name, v in conditions_of(material).items()}
-    here, after, base = flat(x[:, noisy]), flat(x[:, noisy + 1]), flat(base_mean[:, noisy])
-    k = noisy.repeat(paths)
+    condition = repeat_rows(conditions_of(material), steps)
+    here, after, base = flat(x, noisy), flat(x, noisy + 1), flat(base_mean, noisy)
+    k = noisy.repeat_interleave(paths)
     std, ratio = at(chain.std, k, here), 1.0 if ratios is None else at(ratios, k, here)
     mean = control.mean(chain, k, here, base_mean=base, **condition)
     u, noise = (mean - base) / std, (after - mean) / (ratio * std)
     terms = log_ratio(u, noise, chain.geometry.dimension(x.shape[2:]), ratio)
-    return -terms.reshape(paths, steps).sum(1)
+    return -terms.reshape(steps, paths).sum(0)

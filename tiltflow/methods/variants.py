@@ -37,10 +37,13 @@ def truncated(
     conditions: Conditions | None = None,
     rollout: Control | None = None,
     keep: torch.device | None = None,
+    micro_batch: int | None = None,
 ) -> AdjointMatching:
     """Adjoint Matching on the last quarter of the steps."""
     last = max(1, len(chain.t) // 4)
-    return AdjointMatching(chain, cost, batch, last, clip=clip, conditions=conditions, rollout=rollout, keep=keep)
+    return AdjointMatching(
+        chain, cost, batch, last, clip=clip, conditions=conditions, rollout=rollout, keep=keep, micro_batch=micro_batch
+    )
 
 
 def log_variance(

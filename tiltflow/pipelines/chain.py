@@ -25,7 +25,7 @@ from tiltflow.core.chain import Index, at, noisy_steps, posterior_step
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Euclidean, Geometry
 from tiltflow.pipelines.adapters import switched
-from tiltflow.pipelines.families import Family, Rows, family_of
+from tiltflow.pipelines.families import Family, Rows, device_of, family_of, on_host
 from tiltflow.pipelines.schedules import Nodes, nodes_of
 
 
@@ -34,10 +34,10 @@ class PipelineChain:
     """The memoryless chain of a pipeline; conditions are ``prompt`` (B,), numbers of rows, −1 for the negative prompt.
 
     Args:
-        rows: of the prompts, the negative one last (:func:`~tiltflow.pipelines.families.encode_prompts`).
+        rows: of the prompts, the negative one last (:func:`~tiltflow.pipelines.families.encode_prompts`), on the host.
         guidance: of the base.
-        micro_batch: rows that the network sees at a time, recomputed in the backward pass: the result is the same, the
-            memory that of so many rows (None: all at once, nothing is computed twice).
+        micro_batch: rows that the network sees at a time: the result is the same, the memory that of so many rows. Where
+            more of them are differentiated at once, they are recomputed in the backward pass (None: all at once).
     """
 
     pipe: Any
@@ -64,6 +64,11 @@ class PipelineChain:
         """The unet or transformer."""
         return getattr(self.pipe, self.family.network)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return device_of(self.pipe)
+
     def mean(self, k: Index, x: Tensor, x1: Tensor) -> Tensor:
         """A_k x + B_k x1."""
         return at(self.a, k, x) * x + at(self.b, k, x) * x1
@@ -89,12 +94,12 @@ class PipelineChain:
         return in_parts(part, self.micro_batch, x, every, prompt, again=again)
 
     def _output(self, network: Any, x: Tensor, timestep: Tensor, prompt: Tensor, guidance: float) -> Tensor:
-        prompt = prompt.to(next(iter(self.rows.values())).device)
+        prompt = prompt.cpu()
         if guidance != 1:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
             prompt = torch.cat([torch.full_like(prompt, -1), prompt])
         rows = {name: value[prompt] for name, value in self.rows.items()}
-        rows = {name: v.to(network.dtype) if v.is_floating_point() else v for name, v in rows.items()}
+        rows = {name: v.to(x.device, network.dtype if v.is_floating_point() else v.dtype) for name, v in rows.items()}
         output = self.family.predict(self.pipe, network, x.to(network.dtype), timestep, rows).float()
         if guidance == 1:
             return output
@@ -132,7 +137,7 @@ def pipeline_chain(
     a, b, variance = posterior_step(nodes.alpha, nodes.beta)
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     shape = family.event_shape(pipe)
-    return PipelineChain(pipe, family, rows, nodes, shape, t, a, b, variance.sqrt(), guidance, micro_batch)
+    return PipelineChain(pipe, family, on_host(rows), nodes, shape, t, a, b, variance.sqrt(), guidance, micro_batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,12 +146,14 @@ class Adapted:
 
     Args:
         guidance: of the fine-tuned model. relative: the chain's base has other guidance, so add the difference that the
-            adapter makes under this one to the base mean that is given.
+            adapter makes under this one to the base mean that is given. regrouped: so too for rows of several steps, whose
+            base means are of other batches: in half precision that alone makes a difference.
     """
 
     network: nn.Module
     guidance: float = 1.0
     relative: bool = False
+    regrouped: bool = False
     on: bool = True
 
     @property
@@ -159,7 +166,7 @@ class Adapted:
     ) -> Tensor:
         """A_k x + B_k X̂_1 of the fine-tuned model."""
         prompt = condition["prompt"]
-        if self.relative:
+        if self.relative or (self.regrouped and isinstance(k, Tensor)):
             if base_mean is None:
                 base_mean = chain.base_mean(k, x, prompt=prompt)
             with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):

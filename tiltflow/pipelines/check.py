@@ -9,7 +9,7 @@ import torch
 from tiltflow.core.settings import Seed, check_value
 from tiltflow.core.simulate import simulate
 from tiltflow.pipelines.chain import DecodedReward, pipeline_chain
-from tiltflow.pipelines.families import Rows, encode_prompts
+from tiltflow.pipelines.families import Rows, device_of, encode_prompts
 from tiltflow.pipelines.settings import PipelineSettings
 from tiltflow.rewards.combine import Score
 from tiltflow.verdict.check_reward import RewardReport, check_reward
@@ -43,7 +43,7 @@ def check_pipeline_reward(
         TiltflowError: an unknown pipeline or scheduler, too few samples.
     """
     check_value("seed", seed, Seed)
-    s, generator = settings or PipelineSettings(), torch.Generator(str(pipe.device)).manual_seed(seed)
+    s, generator = settings or PipelineSettings(), torch.Generator(str(device_of(pipe))).manual_seed(seed)
     rows = encode_prompts(pipe, [prompt]) if rows is None else rows
     chain = pipeline_chain(pipe, rows, s.steps, s.guidance, s.rows)
     number = torch.zeros(samples, dtype=torch.long)

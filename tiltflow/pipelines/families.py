@@ -5,6 +5,8 @@ Rows of a prompt are what the network wants beside x and the time; their last ro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +15,13 @@ from torch import Tensor, nn
 from tiltflow.core.errors import TiltflowError
 
 Rows = dict[str, Tensor]
+HOST = torch.device("cpu")
 AT_ONCE = 8
 """Prompts that are encoded at a time."""
+DECODERS = ("vae", "vocoder")
+"""Components that make images or audio of latents."""
+FIXED = ("hf_quantizer", "_hf_hook")
+"""Marks of components that are quantised or place themselves, which are not moved."""
 
 
 class Family(Protocol):
@@ -284,9 +291,14 @@ def family_of(pipe: Any) -> Family:
     return FAMILIES[name]
 
 
+def device_of(pipe: Any) -> torch.device:
+    """Where the pipeline's network is; its encoders may be elsewhere."""
+    return getattr(pipe, family_of(pipe).network).device
+
+
 @torch.no_grad()
 def encode_prompts(pipe: Any, texts: list[str], negative: str | None = None) -> Rows:
-    """Rows (n + 1, …) of texts, a few at a time; the last is of ``negative`` (None: what the pipeline takes for it).
+    """Rows (n + 1, …) of texts, on the host; the last is of ``negative`` (None: what the pipeline takes for it).
 
     Raises:
         TiltflowError: no text.
@@ -295,8 +307,29 @@ def encode_prompts(pipe: Any, texts: list[str], negative: str | None = None) -> 
         raise TiltflowError("there is no prompt; give at least one, which may be empty.")
     family = family_of(pipe)
     parts = []
-    for i in range(0, len(texts), AT_ONCE):
-        some = texts[i : i + AT_ONCE]
-        other = {} if negative is None else {"negative_prompt": [negative] * len(some)}
-        parts.append(family.encode(pipe, {"prompt": some} | other))
+    with encoders_on(pipe, device_of(pipe)):
+        for i in range(0, len(texts), AT_ONCE):
+            some = texts[i : i + AT_ONCE]
+            other = {} if negative is None else {"negative_prompt": [negative] * len(some)}
+            parts.append(on_host(family.encode(pipe, {"prompt": some} | other)))
     return {name: torch.cat([*(p[name][:-1] for p in parts), parts[0][name][-1:]]) for name in parts[0]}
+
+
+def on_host(rows: Rows) -> Rows:
+    """The rows in the host's memory."""
+    return {name: v.cpu() for name, v in rows.items()}
+
+
+@contextmanager
+def encoders_on(pipe: Any, device: torch.device) -> Iterator[None]:
+    """While this lasts, what only prompts need, all but network and decoder, is on ``device``; then where it was."""
+    needed = (family_of(pipe).network, *DECODERS)
+    parts: list[Any] = [part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name not in needed]
+    moved = [(part, part.device) for part in parts if not any(hasattr(part, mark) for mark in FIXED)]
+    try:
+        for part, _ in moved:
+            part.to(device)
+        yield
+    finally:
+        for part, before in moved:
+            part.to(before)

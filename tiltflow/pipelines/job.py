@@ -80,7 +80,7 @@ class PipelineJob(PipelineConfig):
         model = untrained(
             self.pipe, rows, scores[REWARD], texts, self.negative, self.strength, row, self.settings, None
         )  # fmt: skip
-        generator = torch.Generator(str(self.pipe.device)).manual_seed(self.seed)
+        generator = torch.Generator(str(model.chain.device)).manual_seed(self.seed)
         try:
             try_reward(model, generator)
             decoded = model.decode(model.chain.source(TRIAL, generator))
@@ -144,7 +144,7 @@ class PipelineJob(PipelineConfig):
             raise TiltflowError(f"{folder} is a pipeline's run, drawn by its own chain only: leave out {', '.join(other)}.")
         model = self.load(folder, device)
         x, prompt = model.sample(n, seed, **asked), model.turns(n)
-        reward = scored(REWARD, model.reward, x, [model.prompts[i] for i in prompt.tolist()])
+        reward = scored(REWARD, model.reward, x, [model.prompts[i] for i in prompt.tolist()], model.chain.micro_batch)
         return {"samples": x, "prompt": prompt}, {"reward": float(reward.mean())}
 
     def train(self, checkpoint: Path, resume: bool, work: Work | None = None) -> tuple[TiltedPipeline, Watch]:

@@ -16,7 +16,8 @@ SHARE = 0.8
 def fitting_rows(run: Callable[[], object], most: int, device: torch.device) -> int:
     """How many rows fit, 1 … ``most``, if ``run`` needs for one what it needs now. It is run twice: the first warms up.
 
-    On CUDA by the allocator's own peak, on Linux CPUs by that of resident memory.
+    On CUDA by the peak of what the allocator reserves, fragments included, against what it does not hold or holds unused; on
+    Linux CPUs by the peak of resident memory.
 
     Raises:
         TiltflowError: memory cannot be measured on this device.
@@ -29,10 +30,12 @@ def fitting_rows(run: Callable[[], object], most: int, device: torch.device) -> 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """How far memory rose while ``run`` ran."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what is cached would hide what the run reserves
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated(device) - before
+        peak = torch.cuda.max_memory_reserved(device) - reserved
+        return max(peak, torch.cuda.max_memory_allocated(device) - allocated)
     reset = Path("/proc/self/clear_refs")
     if device.type != "cpu" or not reset.exists():
         raise TiltflowError(f"memory cannot be measured on {device}: give micro_batch as a number.")
@@ -43,9 +46,10 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is left."""
+    """What is left, on CUDA with what the allocator has cached."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     return 1024 * _kilobytes("/proc/meminfo", "MemAvailable")
 
 

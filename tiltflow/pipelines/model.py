@@ -21,7 +21,7 @@ from tiltflow.methods.registry import Row
 from tiltflow.metrics.distance import pairwise_mean
 from tiltflow.pipelines.adapters import save_adapter, trains_all
 from tiltflow.pipelines.chain import Adapted, DecodedReward, PipelineChain, in_parts
-from tiltflow.pipelines.families import encode_prompts
+from tiltflow.pipelines.families import HOST, encode_prompts, encoders_on
 from tiltflow.pipelines.outcome import outcome
 from tiltflow.pipelines.settings import PipelineSettings, check_prompts
 from tiltflow.rewards.combine import Score
@@ -98,7 +98,7 @@ class TiltedPipeline:
 
     def _exact(self, n: int, seed: int) -> Tensor:
         """n latents among weighted paths of the same prompt."""
-        generator, out = torch.Generator(str(self.pipe.device)).manual_seed(EVALUATION_SEED + seed), None
+        generator, out = torch.Generator(str(self.chain.device)).manual_seed(EVALUATION_SEED + seed), None
         turns = self.turns(n)
         for number in turns.unique().tolist():
             rows = torch.nonzero(turns == number)[:, 0]
@@ -120,13 +120,13 @@ class TiltedPipeline:
         if n < 1:
             raise TiltflowError(f"the number of samples must be at least 1, got {n}.")
         if not (self.row.trained or base):
-            return self._drawn(self.turns(n), torch.Generator(str(self.pipe.device)).manual_seed(EVALUATION_SEED + seed))
+            return self._drawn(self.turns(n), torch.Generator(str(self.chain.device)).manual_seed(EVALUATION_SEED + seed))
         return self._walked(self.turns(n), seed, base)
 
     @torch.no_grad()
     def _walked(self, prompt: Tensor, seed: int, base: bool = False) -> Samples:
         """End points of the chain under prompts, by their numbers."""
-        generator = torch.Generator(str(self.pipe.device)).manual_seed(EVALUATION_SEED + seed)
+        generator = torch.Generator(str(self.chain.device)).manual_seed(EVALUATION_SEED + seed)
         control = None if self.control is None else replace(self.control, on=not base)
         return sample(self.chain, control, self.chain.source(len(prompt), generator), generator, prompt=prompt)
 
@@ -152,20 +152,28 @@ class TiltedPipeline:
 
     @torch.no_grad()
     def judge(self, scores: Mapping[str, Score], samples: int, seed: int = 0, base: bool = False) -> Judged:
-        """Samples over the prompts in turn, and their ``scores``, each asked once; ``base``: of the base, in the same noise.
+        """Samples over the prompts in turn, and their ``scores``; ``base``: of the base, in the same noise.
 
-        Diversity is the distance of pairs with the same prompt, or of all pairs if no two have the same.
+        Decoded and scored ``micro_batch`` at a time, each once, and then kept on the host. Diversity is the mean distance
+        of pairs with the same prompt, or of all pairs if no two have the same.
 
         Raises:
             TiltflowError: a score that does not return one number a sample, naming it.
         """
         drawn, prompt = self.paths(samples, seed, base), self.turns(samples)
-        decoded, texts = self.decode(drawn.x), [self.prompts[i] for i in prompt.tolist()]
-        values = {name: scored(name, score, decoded, texts) for name, score in scores.items()}
-        groups = [decoded[prompt.to(decoded.device) == i].flatten(1).double() for i in prompt.unique().tolist()]
-        several = [group for group in groups if len(group) > 1] or [decoded.flatten(1).double()]
+        values: dict[str, list[Tensor]] = {name: [] for name in scores}
+        seen, size = [], self.chain.micro_batch or samples
+        for x, numbers in zip(drawn.x.split(size), prompt.split(size), strict=True):
+            decoded, texts = self.decode(x), [self.prompts[i] for i in numbers.tolist()]
+            for name, score in scores.items():
+                values[name].append(scored(name, score, decoded, texts))
+            seen.append(decoded.cpu())
+        made = torch.cat(seen)
+        groups = [made[prompt == i] for i in prompt.unique().tolist()]
+        several = [group for group in groups if len(group) > 1] or [made]
         distances = [pairwise_mean(group)[0] for group in several]
-        return Judged(drawn.x, values, drawn.kl, sum(distances) / len(distances))
+        found = {name: torch.cat(parts) for name, parts in values.items()}
+        return Judged(drawn.x, found, drawn.kl, sum(distances) / len(distances))
 
     def verdict(
         self, judges: Mapping[str, Score] | None = None, samples: int = 64, seed: int = 0, tell: Tell = silent
@@ -187,9 +195,10 @@ class TiltedPipeline:
         if samples < 2 or REWARD in judges:
             raise TiltflowError(f"a verdict needs at least 2 samples, got {samples}, and no judge called {REWARD!r}.")
         scores, found = {REWARD: self.reward, **judges}, []
-        for i, base in enumerate((True, False)):
-            tell("samples to judge", i, 2, "")
-            found.append(self.judge(scores, samples, seed, base))
+        with encoders_on(self.pipe, HOST):
+            for i, base in enumerate((True, False)):
+                tell("samples to judge", i, 2, "")
+                found.append(self.judge(scores, samples, seed, base))
         tell("samples to judge", 2, 2, "")
         return found[0], found[1]
 
@@ -233,13 +242,21 @@ class TiltedPipeline:
             save_adapter(self.pipe, folder)
 
 
-def scored(name: str, score: Score, decoded: Tensor, texts: list[str]) -> Tensor:
-    """Values of a score, (n,) in float64 on the CPU; it is given a copy. Raises TiltflowError for another shape."""
-    values = score(decoded.clone(), list(texts))
-    if not isinstance(values, Tensor) or values.shape != (len(decoded),):
-        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise TiltflowError(f"{name} returned {got} for {len(decoded)} samples; it must return one number each, (n,).")
-    return values.detach().double().cpu()
+def scored(name: str, score: Score, decoded: Tensor, texts: list[str], size: int | None = None) -> Tensor:
+    """Values of a score, (n,) in float64 on the CPU, asked for ``size`` rows at a time (None: all); it is given copies.
+
+    Raises:
+        TiltflowError: it returned another shape.
+    """
+    found = []
+    for i in range(0, len(decoded), size or len(decoded)):
+        part = decoded[i : i + (size or len(decoded))]
+        values = score(part.clone(), texts[i : i + len(part)])
+        if not isinstance(values, Tensor) or values.shape != (len(part),):
+            got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise TiltflowError(f"{name} returned {got} for {len(part)} samples; it must return one number each, (n,).")
+        found.append(values.detach().cpu().double())
+    return torch.cat(found)
 
 
 def compared(before: Judged, after: Judged) -> Verdict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from tiltflow.methods.registry import Row
@@ -71,7 +72,8 @@ def blocks(
     model: Tilted, verdict: Verdict, kl: float | None, latents: dict[str, Tensor], folder: Path
 ) -> tuple[list[Block], list[Block]]:
     """What came out, and how it got there."""
-    made = {name: model.decode(x[:GRID]).cpu() for name, x in latents.items()}
+    rows = model.chain.micro_batch or GRID
+    made = {name: torch.cat([model.decode(part).cpu() for part in x[:GRID].split(rows)]) for name, x in latents.items()}
     sounds: dict[str, list[bytes]] = {}
     if made["after"].ndim == 3:
         sounds = {name.capitalize(): write_sounds(folder, name, x, model.pipe) for name, x in made.items()}

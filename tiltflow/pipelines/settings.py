@@ -40,8 +40,8 @@ class PipelineSettings(Training):
         dropout: Share of paths without a prompt.
         clip: Bound on a term of Adjoint Matching's loss, in units of λ²; none: no bound.
         max_cost_gradient: Bound on the norm of λ∇r of a sample; none: the gradient itself.
-        micro_batch: Rows that a network sees at a time, with the same result; none: a batch; fit: what memory holds,
-            measured.
+        micro_batch: Rows that a network sees at a time, at most, with the same result; none: a batch; fit: what memory
+            holds, measured.
         offload: Keep paths and adjoints in the host's memory.
     """
 
@@ -73,7 +73,14 @@ class PipelineSettings(Training):
     @property
     def rows(self) -> int:
         """The most rows that a network may see at a time, where they are not measured."""
-        return self.micro_batch if isinstance(self.micro_batch, int) else self.batch
+        return self.even(self.micro_batch) if isinstance(self.micro_batch, int) else self.batch
+
+    def even(self, most: int) -> int:
+        """``most`` rows, or up to half as many that cut the batch into equal parts, if any do.
+
+        In equal parts a row is in the same company whenever it is evaluated: on its path, for its adjoint and in the loss.
+        """
+        return next((rows for rows in range(min(most, self.batch), most // 2, -1) if self.batch % rows == 0), most)
 
     def scale(self, place: Place) -> float:
         """The guidance scale in a place."""

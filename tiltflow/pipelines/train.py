@@ -29,7 +29,7 @@ from tiltflow.methods.registry import Row, names, row_of
 from tiltflow.pipelines.adapters import add_adapter, remove_adapter, train_all
 from tiltflow.pipelines.chain import Adapted, PipelineChain, pipeline_chain
 from tiltflow.pipelines.conditions import DrawnConditions
-from tiltflow.pipelines.families import Rows, encode_prompts, family_of
+from tiltflow.pipelines.families import HOST, Rows, device_of, encode_prompts, encoders_on
 from tiltflow.pipelines.memory import fitting_rows
 from tiltflow.pipelines.model import TiltedPipeline
 from tiltflow.pipelines.settings import CLIP, DEFAULT_METHOD, PipelineSettings, check_prompts
@@ -91,8 +91,7 @@ def finetune_pipeline(
     check_prompts(prompts)
     s, prompts = settings or PipelineSettings.of(method), list(prompts)
     require_applies(row, s)
-    family_of(pipe)
-    generator = torch.Generator(str(pipe.device)).manual_seed(seed)
+    generator = torch.Generator(str(device_of(pipe))).manual_seed(seed)
     rows = encode_prompts(pipe, prompts, negative) if rows is None else rows
     if any(len(value) != len(prompts) + 1 for value in rows.values()):
         counts = {name: len(value) for name, value in rows.items()}
@@ -104,7 +103,8 @@ def finetune_pipeline(
     network = train_all(pipe) if s.rank is None else add_adapter(pipe, s.rank, generator, s.targets)
     try:
         tilted = untrained(pipe, rows, reward, prompts, negative, strength, row, s, network)
-        return _train(tilted, generator, checkpoint, resume, callback)
+        with encoders_on(pipe, HOST):
+            return _train(tilted, generator, checkpoint, resume, callback)
     except BaseException:
         remove_adapter(pipe)
         raise
@@ -187,19 +187,21 @@ def _train(
     assert rollout is not None
     if (rank := world().rank) > 0:  # the same adapter everywhere, paths of its own in each process
         generator.manual_seed(generator.initial_seed() + OTHERS * rank)
-    relative = s.scale("control") != s.scale("adjoint")
-    control = Adapted(rollout.network, s.scale("control"), relative=relative)
+    control = Adapted(rollout.network, s.scale("control"), relative=s.scale("control") != s.scale("adjoint"))
     try_reward(tilted, generator)
     if tilted.strength == 0:
         return tilted
     if s.micro_batch == "fit":
         draw = DrawnConditions(len(tilted.prompts), 1, {"prompt": s.dropout})
         work = partial(_all_for_one_row, row, tilted.chain, control, tilted.cost, draw(1, generator))
-        rows = fitting_rows(work, s.batch, generator.device)
-        tilted = replace(tilted, chain=replace(tilted.chain, micro_batch=rows))
-    training = s
+        fitting = s.even(fitting_rows(work, s.batch, generator.device))
+        tilted = replace(tilted, chain=replace(tilted.chain, micro_batch=fitting))
+    training, rows = s, min(tilted.chain.micro_batch or s.batch, s.batch)
     if not row.compares and s.accumulate is None:  # of K steps' rows: memory must not grow with K
-        training = replace(s, accumulate=tilted.chain.micro_batch)
+        training = replace(s, accumulate=rows)
+    half = next(rollout.network.parameters()).dtype.itemsize < 4
+    if half and (s.minibatch is not None or s.batch % rows or (training.accumulate or rows) % rows):
+        control = replace(control, regrouped=True)
     told = None if callback is None else lambda now: callback(now, tilted)
     state = State(control, generator)
     history = fit(made(tilted, rollout, generator), state, training, checkpoint, resume, told)
@@ -223,7 +225,8 @@ def made(tilted: TiltedPipeline, rollout: Adapted, generator: torch.Generator) -
         conditions=DrawnConditions(len(tilted.prompts), 1 if grouped else s.per_prompt, {"prompt": s.dropout}),
         group=s.per_prompt,
         rollout=rollout,
-        keep=torch.device("cpu") if s.offload else None,
+        keep=HOST if s.offload else None,
+        micro_batch=tilted.chain.micro_batch,
         **options,
     )
 

@@ -38,7 +38,7 @@ class Buffer:
     def __init__(self, rounds: int = 1) -> None:
         if rounds < 1:
             raise TiltflowError(f"a buffer holds at least one round, not {rounds}.")
-        self.rounds = rounds
+        self.rounds, self.newest = rounds, 0
         self.items: Material = {}
 
     def __len__(self) -> int:
@@ -52,11 +52,9 @@ class Buffer:
                 f"a round of material must have rows of equal number and the names {sorted(self.items)}; "
                 f"got { {name: len(v) for name, v in material.items()} }."
             )
-        if self.rounds == 1 or not self.items:
-            self.items = dict(material)
-            return
-        newest = self.rounds * lengths.pop()
-        self.items = {name: torch.cat([old, material[name]])[-newest:] for name, old in self.items.items()}
+        kept, self.newest = self.state_dict(), lengths.pop()
+        rows = self.rounds * self.newest
+        self.items = {name: torch.cat([kept[name], v])[-rows:] if kept else v for name, v in material.items()}
 
     def batches(self, size: int | None, count: int, generator: torch.Generator) -> list[Material]:
         """``count`` mini-batches of ``size`` rows without replacement (everything, once each, if size is None)."""
@@ -66,9 +64,11 @@ class Buffer:
         return [{name: v[r] for name, v in self.items.items()} for r in rows]
 
     def state_dict(self) -> Material:
-        """The items, to be saved."""
-        return dict(self.items)
+        """What the next round leaves of the items, to be saved."""
+        rows = (self.rounds - 1) * self.newest
+        return {name: v[-rows:] for name, v in self.items.items()} if rows else {}
 
     def load_state_dict(self, state: Material) -> None:
         """Replace the items."""
         self.items = dict(state)
+        self.newest = len(self)

@@ -33,13 +33,25 @@ def write_text(path: Path, text: str) -> None:
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = f"t{len(tensors)}"
-        tensors[name] = value.detach().contiguous().clone()
+        tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
         return {"pairs": [[key, _encode(v, tensors)] for key, v in value.items()]}
     if isinstance(value, (list, tuple)):
         return {"list": [_encode(v, tensors) for v in value]}
     return value
+
+
+def _on_host(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them, on the host with no memory shared; what is so already is not copied."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, value in tensors.items():
+        here = value.detach().cpu().to(dtype or value.dtype).contiguous()
+        here = here.clone() if here.untyped_storage().data_ptr() in taken else here
+        taken.add(here.untyped_storage().data_ptr())
+        found[name] = here
+    return found
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -57,7 +69,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     header = json.dumps(_encode(state, tensors))
     part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata={"tiltflow_state": header})
+    save_file(_on_host(tensors), part, metadata={"tiltflow_state": header})
     os.replace(part, path)
 
 
@@ -96,6 +108,5 @@ def save_weights(
 ) -> None:
     """Write a module's weights as plain safetensors (cast to ``dtype``, if given), atomically."""
     part = path.with_name(path.name + ".part")
-    save_file({name: v.detach().to(dtype or v.dtype).contiguous().clone() for name, v in module.state_dict().items()},
-              part, metadata)  # fmt: skip
+    save_file(_on_host(module.state_dict(), dtype), part, metadata)
     os.replace(part, path)
