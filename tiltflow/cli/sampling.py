@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,8 +12,23 @@ from tiltflow.cli.options import given, options, run_options
 from tiltflow.core.errors import TiltflowError
 from tiltflow.sampling.settings import SamplerConfig, SamplerSettings
 
+if TYPE_CHECKING:
+    from tiltflow.sampling.job import SamplerJob
+
 CHECKED = ("shape", "space", "scale", "finest")
 """Fields of a sampler that a check of its energy needs too."""
+
+
+def sampler_job(problem: str, **values: Any) -> SamplerJob:
+    """The job of the command's options."""
+    fields = {"problem": problem, **given(values, SamplerConfig)}
+    named = SamplerConfig(**fields)
+    wanted = given(values, SamplerSettings)
+    SamplerSettings.of(named.method, {}, **wanted)
+    from tiltflow.sampling.job import SamplerJob
+
+    suited = SamplerJob(**fields).load_problem().settings
+    return SamplerJob(**fields, settings=SamplerSettings.of(named.method, suited, **wanted))
 
 
 @click.command("train-sampler")
@@ -28,23 +43,14 @@ def train_sampler_command(
     PROBLEM is a name such as gmm40 or dw4, or module:function (file.py:function) that is or returns an EnergyProblem, or
     an energy (x) → (B,) in kT, then with --shape, --scale and --finest.
     """
-    fields = {"problem": problem, **given(values, SamplerConfig)}
-    named = SamplerConfig(**fields)
-    wanted = given(values, SamplerSettings)
-    SamplerSettings.of(named.method, {}, **wanted)
+    job = sampler_job(problem, **values)
     from tiltflow.report.tables import sampler_numbers
     from tiltflow.run.job import run
-    from tiltflow.sampling.job import SamplerJob
 
-    loaded = SamplerJob(**fields).load_problem()
-    training = SamplerSettings.of(named.method, loaded.settings, **wanted)
     bars = Bars()
-    result = run(
-        SamplerJob(**fields, settings=training), out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars,
-        log=log,
-    )  # fmt: skip
+    result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
     bars.close()
-    numbers = [{"": r.name, **r._asdict()} for r in sampler_numbers(result["rows"][0], loaded.log_z)]
+    numbers = [{"": r.name, **r._asdict()} for r in sampler_numbers(result["rows"][0], job.load_problem().log_z)]
     finish_run(result, out, numbers, ["", "value", "floor", "resampled"], as_json)
 
 

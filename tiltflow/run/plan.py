@@ -1,0 +1,279 @@
+"""What a job will cost, before it is run: seconds, memory, energies and disk, from two trials of it.
+
+A trial is the job itself with two rounds (the first warms up) and a share of the samples that are judged, in a process of
+its own and a folder that is thrown away. By how much a part of the job grew from the smaller share to the larger one, it
+grows in proportion up to the whole; a round is repeated.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+
+from tiltflow.run.folder import CHECKPOINT
+from tiltflow.run.job import Job, Row, Tell, run, silent
+from tiltflow.run.memory import forget_peak, peak
+from tiltflow.train.criterion import EARLIEST
+from tiltflow.train.settings import Training
+from tiltflow.train.store import load_state
+
+START, ROUNDS, REPORT = "start", ("fine-tuning", "training"), "report"
+"""What comes before anything is told; what jobs call their rounds; the last part."""
+SHARES = (0.0, 0.1)
+"""Of what is judged; the first is as little as can be."""
+LINK, NETWORK, NODE = 300e9, 50e9, 8
+"""Bytes per second between the GPUs of a machine, and between machines; GPUs of a machine."""
+SIZES = (8, 64)
+MODEL = (
+    "Several processes, a model: each has such a device and takes its share of the paths of a round; gradients are "
+    f"all-reduced in every step, 2(n−1)/n of their bytes at {LINK / 1e9:.0f} GB/s, beyond {NODE} processes at "
+    f"{NETWORK / 1e9:.0f} GB/s; all but the rounds is done by one."
+)
+
+
+class Planned(Job, Protocol):
+    """A job that can be planned."""
+
+    @property
+    def training(self) -> Training:
+        """How it trains."""
+        ...
+
+    def trial(self, training: Mapping[str, Any], share: float) -> tuple[Self, float]:
+        """The same with other settings of the training and that share of what is judged or prepared, and the share it is."""
+        ...
+
+
+class Trial(NamedTuple):
+    """What was measured.
+
+    Args:
+        share: Of what is judged.
+        seconds: By part, without the rounds.
+        peaks: Bytes by part.
+        files: Bytes by name.
+        rounds: Seconds of each.
+        checkpoint: Seconds that one takes to be written.
+        kept: Bytes that it grows by per round.
+        weights: Bytes of what is trained.
+        energies: That a round evaluates; None: there are none.
+        bound: Whether rounds tell what the criterion for their end needs.
+        busy: Processors that worked, on average: fewer than threads where others use them too.
+    """
+
+    share: float
+    seconds: dict[str, float]
+    peaks: dict[str, int | None]
+    files: dict[str, int]
+    rounds: list[float]
+    checkpoint: float
+    kept: int
+    weights: int
+    energies: float | None
+    bound: bool
+    busy: float
+
+
+class Clock:
+    """Told what is going on: seconds and peak memory, part by part."""
+
+    def __init__(self, device: torch.device, checkpoint: Path) -> None:
+        self.device, self.checkpoint = device, checkpoint
+        self.parts: list[tuple[str, float]] = []
+        self.peaks: dict[str, int | None] = {}
+        self.before = 0
+        self.last = time.perf_counter()
+        forget_peak(device)
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
+        """A part goes on."""
+        now, high = time.perf_counter(), peak(self.device)
+        part = what if self.parts or what in ROUNDS else START
+        self.parts.append((part, now - self.last))
+        self.peaks[part] = high if high is None else max(high, self.peaks.get(part) or 0)
+        if what in ROUNDS and self.checkpoint.is_file():
+            self.before = self.checkpoint.stat().st_size
+        forget_peak(self.device)
+        self.last = now
+
+
+def measure(job: Planned, share: float) -> Trial:
+    """A trial of the job, in this process."""
+    trial, share = job.trial({"rounds": 2, "checkpoint_every": 1, "tolerance": None, "minutes": None}, share)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        started, busy = time.perf_counter(), time.process_time()
+        clock = Clock(torch.device(job.device), out / CHECKPOINT)
+        document = run(trial, out, tell=clock)
+        busy = (time.process_time() - busy) / (time.perf_counter() - started)
+        files = {str(p.relative_to(out)): p.stat().st_size for p in out.rglob("*") if p.is_file()}
+        weights = load_state(out / CHECKPOINT)["weights"] if CHECKPOINT in files else []
+    history = [row for row in document["rows"] if row["kind"] == "iteration"]
+    rounds = [row["seconds"] for row in history]
+    told = [seconds for part, seconds in clock.parts if part in ROUNDS]
+    seconds: dict[str, float] = {}
+    for part, spent in clock.parts:
+        if part not in ROUNDS:
+            seconds[part] = seconds.get(part, 0.0) + spent
+    if rounds:
+        seconds[START] = seconds.get(START, 0.0) + told[0] - rounds[-1]  # what warms up, too
+    energies = document["rows"][0].get("energy_evaluations", document["rows"][0].get("energy_calls"))
+    return Trial(
+        share=share,
+        seconds=seconds,
+        peaks=clock.peaks,
+        files=files,
+        rounds=rounds,
+        checkpoint=sum(told[1:]) - sum(rounds[1:]),
+        kept=max(0, files.get(CHECKPOINT, 0) - clock.before) if clock.before else 0,
+        weights=sum(w.numel() * w.element_size() for w in weights),
+        energies=None if energies is None else energies / max(len(rounds), 1),
+        bound=any("elbo" in row for row in history),
+        busy=busy,
+    )
+
+
+def plan(job: Planned, tell: Tell = silent, apart: bool = True) -> Plan:
+    """Plan a job.
+
+    Args:
+        job: What to do; it is checked first, as when it is run.
+        tell: Told what is going on: (what, done, total, note).
+        apart: Measure in processes of their own, whose memory is the job's alone; or in this one.
+
+    Raises:
+        TiltflowError: what the job's checks find, and whatever it raises.
+    """
+    trials: list[Trial] = []
+    for i, share in enumerate(SHARES):
+        tell("trials", i, len(SHARES), "")
+        share = min(1.0, max(share, 2 * trials[0].share)) if trials else share
+        trials.append(_alone(job, share) if apart else measure(job, share))
+    tell("trials", len(SHARES), len(SHARES), "")
+    return Plan(job.training, torch.device(job.device), *trials)
+
+
+def _alone(job: Planned, share: float) -> Trial:
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        return pool.submit(measure, job, share).result()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will cost.
+
+    Args:
+        training: How it trains.
+        device: Where.
+        less: The trial with the smaller share.
+        more: The one with the larger share.
+    """
+
+    training: Training
+    device: torch.device
+    less: Trial
+    more: Trial
+
+    @property
+    def most(self) -> int:
+        """Rounds at most."""
+        return self.training.rounds if self.more.rounds else 0
+
+    @property
+    def fewest(self) -> int:
+        """Rounds at least: the earliest end, if a criterion may end the training."""
+        ends = self.training.tolerance is not None and self.more.bound
+        return min(self.most, EARLIEST) if ends else self.most
+
+    @property
+    def round_seconds(self) -> float:
+        """Of one round, when all is warm, with its share of a checkpoint."""
+        warm = [*self.less.rounds[1:], *self.more.rounds[1:]]
+        written = (self.less.checkpoint + self.more.checkpoint) / 2 / self.training.checkpoint_every
+        return sum(warm) / len(warm) + written if warm else 0.0
+
+    @property
+    def busy(self) -> float:
+        """Processors that worked, on average."""
+        return (self.less.busy + self.more.busy) / 2
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of all but the rounds."""
+        found = self._whole(self.less.seconds, self.more.seconds)
+        constant = {what: (self.less.seconds[what] + self.more.seconds[what]) / 2 for what in (START, REPORT)}
+        return found | constant
+
+    def peaks(self) -> dict[str, float]:
+        """Peak bytes by part; {} where they cannot be measured.
+
+        While a checkpoint is written, what it holds is in memory twice.
+        """
+        if None in self.more.peaks.values():
+            return {}
+        found = self._whole(self.less.peaks, self.more.peaks)
+        return {what: size + (2 * self._growth if what in ROUNDS else 0) for what, size in found.items()}
+
+    @property
+    def disk(self) -> float:
+        """Bytes of the run folder."""
+        return sum(self._whole(self.less.files, self.more.files).values()) + self._growth
+
+    @property
+    def _growth(self) -> float:
+        """Bytes that the rounds in the buffer add to a checkpoint."""
+        kept = min(self.most, self.training.buffer_rounds) - len(self.more.rounds)
+        return self.more.kept * max(0, kept)
+
+    def _whole(self, less: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, float]:
+        """At the share 1, part by part."""
+        apart = self.more.share - self.less.share
+        steps = (1 - self.more.share) / apart if apart > 0 else 0.0
+        return {what: more[what] + max(0.0, more[what] - less.get(what, more[what])) * steps for what in more}
+
+    def estimate(self, rounds: int | None = None, processes: int = 1) -> Row:
+        """Seconds and energies of the job.
+
+        Args:
+            rounds: Of training; None: at most.
+            processes: How many GPUs, by :data:`MODEL`.
+        """
+        rounds = self.most if rounds is None else rounds
+        speed = LINK if processes <= NODE else NETWORK
+        wire = self.training.gradient_steps * 2 * (processes - 1) / processes * self.more.weights / speed
+        train = rounds * (self.round_seconds / processes + wire)
+        if self.training.minutes is not None:
+            train = min(train, 60 * self.training.minutes)
+        rest = sum(self.parts().values())
+        each = self.more.energies
+        return {
+            "processes": processes,
+            "rounds": rounds,
+            "seconds": train + rest,
+            "train_seconds": train,
+            "energies": None if each is None else round(each * rounds),
+        }
+
+    def rows(self) -> list[Row]:
+        """All of it: the whole job, also on several GPUs, and its parts."""
+        peaks, counts = self.peaks(), sorted({self.fewest, self.most})
+        whole = [self.estimate(rounds) for rounds in counts] + [self.estimate(processes=n) for n in SIZES]
+        size = {"peak_mb": max(peaks.values()) / 2**20 if peaks else None, "disk_mb": self.disk / 2**20, "busy": self.busy}
+        said = {self.fewest: "earliest end", self.most: "at most"} if len(counts) > 1 else {}
+        parts = {"a round": self.round_seconds, **self.parts()}
+        return [
+            *({"kind": "plan", "ends": said.get(row["rounds"]), **row, **size} for row in whole),
+            *({"kind": "part", "part": part, "seconds": v, "peak_mb": _mb(peaks, part)} for part, v in parts.items()),
+            {"kind": "note", "model": MODEL},
+        ]
+
+
+def _mb(peaks: Mapping[str, float], part: str) -> float | None:
+    return peaks[part] / 2**20 if part in peaks else None
