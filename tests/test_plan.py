@@ -42,6 +42,10 @@ class Watch:
 WATCH = Watch()
 
 
+ALONE = planning._alone
+"""A trial in a process of its own, which takes seconds to start."""
+
+
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path):
     torch.set_default_dtype(torch.float32)
@@ -160,3 +164,30 @@ def test_a_plan_takes_the_options_of_the_command():
         assert name in COMMANDS
         assert [p.name for p in planned.params] == [p.name for p in command.params if p.name not in RUN]
     assert set(plan_group.commands) == {"finetune", "train-sampler", "finetune-pipeline", "train-conformers"}
+
+
+REWARD = "def brightness(x, texts):\n    return x.flatten(1).mean(1)\n"
+
+
+@pytest.mark.slow
+def test_pipelines_and_conformers_are_planned_in_processes_of_their_own(monkeypatch):
+    """By the commands as users run them."""
+    monkeypatch.setattr(planning, "_alone", ALONE)
+    pytest.importorskip("rdkit")
+    tiny = pytest.importorskip("tiny_pipelines")
+    tiny.build("stable_diffusion").save_pretrained("pipe")
+    Path("mine.py").write_text(REWARD)
+    Path("prompts.txt").write_text("a\nb\n")
+    Path("two.smi").write_text("CCCO a\nCCCN b\nCCCCO c\n")
+    quick = ["--batch", 4, "--steps", 5, "--rank", 2, "--samples", 24, "--rounds", 100]
+    pipeline = ["finetune-pipeline", "pipe", "--reward", "mine.py:brightness", "--prompts", "prompts.txt", *quick]
+    few = ["--molecules", 3, "--visited", 2, "--batch", 8, "--hidden", 8, "--gradient-steps", 2, "--rounds", 100]
+    before = sorted(Path.cwd().rglob("*"))
+    for command in (pipeline, ["train-conformers", "two.smi", *few]):
+        done = tiltflow("plan", *command, "--json")
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(done.stdout)["rows"]
+        assert rows[0]["rounds"] == 100 and rows[0]["seconds"] > rows[0]["train_seconds"] > 0
+        assert rows[0]["peak_mb"] > 100 and rows[0]["disk_mb"] > 0
+        assert (rows[0]["energies"] is None) == (command is pipeline)
+    assert sorted(Path.cwd().rglob("*")) == before
