@@ -251,7 +251,7 @@ def pipelines(asked: Questions, name: str, dtype: torch.dtype) -> None:
     asked.ask(name, "beside float32", p.precision)
     asked.ask(name, f"two rounds, K = {steps}", rounds)
     asked.ask(name, f"a round, K = {2 * steps}", lambda: p.tuned(rounds=1, steps=2 * steps))
-    asked.ask(name, "rows that fit", lambda: p.tuned(**few | {"steps": 2}, batch=MORE * batch, micro_batch="fit"))
+    asked.ask(name, "rows that fit", lambda: p.tuned(**few | {"steps": 3}, batch=MORE * batch, micro_batch="fit"))
     asked.ask(name, "a round, offload", lambda: p.tuned(rounds=1, offload=True))
     asked.ask(name, "resumed", lambda: p.resumed(**few | {"rounds": 2}))
     asked.ask(name, "adapter saved and loaded", lambda: p.tuned(p.saved, **few, learning_rate=1e-2, ema=0.0))
