@@ -32,7 +32,7 @@ PROBLEMS = ("mixture2d", "mixture2d-rare", "mixture32d", "quadratic2d", "inverse
 def tilt() -> str:
     """Analytic problems, one line per problem and sampler, mean ± standard deviation over seeds."""
     documents, lines, missing = load("tilt-*.json"), [], defaultdict(list)
-    for problem, sampler in itertools.product(PROBLEMS, ("sde", "ode")):
+    for problem, sampler in itertools.product(PROBLEMS, ("sde", "ode", "exact")):
         found = rows_of(documents, problem=problem, sampler=sampler)
         if not found:
             missing[problem].append(sampler)

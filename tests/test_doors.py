@@ -395,12 +395,15 @@ def test_a_judge_is_asked_once_per_sample_and_a_broken_picture_costs_nothing(tmp
     )  # fmt: skip
     monkeypatch.setattr(flow, "write_page", lambda folder, page: 1 / 0)
     told = []
-    result = flow.run(job, tmp_path / "run", tell=lambda what, done, total, note: told.append(what))
+    result = flow.run(job, tmp_path / "run", tell=lambda *news: told.append(news[:3]))
     assert sum(seen) == 200 + 300 + 200  # as drawn, of the base, by the ODE
     assert result["verdict"] is not None and result["rows"][-1]["report_error"] == "ZeroDivisionError: division by zero"
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == result
-    stages = list(dict.fromkeys(told))
-    assert stages[0] == "fine-tuning" and {"samples of the base", "scores: models:judge", "verdict", "report"} <= set(stages)
+    stages = {what: (done, total) for what, done, total in told}
+    assert all(done == total for done, total in stages.values()), stages  # every bar reaches its end
+    assert {"samples of the base", "scores: models:judge", "verdict", "report"} <= set(stages)
+    assert list(stages)[:2] == ["variances of the chain", "fine-tuning"]
+    assert [done for what, done, _ in told if what == "variances of the chain"] == list(range(6 + 1))
 
 
 def test_metrics_grow_and_rounds_are_logged(tmp_path, monkeypatch):

@@ -122,7 +122,7 @@ def test_a_budget_decides_the_rounds_and_is_not_overspent():
 @pytest.mark.parametrize("name", ["adjoint_matching_endpoint", "draft_1", "best_of_4", "urge"])
 def test_rows_of_the_table(name):
     rows = bench_problem(mixture2d(), 0, SMALL, name)
-    assert [r["sampler"] for r in rows] == (["sde", "ode"] if name in TRAINED else ["sde"])
+    assert [r["sampler"] for r in rows if r["sampler"] != "exact"] == (["sde", "ode"] if name in TRAINED else ["sde"])
     for row in rows:
         assert {"w2", "w2_floor", "mode_tv", "base_evaluations", "reward_calls", "seconds", "peak_memory_mb"} <= set(row)
         assert row["biased"] == bool(METHODS[name].bias)
@@ -132,10 +132,12 @@ def test_rows_of_the_table(name):
 def test_the_exact_control_scores_well_in_the_table():
     problem = mixture2d()
     settings = replace(SMALL, sample_steps=60, samples=4000, w2_samples=400)
-    sde, ode = evaluate(problem, counted(problem.optimal(), Counter()), 0, settings)
+    sde, ode, exact = evaluate(problem, counted(problem.optimal(), Counter()), 0, settings)
     assert sde["mode_tv"] < 0.03 and ode["mode_tv"] < 0.03 and sde["ess"] > 0.85 and abs(sde["spread"] - 1) < 0.05
-    base = evaluate(problem, counted(problem.process(), Counter()), 0, settings)[0]
-    assert base["mode_tv"] > 0.2  # the base itself is not the tilt
+    assert exact["mode_tv"] < 0.03
+    base, _, weighted = evaluate(problem, counted(problem.process(), Counter()), 0, settings)
+    assert base["mode_tv"] > 0.2  # the base itself is not the tilt,
+    assert weighted["mode_tv"] < 0.05  # its weighted paths are
 
 
 @pytest.mark.parametrize("name", ["adjoint_matching", "draft_1", "feynman_kac"])

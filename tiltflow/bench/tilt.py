@@ -27,7 +27,7 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.ode import ode
 from tiltflow.core.process import Process
 from tiltflow.core.simulate import Samples, sample
-from tiltflow.core.weights import ess, evidence, systematic
+from tiltflow.core.weights import ess, evidence, exact_draws, systematic
 from tiltflow.methods.registry import METHODS
 from tiltflow.metrics.distance import mean_w2, total_variation
 from tiltflow.nn.mlp import MLP
@@ -50,7 +50,7 @@ class TiltSettings:
     """
 
     steps: int = 40
-    budget: Budget | int = 200
+    budget: Budget | int = 400
     batch: int = 256
     minibatch: int = 8192
     learning_rate: float = 2e-3
@@ -64,6 +64,8 @@ class TiltSettings:
 
 METHOD = "adjoint_matching_endpoint"
 """At the full budget: its rows of end points want a base whose X̂_1 is exact, as these are."""
+WORTH = 0.1
+"""Least ESS of path weights that exact samples are drawn by."""
 COMPARISON = TiltSettings(budget=Budget(2_000_000, 50_000), w2_draws=3)
 
 
@@ -121,20 +123,32 @@ def mode_weights(problem: TiltProblem, x: Tensor) -> Tensor:
 
 
 def evaluate(problem: TiltProblem, process: Process, seed: int, settings: TiltSettings) -> list[Row]:
-    """The rows "sde" and "ode" of one trained process."""
+    """Rows "sde", "ode" and, where path weights are worth it, "exact" (paths resampled by them) of one trained process."""
     generator = torch.Generator().manual_seed(10_000 + seed)
     chain = chain_of(problem, settings.sample_steps, generator)
+
+    def draw(n: int) -> Samples:
+        return sample(chain, FineTuned(process), chain.source(n, generator), generator)
+
+    def weighted(n: int, call: int) -> tuple[Tensor, Tensor]:
+        paths = draw(n)
+        return paths.x, problem.reward(paths.x) + paths.log_ratio
+
     started = time.perf_counter()
-    drawn: Samples = sample(chain, FineTuned(process), chain.source(settings.samples, generator), generator)
+    drawn = draw(settings.samples)
     sde_seconds = time.perf_counter() - started
     kernel = evidence(problem.log_target(drawn.x) + _given(drawn.log_kernel_ratio))
     own = evidence(problem.reward(drawn.x) + drawn.log_ratio)
     started = time.perf_counter()
     flowed = ode(process, chain.source(settings.samples, generator), settings.sample_steps)
     ode_seconds = time.perf_counter() - started
-    rows = judge(problem, settings, generator, sde=drawn.x, ode=flowed)
+    seconds, samples = {"sde": sde_seconds, "ode": ode_seconds}, {"sde": drawn.x, "ode": flowed}
+    if own.ess >= WORTH:
+        started = time.perf_counter()
+        samples["exact"] = exact_draws(weighted, settings.samples, settings.samples, generator)
+        seconds["exact"] = time.perf_counter() - started
+    rows = [row | {"sample_seconds": seconds[row["sampler"]]} for row in judge(problem, settings, generator, **samples)]
     rows[0] |= {
-        "sample_seconds": sde_seconds,
         "log_z": problem.log_z,
         "log_z_error": abs(kernel.log_z - problem.log_z),
         "log_z_standard_error": kernel.log_z_error,
@@ -144,7 +158,6 @@ def evaluate(problem: TiltProblem, process: Process, seed: int, settings: TiltSe
         "chain_ess": own.ess,
         "kl": float(drawn.kl.mean()),
     }
-    rows[1] |= {"sample_seconds": ode_seconds}
     return rows
 
 

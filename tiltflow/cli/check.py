@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tiltflow.cli.common import common, document, finish, table
+from tiltflow.cli.common import Bars, common, document, finish, table
 from tiltflow.cli.options import given, options
 from tiltflow.tilting.settings import TiltConfig
 
@@ -33,7 +33,9 @@ def check_base_command(samples: int, steps: int, seed: int, device: str, as_json
     job = TiltJob(**fields, seed=seed, device=check_device(device))
     draw = None if job.conditions is None else import_callable(job.conditions, "the provider of conditions")
     generator = torch.Generator(device).manual_seed(seed)
-    found = check_base(job.load_base(), generator=generator, samples=samples, conditions=draw, steps=steps)
+    bars = Bars()
+    found = check_base(job.load_base(), generator=generator, samples=samples, conditions=draw, steps=steps, tell=bars)
+    bars.close()
     rows = [{"kind": "check", **line._asdict()} for line in found.lines]
     text = f"{table(rows, ['status', 'name', 'value', 'threshold', 'explanation'])}\n\nverdict: {found.status}"
     finish(document(seed, device, rows, found.status), as_json, text)

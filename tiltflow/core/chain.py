@@ -276,6 +276,7 @@ def residual_variance(
     generator: torch.Generator,
     per_coordinate: bool = False,
     batch: int = 1000,
+    tell: Callable[[int], None] = lambda done: None,
     **condition: Any,
 ) -> Tensor:
     """v_s = E[(X_1 − X̂_1(X_s))²], averaged over coordinates or for each, at t_0 … t_{K−1}.
@@ -284,6 +285,7 @@ def residual_variance(
         base: the process; t: (K+1,) grid; x1: (N, *event) end samples of the base (or its data); generator: noise.
         per_coordinate: (K, *event) instead of (K,).
         batch: rows per network call; conditions have N rows and are cut alongside.
+        tell: told how many times are done.
 
     On the linear path this is (1−s)² E‖X_1 − X_0 − v‖²/d.
     """
@@ -298,5 +300,6 @@ def residual_variance(
             error = x - base.x1(alpha * x + beta * noise, s.to(x.dtype).expand(len(x)).to(x.device), **rows)
             total += error.double().square().sum(0).cpu()
         out.append(total / len(x1))
+        tell(len(out))
     v = torch.stack(out).clamp_min(1e-12)
     return v if per_coordinate else v.reshape(len(v), -1).mean(1)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tiltflow._version import __version__
+from tiltflow.core.progress import Tell
 from tiltflow.core.settings import as_json
 from tiltflow.molecules.audit import audit
 from tiltflow.molecules.covering import covering_ensemble
@@ -25,7 +26,6 @@ from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.read import Read, Reject
 from tiltflow.molecules.settings import ConformerSettings
 from tiltflow.molecules.write import Clustered
-from tiltflow.run.job import Tell
 from tiltflow.train.store import load_state, save_state
 
 Progress = Callable[[int, int, str], None]

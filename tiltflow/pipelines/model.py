@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
+from tiltflow.core.progress import Tell, silent
 from tiltflow.core.settings import as_json
 from tiltflow.core.simulate import Samples, sample
 from tiltflow.core.weights import exact_draws, systematic
@@ -24,7 +25,7 @@ from tiltflow.pipelines.families import encode_prompts
 from tiltflow.pipelines.outcome import outcome
 from tiltflow.pipelines.settings import PipelineSettings, check_prompts
 from tiltflow.rewards.combine import Score
-from tiltflow.run.job import Tell, report, silent
+from tiltflow.run.job import report
 from tiltflow.run.open import save_model
 from tiltflow.verdict.line import REWARD, Verdict, overall
 from tiltflow.verdict.line import Score as Mean

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tiltflow._version import __version__
+from tiltflow.core.progress import Tell, silent
 from tiltflow.report.page import Block, Page, require_report, write_page
 from tiltflow.run.device import check_device
 from tiltflow.run.folder import FORMAT, RunFolder, document
@@ -25,12 +26,7 @@ from tiltflow.verdict.line import Score, Verdict
 SAMPLES = "samples.safetensors"
 EVERY = 5.0
 """Seconds between two writings of metrics.json while training."""
-Tell = Callable[[str, int, int, str], None]
 Row = dict[str, Any]
-
-
-def silent(what: str, done: int, total: int, note: str = "") -> None:
-    """Tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +146,15 @@ def run(
             save_file(tensors, folder.path / SAMPLES)
         result = document(**head, rows=rows_of(outcome, time.perf_counter() - started), verdict=status(outcome.verdict))
         folder.write_json("metrics.json", result)
-        tell("report", 0, 1, "")
+        tell("report", 0, 2, "")
         try:
-            write_page(folder.path, page_of(outcome, command, config))
+            page = page_of(outcome, command, config)
+            tell("report", 1, 2, "")
+            write_page(folder.path, page)
         except Exception as error:  # the numbers are safe; what went wrong with the page is said in them
             result["rows"].append({"kind": "note", "report_error": f"{type(error).__name__}: {error}"})
             folder.write_json("metrics.json", result)
-        tell("report", 1, 1, "")
+        tell("report", 2, 2, "")
     return result
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.geometry import Centred
+from tiltflow.core.progress import Tell, silent
 from tiltflow.core.weights import normalised
 from tiltflow.report import Figures, gallery, training_blocks
 from tiltflow.report.figures import SAMPLING, distance_figures, energy_figures, weight_figures
 from tiltflow.report.page import Block
 from tiltflow.report.tables import sampler_table
-from tiltflow.run.job import Outcome, Tell, silent
+from tiltflow.run.job import Outcome
 from tiltflow.sampling.assess import Assessed, assess_all
 from tiltflow.sampling.drawn import Drawn
 from tiltflow.verdict.sampler import judge_sampler

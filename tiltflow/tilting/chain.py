@@ -15,6 +15,7 @@ from tiltflow.core.interpolant import Interpolant
 from tiltflow.core.noise import Constant, Memoryless, memoryless_residual
 from tiltflow.core.ode import ode
 from tiltflow.core.process import Process
+from tiltflow.core.progress import Tell, silent
 from tiltflow.nn.lora import add_low_rank
 from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.train.method import Conditions
@@ -47,6 +48,7 @@ def training_chain(
     settings: FinetuneSettings,
     generator: torch.Generator,
     conditions: Conditions | None = None,
+    tell: Tell = silent,
 ) -> InterpolantChain:
     """The Gaussian chain that fine-tuning simulates, on the generator's device.
 
@@ -59,11 +61,13 @@ def training_chain(
         return euler_maruyama(base, t, Constant(settings.sigma))
     if settings.chi != 0.0:
         return euler_maruyama(base, t, Memoryless(path, offset=1 / settings.steps, chi=settings.chi))
-    n = settings.variance_samples
+    n, what, parts = settings.variance_samples, "variances of the chain", settings.steps + 1
+    tell(what, 0, parts, "")
     condition: dict[str, Any] = conditions(n, generator) if conditions else {}
     x0 = base.source(n, generator, torch.get_default_dtype(), generator.device)
     x1 = ode(base, x0, settings.steps, "heun", **condition)
-    v = residual_variance(base, t, x1, generator, **condition)
+    tell(what, 1, parts, "")
+    v = residual_variance(base, t, x1, generator, tell=lambda done: tell(what, 1 + done, parts, ""), **condition)
     return memoryless_chain(base, t, v, ends_noiselessly(base, settings))
 
 

@@ -133,6 +133,7 @@ class TiltJob(TiltConfig):
             checkpoint=work.checkpoint,
             resume=work.resume,
             callback=lambda row: work.round(row, "fine-tuning", self.settings.rounds),
+            tell=work.tell,
         )
         model.save_weights(work.path)
         how = Evaluation(

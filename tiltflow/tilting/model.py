@@ -16,6 +16,7 @@ from tiltflow.core.control import FineTuned
 from tiltflow.core.cost import RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process
+from tiltflow.core.progress import Tell, silent
 from tiltflow.core.settings import as_json
 from tiltflow.core.simulate import Samples
 from tiltflow.core.weights import exact_draws, systematic
@@ -28,7 +29,7 @@ from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.tilting.weights import save_chain, save_network
 from tiltflow.train.method import Conditions
 from tiltflow.verdict.line import AS_DRAWN, BY_ODE, REWARD, Verdict
-from tiltflow.verdict.tilt import BASE, TRUTH, Tell, judge_samples, scored
+from tiltflow.verdict.tilt import BASE, TRUTH, judge_samples, scored
 
 FEWEST, CASES, BATCH = 200, 8, 1_000
 """Effective draws behind exact samples; conditions that a report judges; samples that are drawn together."""
@@ -151,7 +152,7 @@ class TiltedModel:
         reference_samples: int = 20_000,
         seed: int = 0,
         truth: Tensor | None = None,
-        tell: Tell = lambda *news: None,
+        tell: Tell = silent,
         **condition: Any,
     ) -> Verdict:
         """Is it right? Samples of the model against base samples weighted by e^{λr}.
@@ -170,12 +171,12 @@ class TiltedModel:
         flowed = self.flowed(samples, seed, tell, **condition)
         return self.judge(drawn, base, judges or {}, seed, truth, flowed, tell, **condition).verdict
 
-    def base_samples(self, n: int, seed: int = 0, tell: Tell = lambda *news: None, **condition: Any) -> Tensor:
+    def base_samples(self, n: int, seed: int = 0, tell: Tell = silent, **condition: Any) -> Tensor:
         """n samples of the base by the training chain."""
         told = partial(tell, "samples of the base")
         return draw_paths(self.chain, None, n, self._generator(seed), lambda done: told(done, n, ""), **condition).x
 
-    def flowed(self, n: int, seed: int = 0, tell: Tell = lambda *news: None, **condition: Any) -> Tensor | None:
+    def flowed(self, n: int, seed: int = 0, tell: Tell = silent, **condition: Any) -> Tensor | None:
         """n samples by the ODE; None if the model was not trained for it."""
         if not self.row.trained or self.settings.chi != 0 or self.settings.sigma is not None:
             return None
@@ -194,7 +195,7 @@ class TiltedModel:
         seed: int = 0,
         truth: Tensor | None = None,
         flowed: Tensor | None = None,
-        tell: Tell = lambda *news: None,
+        tell: Tell = silent,
         **condition: Any,
     ) -> Judgement:
         """The verdict on samples that are drawn already: paths, of the base, exact ones (truth), by the ODE (flowed)."""

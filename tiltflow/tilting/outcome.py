@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tiltflow.core.progress import Tell, silent
 from tiltflow.core.weights import ess, evidence, normalised
 from tiltflow.report import gallery, scores_table, training_blocks, ways_table
 from tiltflow.report.figures import TILTING
 from tiltflow.report.page import Block
 from tiltflow.report.samples import SAME_NOISE
-from tiltflow.run.job import Outcome, Tell, silent
+from tiltflow.run.job import Outcome
 from tiltflow.tilting.chain import ends_noiselessly
 from tiltflow.verdict.line import AS_DRAWN, BY_ODE, EXACT, Line, Score, Verdict, best_way
 

@@ -18,6 +18,7 @@ from tiltflow.core.control import FineTuned
 from tiltflow.core.cost import Reward, RewardCost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process
+from tiltflow.core.progress import Tell, silent
 from tiltflow.core.settings import Seed, check_value
 from tiltflow.methods.registry import Row, names, row_of
 from tiltflow.nn.lora import merge_low_rank
@@ -48,6 +49,7 @@ def finetune(
     checkpoint: Path | None = None,
     resume: bool = False,
     callback: Callback | None = None,
+    tell: Tell = silent,
 ) -> TiltedModel:
     """Fine-tune ``base`` so that it samples p_base(x)·exp(strength · reward(x)), normalised.
 
@@ -64,6 +66,7 @@ def finetune(
         checkpoint: File to save to while training.
         resume: Start from that file.
         callback: Called with each round's metrics; True makes it the last one.
+        tell: Told what goes on before the first round: (what, done, total, note).
 
     Raises:
         TiltflowError: λ < 0, a schedule that is not memoryless, a reward or base of the wrong shape, detached or
@@ -79,12 +82,12 @@ def finetune(
     check_door(row, base, reward, torch.Generator(device).manual_seed(seed), conditions)
     if not row.trained or strength == 0:
         process = (tuned or tuned_process(base, trainable_copy(base))) if row.trained else base
-        chain = training_chain(base, s, generator, conditions)
+        chain = training_chain(base, s, generator, conditions, tell)
         return TiltedModel(base, process, chain, cost, row, s, conditions, [])
     process = tuned or tuned_process(base, trainable_copy(base, s.rank, generator))
     if tuned is not None:
         require_start(base, tuned, torch.Generator(device).manual_seed(seed), conditions)
-    chain = training_chain(base, s, generator, conditions)
+    chain = training_chain(base, s, generator, conditions, tell)
     trainer = made(row, chain, cost, s, generator, conditions)
     history = fit(trainer, State(FineTuned(process), generator), s, checkpoint, resume, callback)
     merge_low_rank(FineTuned(process).module)

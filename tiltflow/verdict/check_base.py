@@ -14,6 +14,7 @@ from torch import nn
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process
+from tiltflow.core.progress import Tell, silent
 from tiltflow.train.method import Conditions
 from tiltflow.verdict import base_consistency as consistent
 from tiltflow.verdict import base_probe as probe
@@ -72,6 +73,7 @@ def check_base(
     samples: int = 1_000,
     conditions: Conditions | None = None,
     steps: int = 20,
+    tell: Tell = silent,
 ) -> BaseReport:
     """Try a base process before anything is built on it.
 
@@ -82,6 +84,7 @@ def check_base(
         samples: N ≥ 200 end points of its own ODE.
         conditions: draws a condition for each, ``(n, generator) -> {name: (n, …)}``.
         steps: of the ODE (Heun) and of the chain.
+        tell: told what is going on, (what, done, total, note).
 
     Returns:
         One line per question. What the network raises becomes a failing line that names it, and what then cannot be asked a
@@ -92,7 +95,7 @@ def check_base(
     """
     if samples < MIN_SAMPLES or steps < 2:
         raise TiltflowError(f"a base is checked with at least {MIN_SAMPLES} samples and 2 steps; got {samples} and {steps}.")
-    return _report(QUESTIONS, base, generator, samples, conditions, steps)
+    return _report(QUESTIONS, base, generator, samples, conditions, steps, tell)
 
 
 def _report(
@@ -102,11 +105,13 @@ def _report(
     samples: int,
     conditions: Conditions | None,
     steps: int,
+    tell: Tell = silent,
 ) -> BaseReport:
     """The answers, with the base's buffers left as they were."""
     kept = {n: b.clone() for n, b in base.model.named_buffers()} if isinstance(base.model, nn.Module) else {}
     try:
-        return BaseReport(list(ask_all(questions, Consistency(base, generator, samples, steps, conditions)).values()))
+        subject = Consistency(base, generator, samples, steps, conditions)
+        return BaseReport(list(ask_all(questions, subject, lambda n: tell("questions", n, len(QUESTIONS), "")).values()))
     finally:
         if isinstance(base.model, nn.Module):
             with torch.no_grad():

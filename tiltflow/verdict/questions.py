@@ -57,10 +57,13 @@ def unmet(needs: Iterable[str], lines: dict[str, Line]) -> str | None:
     return next((n for n in needs if lines[n].status in ("fail", "cannot tell")), None)
 
 
-def ask_all(questions: Iterable[Question], subject: Any) -> dict[str, Line]:
-    """Every question's line, in order."""
+def ask_all(
+    questions: Iterable[Question], subject: Any, tell: Callable[[int], None] = lambda done: None
+) -> dict[str, Line]:
+    """Every question's line, in order; ``tell`` is told how many are answered."""
     lines: dict[str, Line] = {}
     for name, threshold, needs, ask in questions:
         missing = unmet(needs, lines)
         lines[name] = untried(name, threshold, missing) if missing else answered(name, threshold, partial(ask, subject))
+        tell(len(lines))
     return lines

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tiltflow.core.cost import Cost
 from tiltflow.core.errors import TiltflowError
+from tiltflow.core.progress import Tell, silent
 from tiltflow.core.weights import evidence
 from tiltflow.verdict.line import (
     AS_DRAWN,
@@ -34,14 +35,13 @@ from tiltflow.verdict.line import (
 from tiltflow.verdict.weighted import Weighted, own_neighbours
 
 REGIONS, BATCH, ENOUGH = 10, 1_000, 200
-Tell = Callable[[str, int, int, str], None]
 Sets = Mapping[str, Tensor]
 BASE, TRUTH = "base", "truth"
 """Names of sets of samples beside the ways of sampling."""
 
 
 def scored(
-    cost: Cost, judges: Mapping[str, Callable[[Tensor], Tensor]], sets: Sets, tell: Tell = lambda *news: None
+    cost: Cost, judges: Mapping[str, Callable[[Tensor], Tensor]], sets: Sets, tell: Tell = silent
 ) -> dict[str, dict[str, Tensor]]:
     """−g and every judge's scores, (n,) each on the CPU, of every set of samples: a score is asked once per sample.
 
@@ -73,7 +73,7 @@ def judge_samples(
     generator: torch.Generator,
     features: Callable[[Tensor], Tensor] | None = None,
     strength: float = 1.0,
-    tell: Tell = lambda *news: None,
+    tell: Tell = silent,
 ) -> Verdict:
     """Compare a sampler with p* ∝ p_base e^{−g}, in every way that it can be sampled.
 
