@@ -44,7 +44,7 @@ def pipeline_memory() -> str:
 
 def plan() -> str:
     """Plans beside the runs that followed."""
-    documents, lines = load("plan.json"), []
+    documents, lines = load("plan-*.json"), []
     for r in rows_of(documents):
         for what, digits in (("seconds", 0), ("processor_seconds", 0), ("peak_mb", 0), ("disk_mb", 1), ("energies", 0)):
             if r[what] is not None:

@@ -1,4 +1,4 @@
-"""Plans beside what came: ``python benchmarks/plan.py --out benchmarks/results/plan.json``
+"""Plans beside what came: ``python benchmarks/plan.py --jobs JOB --out benchmarks/results/plan-JOB.json``
 
 Each job is planned as `tiltflow plan` does it, and run right after, in a process of its own: the demo, and two samplers with
 few rounds. The claim: seconds (at the rounds that the run took), peak memory and disk are within 30 %. On a machine that
@@ -81,7 +81,6 @@ def compared(name: str, job: Planned) -> Row:
     for what, value in planned.items():
         row |= {f"{what}_planned": value, what: real[what]}
         row[f"{what}_ratio"] = value / real[what] if real[what] else None
-    print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, found.rows(), flush=True)
     return row
 
 

@@ -18,16 +18,19 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
+from tiltflow.core.progress import Tell, silent
 from tiltflow.run.folder import CHECKPOINT
-from tiltflow.run.job import Job, Row, Tell, run, silent
+from tiltflow.run.job import Job, Row, run
 from tiltflow.run.memory import forget_peak, peak
 from tiltflow.train.criterion import EARLIEST
 from tiltflow.train.settings import Training
 from tiltflow.train.store import load_state
 
-START, ROUNDS, REPORT = "start", ("fine-tuning", "training"), "report"
-"""What comes before anything is told; what jobs call their rounds; the last part."""
-SHARES = (0.0, 0.1)
+START, ROUNDS = "start", ("fine-tuning", "training")
+"""What comes before anything is told, with what warms up; what jobs call their rounds."""
+CONSTANT = (START, "variances of the chain", "report")
+"""Parts that the share does not change."""
+SHARES = (0.0, 0.15)
 """Of what is judged; the first is as little as can be."""
 LINK, NETWORK, NODE = 300e9, 50e9, 8
 """Bytes per second between the GPUs of a machine, and between machines; GPUs of a machine."""
@@ -208,8 +211,8 @@ class Plan:
     def parts(self) -> dict[str, float]:
         """Seconds of all but the rounds."""
         found = self._whole(self.less.seconds, self.more.seconds)
-        constant = {what: (self.less.seconds[what] + self.more.seconds[what]) / 2 for what in (START, REPORT)}
-        return found | constant
+        both = {what: (self.less.seconds[what] + self.more.seconds[what]) / 2 for what in CONSTANT if what in found}
+        return found | both
 
     def peaks(self) -> dict[str, float]:
         """Peak bytes by part; {} where they cannot be measured.

@@ -24,7 +24,7 @@ from tiltflow.run.job import Outcome, Work
 from tiltflow.run.names import anchored
 from tiltflow.tilting.chain import require_memoryless, trainable_copy, tuned_process
 from tiltflow.tilting.draw import CHAIN
-from tiltflow.tilting.model import TiltedModel
+from tiltflow.tilting.model import BATCH, TiltedModel
 from tiltflow.tilting.names import load_base, load_reward
 from tiltflow.tilting.outcome import Case, Evaluation, outcome
 from tiltflow.tilting.settings import FEWEST, FinetuneSettings, TiltConfig
@@ -73,8 +73,8 @@ class TiltJob(TiltConfig):
         return self.settings
 
     def trial(self, training: Mapping[str, Any], share: float) -> tuple[Self, float]:
-        """With other settings of the training, and a share of the samples: 100 of each at least."""
-        share = min(1.0, max(share, FEWEST / min(self.samples, self.reference_samples)))
+        """With other settings of the training, and a share of the samples: of the base's at least what is drawn together."""
+        share = min(1.0, max(share, FEWEST / self.samples, BATCH / self.reference_samples))
         few = {name: max(FEWEST, round(share * getattr(self, name))) for name in ("samples", "reference_samples")}
         return replace(self, **few, settings=replace(self.settings, **training)), share
 
