@@ -7,7 +7,7 @@ raises is a row "fail", one that comes after ``--seconds`` is a row "skipped", a
 * Training, for each of ``--jobs``: seconds of a round and gradient steps per second on the device, with the job's batch and
   sixteen times as many rows, and on the CPU.
 * Pipelines, for each of ``--sizes``: a bare call of the network; rollout, reward gradient, adjoint and loss beside as many
-  bare calls; float32 on the same weights; peak memory at K and 2K steps; what micro_batch="fit" finds; offload; a run that
+  bare calls; the network compiled; float32 on the same weights; peak memory at K and 2K steps; what micro_batch="fit" finds; offload; a run that
   was stopped and resumed; an adapter that was saved and loaded.
 """
 
@@ -43,6 +43,8 @@ from tiltflow.run.job import run
 from tiltflow.run.memory import forget_peak, peak
 from tiltflow.run.plan import ROUNDS, Planned
 
+COMPILED = ("sd15",)
+"""Sizes that are asked when compiled, too: it takes minutes."""
 PROMPTS, STRENGTH, MORE = ["a", "b"], 100.0, 16
 PATHS = {"sd15": (4, 10), "sdxl": (2, 10), "sd3": (2, 10), "flux": (2, 5)}
 """Paths of a round and their steps, so that all is asked in eight minutes; of others two of four steps."""
@@ -134,33 +136,47 @@ class Pipeline:
             last_steps=quarter, random_steps=quarter, checkpoint_every=1,
         )  # fmt: skip
 
+    def forward(self) -> Tensor:
+        """One call of the network."""
+        chain = self.chain
+        x = chain.source(self.few, self.asked.generator(1))
+        with torch.no_grad():
+            return chain.x1(0, x, torch.arange(self.few) % 2, 1.0, False)
+
+    def product(self) -> Tensor:
+        """One with the gradient in its input."""
+        chain = self.chain
+        x = chain.source(self.few, self.asked.generator(1)).requires_grad_(True)
+        return torch.autograd.grad(chain.base_mean(0, x, prompt=torch.arange(self.few) % 2).sum(), x)[0]
+
+    def calls(self) -> Row:
+        """Seconds of both, after one of each."""
+        _, first = self.asked.timed(lambda: (self.forward(), self.product()))
+        _, ahead = self.asked.timed(lambda: [self.forward() for _ in range(3)])
+        _, back = self.asked.timed(lambda: [self.product() for _ in range(3)])
+        return {"first_s": first, "forward_s": ahead / 3, "product_s": back / 3}
+
     def bare(self) -> Row:
-        """One call of the network, forward, and with the gradient in its input."""
+        """Both, and the operations of a forward call."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        chain, prompt = self.chain, torch.arange(self.few) % 2
-        x = chain.source(self.few, self.asked.generator(1))
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return chain.x1(0, x, prompt, 1.0, False)
-
-        def product() -> None:
-            z = x.clone().requires_grad_(True)
-            torch.autograd.grad(chain.base_mean(0, z, prompt=prompt).sum(), z)
-
-        forward(), product()
+        row = self.calls()
         with FlopCounterMode(display=False) as count:
-            forward()
-        _, ahead = self.asked.timed(lambda: [forward() for _ in range(3)])
-        _, back = self.asked.timed(product)
-        operations = count.get_total_flops()
-        return {
-            "forward_s": ahead / 3,
-            "product_s": back,
-            "tflop_per_row": operations / 1e12 / self.few,
-            "tflop_per_s": operations / 1e12 / (ahead / 3),
-        }
+            self.forward()
+        operations = count.get_total_flops() / 1e12
+        return row | {"tflop_per_row": operations / self.few, "tflop_per_s": operations / row["forward_s"]}
+
+    def compiled(self) -> Row:
+        """Both, of the network compiled in place; the first pair of calls compiles."""
+        from torch._dynamo.utils import counters
+
+        network = self.chain.network
+        counters.clear()
+        network.compile(dynamic=False)
+        try:
+            return self.calls() | {"graph_breaks": sum(counters["graph_break"].values())}
+        finally:
+            network._compiled_call_impl = None
 
     def phases(self, bare: Row) -> Row:
         """Rollout, reward gradient, adjoint, over what bare calls of the same number take."""
@@ -255,6 +271,8 @@ def pipelines(asked: Questions, name: str, dtype: torch.dtype) -> None:
     asked.ask(name, "a round, offload", lambda: p.tuned(rounds=1, offload=True))
     asked.ask(name, "resumed", lambda: p.resumed(**few | {"rounds": 2}))
     asked.ask(name, "adapter saved and loaded", lambda: p.tuned(p.saved, **few, learning_rate=1e-2, ema=0.0))
+    if name in COMPILED:
+        asked.ask(name, "network compiled", p.compiled)
 
 
 class Enough(Exception):

@@ -112,6 +112,17 @@ def test_a_plan_is_what_comes(monkeypatch):
     assert [row["ends"] for row in planned.rows() if row["kind"] == "plan"][:2] == ["earliest end", "at most"]
 
 
+def test_a_peak_is_forgotten():
+    here = torch.device("cpu")
+    forget_peak(here)
+    before = torch.ones(50 * MIB)
+    high = peak(here)
+    del before
+    forget_peak(here)
+    assert high - peak(here) > 150 * MIB
+    assert peak(torch.device("meta")) is None
+
+
 def test_several_processes_share_the_rounds_and_pay_for_gradients():
     trial = planning.Trial(
         share=0.1, seconds={"start": 2.0, "report": 1.0, "judging": 4.0}, peaks={"training": 0}, files={}, rounds=[9.0, 8.0],
