@@ -7,8 +7,8 @@ raises is a row "fail", one that comes after ``--seconds`` is a row "skipped", a
 * Training, for each of ``--jobs``: seconds of a round and gradient steps per second on the device, with the job's batch and
   sixteen times as many rows, and on the CPU.
 * Pipelines, for each of ``--sizes``: a bare call of the network; rollout, reward gradient, adjoint and loss beside as many
-  bare calls; the network compiled; float32 on the same weights; peak memory at K and 2K steps; what micro_batch="fit" finds; offload; a run that
-  was stopped and resumed; an adapter that was saved and loaded.
+  bare calls; float32 on the same weights; peak memory at K and 2K steps; what micro_batch="fit" finds; offload; a run that
+  was stopped and resumed; an adapter that was saved and loaded; of the smallest, the network compiled.
 """
 
 from __future__ import annotations
