@@ -107,7 +107,7 @@ def test_a_plan_is_what_comes(monkeypatch):
     assert planned.disk == pytest.approx(sum(p.stat().st_size for p in Path("run").iterdir()), rel=0.01)
     assert planned.disk == pytest.approx(1e5 * 10 + 4e6, rel=0.01)
     assert max(planned.peaks().values()) == pytest.approx(high, rel=0.3)
-    assert planned.peaks()["judging"] - planned.peaks()["training"] > 150 * MIB  # of 190 MB, where trials saw a tenth
+    assert planned.peaks()["judging"] - planned.peaks()["a round"] > 150 * MIB  # of 190 MB, where trials saw a tenth
     assert (planned.fewest, planned.most) == (50, 60)
     assert [row["ends"] for row in planned.rows() if row["kind"] == "plan"][:2] == ["earliest end", "at most"]
 

@@ -30,6 +30,8 @@ START, ROUNDS = "start", ("fine-tuning", "training")
 """What comes before anything is told, with what warms up; what jobs call their rounds."""
 CONSTANT = (START, "variances of the chain", "report")
 """Parts that the share does not change."""
+ROUND = "a round"
+"""What one of them is called here."""
 SHARES = (0.0, 0.15)
 """Of what is judged; the first is as little as can be."""
 LINK, NETWORK, NODE = 300e9, 50e9, 8
@@ -215,14 +217,16 @@ class Plan:
         return found | both
 
     def peaks(self) -> dict[str, float]:
-        """Peak bytes by part; {} where they cannot be measured.
+        """Peak bytes by part, those of the rounds by one name; {} where they cannot be measured.
 
         While a checkpoint is written, what it holds is in memory twice.
         """
         if None in self.more.peaks.values():
             return {}
         found = self._whole(self.less.peaks, self.more.peaks)
-        return {what: size + (2 * self._growth if what in ROUNDS else 0) for what, size in found.items()}
+        rounds = [max(self.less.peaks[what] or 0, self.more.peaks[what] or 0) for what in ROUNDS if what in found]
+        rest = {what: size for what, size in found.items() if what not in ROUNDS}
+        return {ROUND: max(rounds) + 2 * self._growth, **rest} if rounds else rest
 
     @property
     def disk(self) -> float:
@@ -270,7 +274,7 @@ class Plan:
         whole = [self.estimate(rounds) for rounds in counts] + [self.estimate(processes=n) for n in SIZES]
         size = {"peak_mb": max(peaks.values()) / 2**20 if peaks else None, "disk_mb": self.disk / 2**20, "busy": self.busy}
         said = {self.fewest: "earliest end", self.most: "at most"} if len(counts) > 1 else {}
-        parts = {"a round": self.round_seconds, **self.parts()}
+        parts = {ROUND: self.round_seconds, **self.parts()}
         return [
             *({"kind": "plan", "ends": said.get(row["rounds"]), **row, **size} for row in whole),
             *({"kind": "part", "part": part, "seconds": v, "peak_mb": _mb(peaks, part)} for part, v in parts.items()),
