@@ -80,9 +80,11 @@ class Known:
     def perform(self, work):
         WATCH.spend(10.0)
         for i in range(self.training.rounds):
-            WATCH.spend(3.0 if i else 5.0)
+            seconds = 3.0 if i else 5.0
+            WATCH.spend(seconds)
             rows = torch.zeros(min(i + 1, self.training.buffer_rounds), 25_000)
-            work.round({"iteration": i, "elbo": 0.0, "seconds": 3.0 if i else 5.0}, "training", 60)
+            row = {"iteration": i, "elbo": 0.0, "seconds": seconds, "processor_seconds": seconds}
+            work.round(row, "training", self.training.rounds)
             if (i + 1) % self.training.checkpoint_every == 0 or i + 1 == self.training.rounds:
                 WATCH.spend(0.5)
                 save_state(work.checkpoint, {"weights": [torch.zeros(250)], "buffer": rows})
@@ -96,6 +98,7 @@ class Known:
 def test_a_plan_is_what_comes(monkeypatch):
     """To the second, but for checkpoints: the last one is written among what follows."""
     monkeypatch.setattr(time, "perf_counter", lambda: WATCH.now)
+    monkeypatch.setattr(time, "process_time", lambda: WATCH.now)
     job, here = Known(), torch.device("cpu")
     planned = planning.plan(job)
     forget_peak(here)
@@ -124,14 +127,18 @@ def test_a_peak_is_forgotten():
 
 
 def test_several_processes_share_the_rounds_and_pay_for_gradients():
+    def once(seconds):
+        return planning.Spent(seconds, seconds)
+
     trial = planning.Trial(
-        share=0.1, seconds={"start": 2.0, "report": 1.0, "judging": 4.0}, peaks={"training": 0}, files={}, rounds=[9.0, 8.0],
-        checkpoint=0.0, kept=0, weights=3 * 10**9, energies=None, bound=True, busy=1.0,
+        share=0.1, spent={"start": once(2.0), "report": once(1.0), "judging": planning.Spent(9.0, 4.0)},
+        peaks={"training": 0}, files={}, rounds=[once(9.0), once(8.0)], checkpoint=0.0, kept=0, weights=3 * 10**9,
+        energies=None, bound=True, busy=1.0,
     )  # fmt: skip
-    less = trial._replace(share=0.05, seconds=trial.seconds | {"judging": 3.0})
+    less = trial._replace(share=0.05, spent=trial.spent | {"judging": planning.Spent(5.0, 3.0)})  # in all half at work
     plan = planning.Plan(Training(rounds=10, gradient_steps=5), torch.device("cpu"), less, trial)
     one, eight, many = (plan.estimate(processes=n) for n in (1, 8, 64))
-    assert one["seconds"] == pytest.approx(80 + 3 + 22)  # judging: 4 + .9 · 1 / .05
+    assert one["seconds"] == pytest.approx(80 + 3 + 44)  # judging: 4 + .9 · 1 / .05 of work
     assert eight["train_seconds"] == pytest.approx(10 * (1 + 5 * 2 * 7 / 8 * 3e9 / 300e9))
     assert many["train_seconds"] == pytest.approx(10 * (8 / 64 + 5 * 2 * 63 / 64 * 3e9 / 50e9))
     assert one["seconds"] - one["train_seconds"] == eight["seconds"] - eight["train_seconds"]

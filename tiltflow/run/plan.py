@@ -2,7 +2,8 @@
 
 A trial is the job itself with two rounds (the first warms up) and a share of the samples that are judged, in a process of
 its own and a folder that is thrown away. By how much a part of the job grew from the smaller share to the larger one, it
-grows in proportion up to the whole; a round is repeated.
+grows in proportion up to the whole; a round is repeated. On a CPU growth is told from processor seconds, which the work of
+others on the machine hardly changes, and turned into seconds as the trials' own were.
 """
 
 from __future__ import annotations
@@ -57,15 +58,26 @@ class Planned(Job, Protocol):
         ...
 
 
+class Spent(NamedTuple):
+    """Seconds by the clock, and of work: of all processors on a CPU, elsewhere the same."""
+
+    clock: float = 0.0
+    work: float = 0.0
+
+    def plus(self, other: Spent, sign: int = 1) -> Spent:
+        """The sum, or the difference."""
+        return Spent(self.clock + sign * other.clock, self.work + sign * other.work)
+
+
 class Trial(NamedTuple):
     """What was measured.
 
     Args:
         share: Of what is judged.
-        seconds: By part, without the rounds.
+        spent: By part, without the rounds.
         peaks: Bytes by part.
         files: Bytes by name.
-        rounds: Seconds of each.
+        rounds: Of each.
         checkpoint: Seconds that one takes to be written.
         kept: Bytes that it grows by per round.
         weights: Bytes of what is trained.
@@ -75,10 +87,10 @@ class Trial(NamedTuple):
     """
 
     share: float
-    seconds: dict[str, float]
+    spent: dict[str, Spent]
     peaks: dict[str, int | None]
     files: dict[str, int]
-    rounds: list[float]
+    rounds: list[Spent]
     checkpoint: float
     kept: int
     weights: int
@@ -88,21 +100,26 @@ class Trial(NamedTuple):
 
 
 class Clock:
-    """Told what is going on: seconds and peak memory, part by part."""
+    """Told what is going on: what is spent and the peak memory, part by part."""
 
     def __init__(self, device: torch.device, checkpoint: Path) -> None:
         self.device, self.checkpoint = device, checkpoint
-        self.parts: list[tuple[str, float]] = []
+        self.parts: list[tuple[str, Spent]] = []
         self.peaks: dict[str, int | None] = {}
         self.before = 0
-        self.last = time.perf_counter()
+        self.last = self.now()
         forget_peak(device)
+
+    def now(self) -> Spent:
+        """Since whenever."""
+        clock = time.perf_counter()
+        return Spent(clock, time.process_time() if self.device.type == "cpu" else clock)
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         """A part goes on."""
-        now, high = time.perf_counter(), peak(self.device)
+        now, high = self.now(), peak(self.device)
         part = what if self.parts or what in ROUNDS else START
-        self.parts.append((part, now - self.last))
+        self.parts.append((part, now.plus(self.last, -1)))
         self.peaks[part] = high if high is None else max(high, self.peaks.get(part) or 0)
         if what in ROUNDS and self.checkpoint.is_file():
             self.before = self.checkpoint.stat().st_size
@@ -115,29 +132,30 @@ def measure(job: Planned, share: float) -> Trial:
     trial, share = job.trial({"rounds": 2, "checkpoint_every": 1, "tolerance": None, "minutes": None}, share)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        started, busy = time.perf_counter(), time.process_time()
         clock = Clock(torch.device(job.device), out / CHECKPOINT)
+        started, busy = time.perf_counter(), time.process_time()
         document = run(trial, out, tell=clock)
         busy = (time.process_time() - busy) / (time.perf_counter() - started)
         files = {str(p.relative_to(out)): p.stat().st_size for p in out.rglob("*") if p.is_file()}
         weights = load_state(out / CHECKPOINT)["weights"] if CHECKPOINT in files else []
     history = [row for row in document["rows"] if row["kind"] == "iteration"]
-    rounds = [row["seconds"] for row in history]
-    told = [seconds for part, seconds in clock.parts if part in ROUNDS]
-    seconds: dict[str, float] = {}
-    for part, spent in clock.parts:
+    work = "processor_seconds" if clock.device.type == "cpu" else "seconds"
+    rounds = [Spent(row["seconds"], row[work]) for row in history]
+    told = [one for part, one in clock.parts if part in ROUNDS]
+    spent: dict[str, Spent] = {}
+    for part, one in clock.parts:
         if part not in ROUNDS:
-            seconds[part] = seconds.get(part, 0.0) + spent
+            spent[part] = spent.get(part, Spent()).plus(one)
     if rounds:
-        seconds[START] = seconds.get(START, 0.0) + told[0] - rounds[-1]  # what warms up, too
+        spent[START] = spent.get(START, Spent()).plus(told[0]).plus(rounds[-1], -1)  # what warms up, too
     energies = document["rows"][0].get("energy_evaluations", document["rows"][0].get("energy_calls"))
     return Trial(
         share=share,
-        seconds=seconds,
+        spent=spent,
         peaks=clock.peaks,
         files=files,
         rounds=rounds,
-        checkpoint=sum(told[1:]) - sum(rounds[1:]),
+        checkpoint=sum(one.clock for one in told[1:]) - sum(one.clock for one in rounds[1:]),
         kept=max(0, files.get(CHECKPOINT, 0) - clock.before) if clock.before else 0,
         weights=sum(w.numel() * w.element_size() for w in weights),
         energies=None if energies is None else energies / max(len(rounds), 1),
@@ -201,9 +219,12 @@ class Plan:
     @property
     def round_seconds(self) -> float:
         """Of one round, when all is warm, with its share of a checkpoint."""
-        warm = [*self.less.rounds[1:], *self.more.rounds[1:]]
+        every = [*self.less.rounds, *self.more.rounds]
+        if not every:
+            return 0.0
+        warm = [one.work for one in (*self.less.rounds[1:], *self.more.rounds[1:])]
         written = (self.less.checkpoint + self.more.checkpoint) / 2 / self.training.checkpoint_every
-        return sum(warm) / len(warm) + written if warm else 0.0
+        return sum(warm) / len(warm) * _clock_over_work(*every) + written
 
     @property
     def busy(self) -> float:
@@ -212,9 +233,11 @@ class Plan:
 
     def parts(self) -> dict[str, float]:
         """Seconds of all but the rounds."""
-        found = self._whole(self.less.seconds, self.more.seconds)
-        both = {what: (self.less.seconds[what] + self.more.seconds[what]) / 2 for what in CONSTANT if what in found}
-        return found | both
+        less, more = self.less.spent, self.more.spent
+        works = [{what: one.work for what, one in spent.items()} for spent in (less, more)]
+        found = self._whole(*works)
+        found |= {what: (works[0][what] + works[1][what]) / 2 for what in CONSTANT if what in found}
+        return {what: work * _clock_over_work(less.get(what, Spent()), more[what]) for what, work in found.items()}
 
     def peaks(self) -> dict[str, float]:
         """Peak bytes by part, those of the rounds by one name; {} where they cannot be measured.
@@ -284,3 +307,8 @@ class Plan:
 
 def _mb(peaks: Mapping[str, float], part: str) -> float | None:
     return peaks[part] / 2**20 if part in peaks else None
+
+
+def _clock_over_work(*spent: Spent) -> float:
+    work = sum(one.work for one in spent)
+    return sum(one.clock for one in spent) / work if work > 0 else 0.0
