@@ -88,29 +88,26 @@ class Known:
             if (i + 1) % self.training.checkpoint_every == 0 or i + 1 == self.training.rounds:
                 WATCH.spend(0.5)
                 save_state(work.checkpoint, {"weights": [torch.zeros(250)], "buffer": rows})
-        x = torch.ones(self.samples, 50_000)
         WATCH.spend(1 + 0.04 * self.samples)
         work.tell("judging", 1, 1, "")
         summary = {"energy_evaluations": 7 * self.training.rounds}
-        return Outcome("known", summary, None, tensors={"x": x[:, :1_000].clone()}, history=work.rounds)
+        return Outcome("known", summary, None, tensors={"x": torch.ones(self.samples, 1_000)}, history=work.rounds)
 
 
 def test_a_plan_is_what_comes(monkeypatch):
     """To the second, but for checkpoints: the last one is written among what follows."""
     monkeypatch.setattr(time, "perf_counter", lambda: WATCH.now)
     monkeypatch.setattr(time, "process_time", lambda: WATCH.now)
-    job, here = Known(), torch.device("cpu")
+    job = Known()
     planned = planning.plan(job)
-    forget_peak(here)
-    document, high = run(job, Path("run")), peak(here)
+    document = run(job, Path("run"))
     whole, summary = planned.estimate(), document["rows"][0]
     assert summary["seconds"] == 10 + 5 + 59 * 3 + 3 * 0.5 + 1 + 40
     assert whole["seconds"] == pytest.approx(summary["seconds"], abs=0.6)
     assert whole["energies"] == summary["energy_evaluations"] == 420
     assert planned.disk == pytest.approx(sum(p.stat().st_size for p in Path("run").iterdir()), rel=0.01)
     assert planned.disk == pytest.approx(1e5 * 10 + 4e6, rel=0.01)
-    assert max(planned.peaks().values()) == pytest.approx(high, rel=0.3)
-    assert planned.peaks()["judging"] - planned.peaks()["a round"] > 150 * MIB  # of 190 MB, where trials saw a tenth
+    assert set(planned.peaks()) == {"a round", "judging", "report"} and min(planned.peaks().values()) > 50 * MIB
     assert (planned.fewest, planned.most) == (50, 60)
     assert [row["ends"] for row in planned.rows() if row["kind"] == "plan"][:2] == ["earliest end", "at most"]
 
@@ -126,23 +123,25 @@ def test_a_peak_is_forgotten():
     assert peak(torch.device("meta")) is None
 
 
-def test_several_processes_share_the_rounds_and_pay_for_gradients():
+def test_parts_grow_and_several_processes_share_the_rounds_and_pay_for_gradients():
     def once(seconds):
         return planning.Spent(seconds, seconds)
 
     trial = planning.Trial(
         share=0.1, spent={"start": once(2.0), "report": once(1.0), "judging": planning.Spent(9.0, 4.0)},
-        peaks={"training": 0}, files={}, rounds=[once(9.0), once(8.0)], checkpoint=0.0, kept=0, weights=3 * 10**9,
-        energies=None, bound=True, busy=1.0,
+        peaks={"training": 110, "judging": 300}, files={}, rounds=[once(9.0), once(8.0)],
+        checkpoint=0.0, kept=10, weights=3 * 10**9, energies=None, bound=True, busy=1.0,
     )  # fmt: skip
-    less = trial._replace(share=0.05, spent=trial.spent | {"judging": planning.Spent(5.0, 3.0)})  # in all half at work
-    plan = planning.Plan(Training(rounds=10, gradient_steps=5), torch.device("cpu"), less, trial)
+    judged = {"judging": planning.Spent(5.0, 3.0)}  # in both together half at work
+    less = trial._replace(share=0.05, peaks={"training": 100, "judging": 200}, spent=trial.spent | judged)
+    plan = planning.Plan(Training(rounds=10, gradient_steps=5, buffer_rounds=5), torch.device("cpu"), less, trial)
     one, eight, many = (plan.estimate(processes=n) for n in (1, 8, 64))
     assert one["seconds"] == pytest.approx(80 + 3 + 44)  # judging: 4 + .9 · 1 / .05 of work
     assert eight["train_seconds"] == pytest.approx(10 * (1 + 5 * 2 * 7 / 8 * 3e9 / 300e9))
     assert many["train_seconds"] == pytest.approx(10 * (8 / 64 + 5 * 2 * 63 / 64 * 3e9 / 50e9))
     assert one["seconds"] - one["train_seconds"] == eight["seconds"] - eight["train_seconds"]
     assert plan.fewest == plan.most == 10 and one["energies"] is None
+    assert plan.peaks() == {"a round": 110 + 2 * 3 * 10, "judging": pytest.approx(300 + 18 * 100)}
     minutes = replace(plan, training=Training(rounds=10, minutes=1.0))
     assert minutes.estimate()["train_seconds"] == 60
 
