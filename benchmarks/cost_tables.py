@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from layout import load, number, plain, rows_of, table
 
+PLANNED = ("demo", "gmm40", "dw4")
 SKIPPED = ("subject", "question", "status", "seconds", "error", "at", "peak_mb")
 """What has a column of its own, or none, in the table of a GPU."""
 
@@ -50,7 +51,8 @@ def plan() -> str:
             if r[what] is not None:
                 numbers = [number([r[f"{what}{of}"]], n) for of, n in (("_planned", digits), ("", digits), ("_ratio", 2))]
                 lines.append([r["job"], str(r["rounds"]), what.replace("_", " "), *numbers])
-    return table(["job", "rounds", "of", "planned", "came", "ratio"], lines, documents)
+    missing = [name for name in PLANNED if not rows_of(documents, job=name)]
+    return table(["job", "rounds", "of", "planned", "came", "ratio"], lines, documents, {"": missing})
 
 
 def gpu() -> str:
