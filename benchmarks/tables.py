@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from statistics import median
 
+from cost_tables import gpu, iteration, overhead, particle_network, pipeline_memory, plan
 from layout import ROOT, Row, beside, column, load, markdown, number, plain, rows_of, seeds, table, with_reference
 
 from tiltflow.bench.conformers import METHODS as GENERATORS
@@ -265,35 +266,6 @@ def few_steps() -> str:
     return table(header, lines, documents)
 
 
-def iteration() -> str:
-    """One round of Adjoint Matching."""
-    documents = load("iteration.json")
-    times = ("median_ms", "lowest_ms", "highest_ms", "processor_ms")
-    lines = [
-        ["path weights" if r["importance"] else "plain", str(r["regressed"]), *(f"{r[c]:.0f}" for c in times)]
-        for r in rows_of(documents, kind="round")
-    ]
-    header = ["Adjoint Matching", "steps in the loss", "median ms", "lowest", "highest", "processor ms"]
-    return table(header, lines, documents)
-
-
-def overhead() -> str:
-    """The parts of a round beside their bare network calls."""
-    documents, columns = load("iteration.json"), {"ms": 0, "bare_ms": 0, "ratio": 2, "processor_ratio": 2}
-    lines = [
-        [r["network"], r["part"], *(number([r[c]], digits) for c, digits in columns.items())]
-        for r in rows_of(documents, kind="overhead")
-    ]
-    return table(["network", "part", "ms", "bare calls, ms", "ratio", "of processor time"], lines, documents)
-
-
-def particle_network() -> str:
-    """The dense particle network beside a scatter-based one that computes the same function, and the MLP."""
-    parts = {"ms": 1, "reference_ms": 1, "ratio": 2}
-    columns = {f"{what}_{c}": digits for what in ("forward", "step") for c, digits in parts.items()}
-    return plain("particle-network.json", ("system", "batch"), columns)
-
-
 def torsional_quadrature() -> str:
     """Torsional samplers beside quadrature, molecule by molecule."""
     columns = {"tv": 3, "tv_raw": 3, "log_z_error": 3, "log_z_std": 3, "energy_error": 3, "ess": 2, "seconds": 0}
@@ -311,11 +283,6 @@ def step_variance() -> str:
     """Exact drifts with the base's step variance and with the matched one."""
     columns = {"ess": 2, "elbo": 3, "log_z": 4}
     return plain("step-variance*.json", ("steps", "step_variance"), columns, {"step_variance": "step variance"})
-
-
-def pipeline_memory() -> str:
-    """Peak memory of fine-tuning a pipeline against the number of steps."""
-    return plain("pipeline-memory.json", ("method", "steps"), {"peak_mb": 0, "stored_mb": 1})
 
 
 def small_models() -> str:
@@ -373,6 +340,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "small models": small_models,
     "iteration": iteration,
     "overhead": overhead,
+    "plan": plan,
+    "gpu": gpu,
 }
 
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "sample": "sampling:sample_command",
     "conformers": "conformers:conformers_command",
     "train-conformers": "conformers:train_conformers_command",
+    "plan": "plan:plan_group",
     "list": "list:list_command",
     "pretrain": "finetune:pretrain_command",
     "demo": "finetune:demo",

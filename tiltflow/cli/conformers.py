@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,9 @@ from tiltflow.molecules.settings import (
     TorsionalSettings,
     require_rdkit,
 )
+
+if TYPE_CHECKING:
+    from tiltflow.molecules.job import ConformerTrainingJob
 
 COLUMNS = ["name", "conformers", "rejected", "ess", "reliable", "clusters", "energy_min", "energy_max", "energy_unit"]
 NESTED = ("input", "settings", "sampler")
@@ -57,6 +60,18 @@ def conformers_command(
     finish_run(result, out, done, COLUMNS, as_json)
 
 
+def conformer_training_job(source: str, **values: Any) -> ConformerTrainingJob:
+    """The job of the command's options."""
+    sampler = replace(AMORTISED, **given(values, TorsionalSettings))
+    training = AmortisedSettings(**given(values, AmortisedSettings), sampler=sampler)
+    fields = {"input": source, **given(values, ConformerTrainingConfig), "settings": training}
+    ConformerTrainingConfig(**fields)
+    require_rdkit()
+    from tiltflow.molecules.job import ConformerTrainingJob
+
+    return ConformerTrainingJob(**fields)
+
+
 @click.command("train-conformers")
 @click.argument("source", metavar="INPUT")
 @options(ConformerTrainingConfig, AmortisedSettings, AMORTISED, leave=NESTED)
@@ -68,18 +83,11 @@ def train_conformers_command(
 
     INPUT is a .smi or .sdf file, or a gzipped tab-separated table with a column SMILES.
     """
-    sampler = replace(AMORTISED, **given(values, TorsionalSettings))
-    training = AmortisedSettings(**given(values, AmortisedSettings), sampler=sampler)
-    fields = {"input": source, **given(values, ConformerTrainingConfig), "settings": training}
-    ConformerTrainingConfig(**fields)
-    require_rdkit()
-    from tiltflow.molecules.job import ConformerTrainingJob
+    job = conformer_training_job(source, **values)
     from tiltflow.run.job import run
 
     bars = Bars()
-    result = run(
-        ConformerTrainingJob(**fields), out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log
-    )  # fmt: skip
+    result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
     bars.close()
     summary = table(result["rows"][:1], ["molecules", "templates", "ess", "energy", "energy_calls", "seconds"])
     finish(result, as_json, f"{summary}\n\nmodel:   {out / result['rows'][0]['model']}\nreport:  {out / 'report.html'}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,8 +12,21 @@ from tiltflow.cli.options import given, options, run_options
 from tiltflow.core.errors import TiltflowError
 from tiltflow.tilting.settings import FinetuneSettings, TiltConfig, suited
 
+if TYPE_CHECKING:
+    from tiltflow.tilting.job import TiltJob
+
 CHECKED = ("base", "reward", "judges", "conditions", "predicts", "interpolant", "shape", "label", "guidance")
 """Fields of a fine-tuning that a check of its reward needs too."""
+
+
+def finetune_job(**values: Any) -> TiltJob:
+    """The job of the command's options."""
+    fields = given(values, TiltConfig)
+    named = TiltConfig(**fields)
+    training = FinetuneSettings.of(named.method, suited(named.base), **given(values, FinetuneSettings))
+    from tiltflow.tilting.job import TiltJob
+
+    return TiltJob(**fields, settings=training)
 
 
 @click.command("finetune")
@@ -21,14 +34,10 @@ CHECKED = ("base", "reward", "judges", "conditions", "predicts", "interpolant", 
 @run_options
 def finetune_command(out: Path, resume: bool, overwrite: bool, log: str | None, as_json: bool, **values: Any) -> None:
     """Fine-tune a base towards a reward; leave a run folder with weights, samples, metrics, report and verdict."""
-    fields = given(values, TiltConfig)
-    named = TiltConfig(**fields)
-    training = FinetuneSettings.of(named.method, suited(named.base), **given(values, FinetuneSettings))
+    job = finetune_job(**values)
     from tiltflow.run.job import run
-    from tiltflow.tilting.job import TiltJob
 
     bars = Bars()
-    job = TiltJob(**fields, settings=training)
     result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
     bars.close()
     finish_run(result, out, scores_of(result["rows"][0]), ["", *SCORES], as_json)

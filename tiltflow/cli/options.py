@@ -121,6 +121,10 @@ def _emptied(values: dict[str, Any], names: set[str]) -> list[str]:
     return [k for k in names if k in values and values[k] is None and context.get_parameter_source(k) == said]
 
 
+RUN = ("out", "resume", "overwrite", "log")
+"""Options of a run that is written down."""
+
+
 def run_options(command: Command) -> Command:
     """Where a run goes, and how it is told."""
     from pathlib import Path

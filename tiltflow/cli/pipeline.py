@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,22 @@ from tiltflow.cli.common import Bars, command_line, common, document, finish, fi
 from tiltflow.cli.options import given, options, run_options
 from tiltflow.core.errors import TiltflowError
 from tiltflow.pipelines.settings import PipelineConfig, PipelineSettings
+
+if TYPE_CHECKING:
+    from tiltflow.pipelines.job import PipelineJob
+
+
+def pipeline_job(pipeline: str, reward: str, file: Path, **values: Any) -> PipelineJob:
+    """The job of the command's options."""
+    from tiltflow.pipelines.prompts import read_prompts
+
+    chosen = given(values, PipelineConfig)
+    training = PipelineSettings.of(chosen.get("method", PipelineConfig.method), **given(values, PipelineSettings))
+    config = {"pipeline": pipeline, "reward": reward, "prompts": tuple(read_prompts(file)), **chosen, "settings": training}
+    PipelineConfig(**config)
+    from tiltflow.pipelines.job import PipelineJob
+
+    return PipelineJob(**config)
 
 
 @click.command("finetune-pipeline")
@@ -27,17 +43,10 @@ def finetune_pipeline_command(
 
     With --rank none all weights are trained, and OUT/pipeline holds the whole pipeline.
     """
-    from tiltflow.pipelines.prompts import read_prompts
-
-    chosen = given(values, PipelineConfig)
-    training = PipelineSettings.of(chosen.get("method", PipelineConfig.method), **given(values, PipelineSettings))
-    config = {"pipeline": pipeline, "reward": reward, "prompts": tuple(read_prompts(file)), **chosen, "settings": training}
-    PipelineConfig(**config)
-    from tiltflow.pipelines.job import PipelineJob
+    job = pipeline_job(pipeline, reward, file, **values)
     from tiltflow.run.job import run
     from tiltflow.train.distributed import join
 
-    job = PipelineJob(**config)
     if join().rank > 0:
         job.help(out, resume)
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from tiltflow.cli.common import Bars, cell, command_line, common, document, fini
 from tiltflow.cli.options import given, options, run_options
 from tiltflow.core.errors import TiltflowError
 from tiltflow.sampling.settings import AutomaticConfig, AutomaticSettings, SamplerConfig, SamplerSettings
+
+if TYPE_CHECKING:
+    from tiltflow.sampling.job import SamplerJob
 
 CHECKED = ("shape", "space", "scale", "finest")
 """Fields of a sampler that a check of its energy needs too."""
@@ -28,6 +31,18 @@ def _run(job: Any, out: Path, resume: bool, overwrite: bool, log: str | None, as
     finish_run(result, out, numbers, ["", "value", "floor", "resampled"], as_json)
 
 
+def sampler_job(problem: str, **values: Any) -> SamplerJob:
+    """The job of the command's options."""
+    fields = {"problem": problem, **given(values, SamplerConfig)}
+    named = SamplerConfig(**fields)
+    wanted = given(values, SamplerSettings)
+    SamplerSettings.of(named.method, {}, **wanted)
+    from tiltflow.sampling.job import SamplerJob
+
+    suited = SamplerJob(**fields).load_problem().settings
+    return SamplerJob(**fields, settings=SamplerSettings.of(named.method, suited, **wanted))
+
+
 @click.command("train-sampler")
 @click.argument("problem")
 @options(SamplerConfig, SamplerSettings, leave=("problem", "settings"))
@@ -40,14 +55,7 @@ def train_sampler_command(
     PROBLEM is a name such as gmm40 or dw4, or module:function (file.py:function) that is or returns an EnergyProblem, or
     an energy (x) → (B,) in kT, then with --shape, --scale and --finest.
     """
-    fields = {"problem": problem, **given(values, SamplerConfig)}
-    named = SamplerConfig(**fields)
-    wanted = given(values, SamplerSettings)
-    SamplerSettings.of(named.method, {}, **wanted)
-    from tiltflow.sampling.job import SamplerJob
-
-    training = SamplerSettings.of(named.method, SamplerJob(**fields).load_problem().settings, **wanted)
-    _run(SamplerJob(**fields, settings=training), out, resume, overwrite, log, as_json)
+    _run(sampler_job(problem, **values), out, resume, overwrite, log, as_json)
 
 
 @click.command("sample-energy")

@@ -7,6 +7,7 @@ each finished molecule, a file of all samples; one of training holds model.safet
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import as_json, from_json, settings
 from tiltflow.molecules.judge import RELIABLE, judge_conformers
-from tiltflow.molecules.settings import ConformersConfig, ConformerSettings, ConformerTrainingConfig, require_rdkit
+from tiltflow.molecules.settings import (
+    ConformersConfig,
+    ConformerSettings,
+    ConformerTrainingConfig,
+    TorsionalSettings,
+    require_rdkit,
+)
 from tiltflow.report import training_blocks
 from tiltflow.report.figures import SAMPLING
 from tiltflow.run.job import Outcome, Work
@@ -201,6 +208,17 @@ class ConformerTrainingJob(ConformerTrainingConfig):
         """The job of a config.json."""
         fields = {k: v for k, v in config.items() if k not in ("job", "format")}
         return from_json(cls, fields, str(folder / "config.json"))
+
+    @property
+    def training(self) -> TorsionalSettings:
+        """How it trains."""
+        return self.settings.sampler
+
+    def trial(self, training: Mapping[str, Any], share: float) -> tuple[Self, float]:
+        """With other settings of the training, and a share of the molecules: as many at least as a round visits."""
+        share = min(1.0, max(share, self.settings.visited / self.molecules))
+        settings = replace(self.settings, sampler=replace(self.settings.sampler, **training))
+        return replace(self, molecules=round(share * self.molecules), settings=settings), share
 
     def check(self) -> None:
         """Find misuse: the device, the input, the energy."""

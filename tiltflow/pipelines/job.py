@@ -6,6 +6,7 @@ metrics.json, report.html, and WAV files of what can be heard.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from tiltflow.pipelines.families import Rows, encode_prompts, family_of
 from tiltflow.pipelines.model import JOB, TiltedPipeline, compared, scored
 from tiltflow.pipelines.names import load_pipeline, load_scores, require_diffusers
 from tiltflow.pipelines.outcome import outcome
-from tiltflow.pipelines.settings import PipelineConfig
+from tiltflow.pipelines.settings import PipelineConfig, PipelineSettings
 from tiltflow.pipelines.train import finetune_pipeline, require_applies, try_reward, untrained
 from tiltflow.pipelines.watch import Watch
 from tiltflow.rewards.combine import Score
@@ -35,8 +36,8 @@ from tiltflow.verdict.line import REWARD, Verdict, overall
 
 ADAPTER, PIPELINE, CARD = "adapter", "pipeline", "README.md"
 """Folders of what was trained, low-rank or all weights, and the card in them."""
-TRIAL = 2
-"""Rows of the check."""
+TRIAL, FEW = 2, 8
+"""Rows of the check; the fewest samples that are judged when the run is planned."""
 
 
 @settings
@@ -62,6 +63,17 @@ class PipelineJob(PipelineConfig):
         if self.pipeline is None:
             raise TiltflowError("this run was saved from Python: give its pipeline, load(folder, pipe=…, reward=…).")
         return load_pipeline(self.pipeline, self.device, self.dtype)
+
+    @property
+    def training(self) -> PipelineSettings:
+        """How it trains."""
+        return self.settings
+
+    def trial(self, training: Mapping[str, Any], share: float) -> tuple[Self, float]:
+        """With other settings of the training, and a share of the samples, without looks at the judges."""
+        share = max(share, min(FEW, self.samples) / self.samples)
+        settings = replace(self.settings, **training)
+        return replace(self, samples=round(share * self.samples), monitor=0, settings=settings), share
 
     def scores(self) -> dict[str, Score]:
         """The reward and the judges, by name."""

@@ -5,6 +5,7 @@ A run folder holds config.json, checkpoint.safetensors, weights.safetensors, sam
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -24,7 +25,7 @@ from tiltflow.sampling.automatic import sample
 from tiltflow.sampling.model import WEIGHTS, Sampler
 from tiltflow.sampling.names import load_problem
 from tiltflow.sampling.outcome import outcome, tensors_of
-from tiltflow.sampling.settings import AutomaticConfig, SamplerConfig
+from tiltflow.sampling.settings import AutomaticConfig, SamplerConfig, SamplerSettings
 from tiltflow.sampling.train import require_trained, train_sampler, untrained
 from tiltflow.train.store import load_weights
 from tiltflow.verdict.check_energy import check_energy
@@ -63,6 +64,16 @@ class SamplerJob(Named, SamplerConfig):
     """A run that trains a sampler."""
 
     name: ClassVar[str] = "train-sampler"
+
+    @property
+    def training(self) -> SamplerSettings:
+        """How it trains."""
+        return self.settings
+
+    def trial(self, training: Mapping[str, Any], share: float) -> tuple[Self, float]:
+        """With other settings of the training, and a share of the samples: those at least that are compared."""
+        share = min(1.0, max(share, self.compared / self.samples))
+        return replace(self, samples=round(share * self.samples), settings=replace(self.settings, **training)), share
 
     def check(self) -> None:
         """Find misuse: the method, and what the energy returns where the base process ends.

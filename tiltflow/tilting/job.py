@@ -6,7 +6,7 @@ metrics.json and report.html.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -24,10 +24,10 @@ from tiltflow.run.job import Outcome, Work
 from tiltflow.run.names import anchored
 from tiltflow.tilting.chain import require_memoryless, trainable_copy, tuned_process
 from tiltflow.tilting.draw import CHAIN
-from tiltflow.tilting.model import TiltedModel
+from tiltflow.tilting.model import BATCH, TiltedModel
 from tiltflow.tilting.names import load_base, load_reward
 from tiltflow.tilting.outcome import Case, Evaluation, outcome
-from tiltflow.tilting.settings import TiltConfig
+from tiltflow.tilting.settings import FEWEST, FinetuneSettings, TiltConfig
 from tiltflow.tilting.train import check_door, finetune, require_applies
 from tiltflow.tilting.weights import load_chain, load_network
 
@@ -66,6 +66,17 @@ class TiltJob(TiltConfig):
         if self.reward is None:
             raise TiltflowError("this run was saved from Python: give its reward, load(folder, base=…, reward=…).")
         return load_reward(self.reward, self.judges, self.conditions)
+
+    @property
+    def training(self) -> FinetuneSettings:
+        """How it trains."""
+        return self.settings
+
+    def trial(self, training: Mapping[str, Any], share: float) -> tuple[Self, float]:
+        """With other settings of the training, and a share of the samples: of the base's at least what is drawn together."""
+        share = min(1.0, max(share, FEWEST / self.samples, BATCH / self.reference_samples))
+        few = {name: max(FEWEST, round(share * getattr(self, name))) for name in ("samples", "reference_samples")}
+        return replace(self, **few, settings=replace(self.settings, **training)), share
 
     def check(self) -> None:
         """Find misuse: λ, the schedule, the method, and what base and reward return for a few samples."""

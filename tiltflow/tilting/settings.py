@@ -12,7 +12,9 @@ from tiltflow.methods.registry import row_of, settings_of
 from tiltflow.train.settings import Training, check_regressed
 
 DEFAULT_METHOD = "adjoint_matching"
-Samples = Annotated[int, Range(100, 10_000_000)]
+FEWEST = 100
+"""Samples that are judged, at least."""
+Samples = Annotated[int, Range(FEWEST, 10_000_000)]
 
 
 @settings

@@ -14,6 +14,8 @@ from typing import Any
 
 FEWEST = 40
 """Rounds before the first judgement."""
+EARLIEST = FEWEST + FEWEST // 4
+"""Rounds of a training that ends as early as it may."""
 History = Sequence[Mapping[str, Any]]
 
 
