@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tiltflow.cli.common import Bars, command_line, finish, finish_run, table
+from tiltflow.cli.common import finish, finish_run, run_job, table
 from tiltflow.cli.options import given, options, run_options
 from tiltflow.molecules.settings import (
     AMORTISED,
@@ -43,13 +43,8 @@ def conformers_command(
     ConformersConfig(**fields)
     require_rdkit()
     from tiltflow.molecules.job import ConformersJob
-    from tiltflow.run.job import run
 
-    bars = Bars()
-    result = run(
-        ConformersJob(**fields), out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log
-    )  # fmt: skip
-    bars.close()
+    result = run_job(ConformersJob(**fields), out, resume, overwrite, log)
     done, refused = ([r for r in result["rows"] if r["kind"] == kind] for kind in ("conformers", "refused"))
     told = "" if not refused or as_json else table(refused, ["line", "name", "input", "reason"]) + "\n"
     if told:
@@ -74,12 +69,7 @@ def train_conformers_command(
     ConformerTrainingConfig(**fields)
     require_rdkit()
     from tiltflow.molecules.job import ConformerTrainingJob
-    from tiltflow.run.job import run
 
-    bars = Bars()
-    result = run(
-        ConformerTrainingJob(**fields), out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log
-    )  # fmt: skip
-    bars.close()
+    result = run_job(ConformerTrainingJob(**fields), out, resume, overwrite, log)
     summary = table(result["rows"][:1], ["molecules", "templates", "ess", "energy", "energy_calls", "seconds"])
     finish(result, as_json, f"{summary}\n\nmodel:   {out / result['rows'][0]['model']}\nreport:  {out / 'report.html'}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tiltflow.cli.common import SCORES, Bars, command_line, common, document, finish, finish_run, scores_of, table
+from tiltflow.cli.common import SCORES, Bars, command_line, common, document, finish, finish_run, run_job, scores_of, table
 from tiltflow.cli.options import given, options, run_options
 from tiltflow.core.errors import TiltflowError
 from tiltflow.tilting.settings import FinetuneSettings, TiltConfig, suited
@@ -24,13 +24,9 @@ def finetune_command(out: Path, resume: bool, overwrite: bool, log: str | None, 
     fields = given(values, TiltConfig)
     named = TiltConfig(**fields)
     training = FinetuneSettings.of(named.method, suited(named.base), **given(values, FinetuneSettings))
-    from tiltflow.run.job import run
     from tiltflow.tilting.job import TiltJob
 
-    bars = Bars()
-    job = TiltJob(**fields, settings=training)
-    result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
-    bars.close()
+    result = run_job(TiltJob(**fields, settings=training), out, resume, overwrite, log)
     finish_run(result, out, scores_of(result["rows"][0]), ["", *SCORES], as_json)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tiltflow.cli.common import Bars, command_line, common, document, finish, finish_run, scores_of
+from tiltflow.cli.common import common, document, finish, finish_run, run_job, scores_of
 from tiltflow.cli.options import given, options, run_options
 from tiltflow.core.errors import TiltflowError
 from tiltflow.pipelines.settings import PipelineConfig, PipelineSettings
@@ -34,16 +34,8 @@ def finetune_pipeline_command(
     config = {"pipeline": pipeline, "reward": reward, "prompts": tuple(read_prompts(file)), **chosen, "settings": training}
     PipelineConfig(**config)
     from tiltflow.pipelines.job import PipelineJob
-    from tiltflow.run.job import run
-    from tiltflow.train.distributed import join
 
-    job = PipelineJob(**config)
-    if join().rank > 0:
-        job.help(out, resume)
-        return
-    bars = Bars()
-    result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
-    bars.close()
+    result = run_job(PipelineJob(**config), out, resume, overwrite, log)
     finish_run(result, out, scores_of(result["rows"][0]), ["", "base", "reached"], as_json)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tiltflow.cli.common import Bars, cell, command_line, common, document, finish, finish_run, table
+from tiltflow.cli.common import cell, common, document, finish, finish_run, run_job, table
 from tiltflow.cli.options import given, options, run_options
 from tiltflow.core.errors import TiltflowError
 from tiltflow.sampling.settings import SamplerConfig, SamplerSettings
@@ -33,17 +33,11 @@ def train_sampler_command(
     wanted = given(values, SamplerSettings)
     SamplerSettings.of(named.method, {}, **wanted)
     from tiltflow.report.tables import sampler_numbers
-    from tiltflow.run.job import run
     from tiltflow.sampling.job import SamplerJob
 
     loaded = SamplerJob(**fields).load_problem()
     training = SamplerSettings.of(named.method, loaded.settings, **wanted)
-    bars = Bars()
-    result = run(
-        SamplerJob(**fields, settings=training), out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars,
-        log=log,
-    )  # fmt: skip
-    bars.close()
+    result = run_job(SamplerJob(**fields, settings=training), out, resume, overwrite, log)
     numbers = [{"": r.name, **r._asdict()} for r in sampler_numbers(result["rows"][0], loaded.log_z)]
     finish_run(result, out, numbers, ["", "value", "floor", "resampled"], as_json)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
+from tiltflow.train.distributed import total, world
 
 MANY = 8  # from this many rows on, more than half of them rejected is an error
 
@@ -139,11 +140,20 @@ class Evaluator:
         return {name: torch.tensor(getattr(self, name)) for name in ("calls", "evaluations", "rejected")}
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
-        """Continue counting where :meth:`state_dict` stopped. Raises TiltflowError if a counter is missing."""
+        """Continue counting where :meth:`state_dict` stopped: of several processes the first does, for all of them.
+
+        Raises:
+            TiltflowError: a counter is missing.
+        """
         if set(state) != set(self.state_dict()):
             raise TiltflowError(f"the state of an Evaluator has {sorted(self.state_dict())}, this one {sorted(state)}.")
         for name, count in state.items():
-            setattr(self, name, int(count))
+            setattr(self, name, int(count) if name == "calls" or world().rank == 0 else 0)
+
+    def pool(self) -> None:
+        """Of several processes that share the rows, let the first have the counts of all; requests are made by all alike."""
+        counts = [int(n) for n in total([self.evaluations, self.rejected])]
+        self.evaluations, self.rejected = counts if world().rank == 0 else (0, 0)
 
     def _request(self, x: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
         if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64) or x.ndim < 2:

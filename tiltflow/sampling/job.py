@@ -62,6 +62,7 @@ class SamplerJob(SamplerConfig):
         row, problem = require_trained(self.method), self.load_problem()
         if self.device != "cpu":
             raise TiltflowError(f"device {self.device!r}: samplers are trained on the CPU; leave --device out.")
+        row.require_training(self.settings.buffer_rounds, self.settings.accumulate, self.settings.batch)
         sampler, _ = untrained(problem, row, self.settings, self.seed)
         generator = torch.Generator().manual_seed(self.seed)
         report = check_energy(
@@ -101,11 +102,10 @@ class SamplerJob(SamplerConfig):
             "rejected": int(torch.isinf(drawn.energy).sum()),
         }
 
-    def perform(self, work: Work) -> Outcome:
-        """Train, save, draw, assess."""
-        problem, notes = _present(self.load_problem())
-        sampler = train_sampler(
-            problem,
+    def train(self, work: Work) -> Sampler:
+        """Train on the energy."""
+        return train_sampler(
+            _present(self.load_problem())[0],
             self.method,
             self.settings,
             seed=self.seed,
@@ -113,8 +113,12 @@ class SamplerJob(SamplerConfig):
             resume=work.resume,
             callback=lambda row: work.round(row, "training", self.settings.rounds, live(row)),
         )
-        sampler.save_weights(work.path)
-        return outcome(sampler, self.samples, self.compared, self.seed, notes, work.tell)
+
+    def judge(self, model: Sampler, work: Work) -> Outcome:
+        """Save, draw, assess."""
+        model.save_weights(work.path)
+        notes = _present(self.load_problem())[1]
+        return outcome(model, self.samples, self.compared, self.seed, notes, work.tell)
 
 
 def symmetries(problem: EnergyProblem) -> dict[str, bool]:
