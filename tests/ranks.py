@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 
 import torch
@@ -22,14 +23,15 @@ def _one(work, rank, size, port, seconds, pipe):
     torch.set_num_threads(1)
     join()
     try:
-        pipe.send(work(rank))
+        said = work(rank)
     except Exception as error:
-        pipe.send(error)
+        said = error
+    pipe.send_bytes(pickle.dumps(said))
     os._exit(0)
 
 
-def ranks(work, size=2, seconds=60):
-    """What ``work(rank)`` returned or raised in each of them; None of one that was killed or is still at it."""
+def ranks(work, size=2, seconds=60, survivors=None):
+    """What ``work(rank)`` returned or raised in each of them, or in the first ``survivors``."""
     context, port = multiprocessing.get_context("fork"), free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     started = [
@@ -37,15 +39,12 @@ def ranks(work, size=2, seconds=60):
     ]
     for process in started:
         process.start()
-    found = []
-    for (end, _), process in zip(pipes, started):
-        for _ in range(1200):
-            if end.poll(0.05) or not process.is_alive() or any(isinstance(v, Exception) for v in found):
-                break
-        try:
-            found.append(end.recv() if end.poll(0.5) else None)
-        except EOFError:
-            found.append(None)
-    for process in started:
-        process.kill()
+    try:
+        found = []
+        for end, _ in pipes[:survivors]:
+            assert end.poll(120), "no answer"
+            found.append(pickle.loads(end.recv_bytes()))
+    finally:
+        for process in started:
+            process.kill()
     return found

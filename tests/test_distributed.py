@@ -15,8 +15,7 @@ from ranks import ranks
 
 from tiltflow import TiltflowError
 from tiltflow.core.errors import LostProcess
-from tiltflow.energies import Evaluator
-from tiltflow.energies.toys import ENERGY_PROBLEMS
+from tiltflow.energies import ENERGY_PROBLEMS, Evaluator
 from tiltflow.sampling.settings import SamplerSettings
 from tiltflow.sampling.train import train_sampler
 from tiltflow.tilting.settings import FinetuneSettings
@@ -187,5 +186,5 @@ def ends(rank):
 @pytest.mark.parametrize("fault", [dies, hangs, ends])
 def test_a_process_that_is_lost_is_named(fault, monkeypatch):
     monkeypatch.setattr(d, "GRACE", 0.5)
-    found = ranks(fault, seconds=1 if fault is hangs else 60)[0]
+    [found] = ranks(fault, seconds=1 if fault is hangs else 60, survivors=1)
     assert isinstance(found, float) and found < 10, found
