@@ -17,14 +17,13 @@ def free_port():
 
 
 def _one(work, rank, size, port, seconds, pipe):
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), TIMEOUT: str(seconds),
-    }  # fmt: skip
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), TIMEOUT: str(seconds)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     join()
     try:
         said = work(rank)
-    except Exception as error:
+    except BaseException as error:
         said = error
     pipe.send_bytes(pickle.dumps(said))
     os._exit(0)
@@ -34,9 +33,8 @@ def ranks(work, size=2, seconds=60, survivors=None):
     """What ``work(rank)`` returned or raised in each of them, or in the first ``survivors``."""
     context, port = multiprocessing.get_context("fork"), free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
-    started = [
-        context.Process(target=_one, args=(work, rank, size, port, seconds, pipes[rank][1]), daemon=True) for rank in range(size)
-    ]
+    every = [(work, rank, size, port, seconds, pipe) for rank, (_, pipe) in enumerate(pipes)]
+    started = [context.Process(target=_one, args=one, daemon=True) for one in every]
     for process in started:
         process.start()
     try:

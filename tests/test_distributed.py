@@ -7,20 +7,22 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from models import process, right
-from ranks import ranks
+from ranks import free_port, ranks
 
 from tiltflow import TiltflowError
 from tiltflow.core.errors import LostProcess
-from tiltflow.energies import ENERGY_PROBLEMS, Evaluator
+from tiltflow.energies import ENERGY_PROBLEMS
 from tiltflow.sampling.settings import SamplerSettings
 from tiltflow.sampling.train import train_sampler
 from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.tilting.train import finetune
 from tiltflow.train import distributed as d
+from tiltflow.train.store import load_state
 
 
 def test_one_process_is_alone():
@@ -112,46 +114,88 @@ def test_a_draw_for_rows_of_a_minibatch():
     assert none[:4] == ([0], [0], 2, 0.0) and two[3] == 2 / 6  # one that has no row lends one that does not count
 
 
-def tilt(checkpoint=None, rounds=6, resume=False, method="adjoint_matching", **more):
-    s = FinetuneSettings.of(method, rounds=rounds, tolerance=None, batch=16, steps=6, variance_samples=64, checkpoint_every=3)
-    s = replace(s, **{"minibatch": 30, "gradient_steps": 2, "buffer_rounds": 3, "accumulate": 20} | more)
-    model = finetune(process(), right, 1.0, method, s, seed=1, checkpoint=checkpoint, resume=resume)
+def tilt(checkpoint=None, rounds=6, resume=False, stop=None, method="adjoint_matching", **more):
+    s = FinetuneSettings.of(method, rounds=rounds, tolerance=None, batch=16, steps=6, variance_samples=64)
+    s = replace(s, **{"checkpoint_every": 3, "minibatch": 30, "gradient_steps": 2, "buffer_rounds": 3, "accumulate": 20} | more)
+    model = finetune(
+        process(), right, 1.0, method, s, seed=1, checkpoint=checkpoint, resume=resume,
+        callback=lambda row: row["iteration"] + 1 == stop,
+    )  # fmt: skip
     return model.history, list(model.process.model.parameters())
 
 
-def sample(checkpoint=None, rounds=6, resume=False, method="weighted_adjoint_sampling", **more):
+def sample(checkpoint=None, rounds=6, resume=False, stop=None, method="weighted_adjoint_sampling", **more):
     problem = ENERGY_PROBLEMS["gmm40"]()
     s = SamplerSettings.of(method, problem.settings, rounds=rounds, batch=32, steps=8, hidden=16, checkpoint_every=3)
     s = replace(s, **{"minibatch": 24, "gradient_steps": 3, "buffer_rounds": 3, "learning_rate": 1e-3} | more)
-    energy = Evaluator(problem.energy)
-    model = train_sampler(problem, method, s, seed=1, energy=energy, checkpoint=checkpoint, resume=resume)
-    return model.history + [energy.report()], [*model.control.module.parameters(), *model.control.module.buffers()]
+    model = train_sampler(
+        problem, method, s, seed=1, checkpoint=checkpoint, resume=resume, callback=lambda row: row["iteration"] + 1 == stop
+    )
+    weights = [*model.control.module.parameters(), *model.control.module.buffers()]
+    return model.history + [model.energy.report()], weights
 
 
-def alike(one, other, tolerance=2e-4):
-    """Two trainings, but for the clock."""
+def alike(one, other):
+    """Two trainings are one, but for the clock and the order of sums."""
     for a, b in zip(one[0], other[0], strict=True):
         assert set(a) == set(b)
         for name in set(a) - {"seconds", "processor_seconds"}:
-            assert torch.allclose(torch.tensor(a[name]).double(), torch.tensor(b[name]).double(), tolerance, tolerance), (
-                name, a[name], b[name]
-            )  # fmt: skip
-    assert all(torch.allclose(p, q, tolerance, tolerance) for p, q in zip(one[1], other[1], strict=True))
+            assert a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-6), name
+    assert all(torch.allclose(p, q, 1e-6, 1e-6) for p, q in zip(one[1], other[1], strict=True))
 
 
 ONCE = {"minibatch": None, "buffer_rounds": 1, "gradient_steps": 1}
+TRAININGS = [
+    partial(tilt),
+    partial(tilt, method="reinforce", **ONCE),
+    partial(sample),
+]
+MORE = [
+    partial(tilt, method="reciprocal_matching"),
+    partial(tilt, method="path_weighted"),
+    partial(tilt, method="reinforce_adjoint_matching"),
+    partial(tilt, method="diffusion_dpo"),
+    partial(tilt, method="socm", **ONCE),
+    partial(tilt, method="draft_1", **ONCE),
+    partial(sample, method="asbs"),
+    partial(sample, method="bridge_matching"),
+    partial(sample, method="pis", **ONCE),
+]
 
 
-@pytest.mark.parametrize("train, method, more", [
-    (tilt, "adjoint_matching", {}),
-    (tilt, "reinforce", ONCE),
-    (sample, "weighted_adjoint_sampling", {}),
-])  # fmt: skip
-def test_two_processes_train_what_one_does(train, method, more):
-    first, second = ranks(lambda rank: train(method=method, **more))
-    alone = train(method=method, **more)
+@pytest.mark.parametrize("train", [*TRAININGS, *(pytest.param(t, marks=pytest.mark.slow) for t in MORE)])
+def test_two_processes_train_what_one_does(train):
+    alone = train()
+    first, second = ranks(lambda rank: train())
     assert all(torch.equal(p, q) for p, q in zip(first[1], second[1]))
     alike(first, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [tilt, sample])
+def test_fifty_rounds_with_a_buffer_and_a_break(train, tmp_path):
+    """On two processes, interrupted: as on one without a break. Its checkpoint is taken up by one process too."""
+    train = partial(train, tmp_path / "checkpoint.safetensors", rounds=50, buffer_rounds=5)
+    alone = train()
+    ranks(lambda rank: train(stop=20))
+    copy = (tmp_path / "checkpoint.safetensors").read_bytes()
+    alike(ranks(lambda rank: train(resume=True))[0], alone)
+    (tmp_path / "checkpoint.safetensors").write_bytes(copy)
+    alike(train(resume=True), alone)
+
+
+def test_what_processes_cannot_share():
+    def work(rank):
+        said = []
+        for train in (partial(tilt, batch=15), partial(tilt, method="log_variance", **ONCE), partial(sample, batch=15)):
+            with pytest.raises(TiltflowError) as error:
+                train()
+            said.append(str(error.value))
+        return said
+
+    shared, compared, other = ranks(work)[1]
+    assert shared == other and shared.startswith("a batch of 15 cannot be shared by 2 processes")
+    assert "train it in one process" in compared
 
 
 def dies(rank):
@@ -159,7 +203,7 @@ def dies(rank):
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
-    with pytest.raises(LostProcess, match=r"^rank 1 died or hangs .* with --resume\.$"):
+    with pytest.raises(LostProcess, match=r"^rank 1 died or hangs .* the last checkpoint\.$"):
         d.together()
     return time.monotonic() - started
 
@@ -178,7 +222,7 @@ def ends(rank):
     if rank == 1:
         d.last_words(TiltflowError("no such energy."))
         return None
-    with pytest.raises(LostProcess, match=r"^rank 1 has ended \(no such energy\); the last"):
+    with pytest.raises(LostProcess, match=r"^rank 1 has ended \(no such energy\); start all"):
         d.together()
     return 0.0
 
@@ -188,3 +232,86 @@ def test_a_process_that_is_lost_is_named(fault, monkeypatch):
     monkeypatch.setattr(d, "GRACE", 0.5)
     [found] = ranks(fault, seconds=1 if fault is hangs else 60, survivors=1)
     assert isinstance(found, float) and found < 10, found
+
+
+ENERGY = """
+import os, signal, time
+rounds = []
+def energy(x):
+    fault = os.environ.get("FAULT")
+    rounds.extend([0] * (len(x) == 16))  # half of the batch: a round of one of two processes
+    if os.environ.get("RANK") == "1" and len(rounds) == 8:
+        if fault == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "hangs":
+            time.sleep(1000)
+    return 8 * (x.norm(dim=1) - 2) ** 2
+"""
+SAMPLER = ["train-sampler", "mine.py:energy", "--shape", "2", "--scale", "3", "--finest", "0.1", "--rounds", "10",
+           "--batch", "32", "--steps", "6", "--draw-steps", "8", "--gradient-steps", "3", "--minibatch", "24", "--hidden", "8",
+           "--samples", "200", "--compared", "100", "--checkpoint-every", "5", "--json"]  # fmt: skip
+
+
+def launched(folder, command, processes=2, **environment):
+    """The command under a launcher: what came of it, and the document that the first process printed."""
+    launcher = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
+    if processes == 1:
+        launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+                    "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    call = [sys.executable, "-m", *launcher, "-m", "tiltflow", *command]
+    done = subprocess.run(call, cwd=folder, capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    return done, json.loads(done.stdout.strip().splitlines()[-1]) if done.stdout.strip() else None
+
+
+def curves(document):
+    rows = [row for row in document["rows"] if row["kind"] == "iteration"]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+
+@pytest.mark.slow
+def test_a_sampler_under_a_launcher_outlives_its_processes(tmp_path):
+    """One process prints and writes; one that dies or hangs ends the run, with its number; resumed, nothing differs."""
+    (tmp_path / "mine.py").write_text(ENERGY)
+    whole = launched(tmp_path, [*SAMPLER, "--out", "whole"])[1]
+    summary = whole["rows"][0]
+    assert summary["energy_calls"] == 10 and summary["energy_evaluations"] == 320
+    for fault in ("dies", "hangs"):
+        done, document = launched(tmp_path, [*SAMPLER, "--out", fault], FAULT=fault, TILTFLOW_TIMEOUT="5")
+        assert document is None and done.returncode == 1
+        said = [line for line in done.stderr.splitlines() if line.startswith("error")]
+        assert said[0].startswith("error: rank 1 died or hangs (") and said[0].endswith("to go on from the last checkpoint.")
+        assert load_state(tmp_path / fault / "checkpoint.safetensors")["iteration"] == 5
+        resumed = launched(tmp_path, [*SAMPLER, "--out", fault, "--resume"])[1]
+        assert curves(resumed) == curves(whole) and resumed["rows"][0]["energy_evaluations"] == 320
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_shared_is_misuse(tmp_path):
+    (tmp_path / "mine.py").write_text(ENERGY)
+    done, document = launched(tmp_path, [*SAMPLER, "--batch", "33", "--out", "run"])
+    assert document is None and "error: a batch of 33 cannot be shared by 2 processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_pipeline_trains_under_a_launcher(tmp_path, processes):
+    """The same command, and the same curves."""
+    pytest.importorskip("accelerate")
+    import tiny_pipelines as tiny
+
+    torch.set_default_dtype(torch.float32)
+    tiny.build("stable_diffusion").save_pretrained(tmp_path / "pipe")
+    (tmp_path / "mine.py").write_text("def bright(x, texts):\n    return x.flatten(1).mean(1)\n")
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    command = ["finetune-pipeline", "pipe", "--reward", "mine.py:bright", "--prompts", "prompts.txt", "--out", "run",
+               "--rounds", "3", "--batch", "4", "--per-prompt", "2", "--steps", "4", "--rank", "2", "--samples", "4",
+               "--json"]  # fmt: skip
+    document = launched(tmp_path, command, processes)[1]
+    assert document["rows"][0]["rounds"] == 3 and (tmp_path / "run" / "adapter").is_dir()
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint.safetensors"]
+    alone = subprocess.run(
+        [sys.executable, "-m", "tiltflow", *command, "--overwrite"], cwd=tmp_path, capture_output=True, text=True
+    ).stdout
+    for a, b in zip(curves(document), curves(json.loads(alone)), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)

@@ -5,5 +5,9 @@ class TiltflowError(ValueError):
     """Bad input. The message names what was wrong, where, and what to do about it."""
 
 
-class LostProcess(Exception):
-    """Of several processes that train together one died or hangs; the message names it."""
+class LostProcess(BaseException):
+    """Of several processes that train together one died or hangs; the message names it.
+
+    As KeyboardInterrupt it may come from anywhere, since launchers end processes by a signal; nobody may take it for an
+    error of his own.
+    """

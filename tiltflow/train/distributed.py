@@ -324,7 +324,7 @@ def _told_to_end(signum: int, frame: FrameType | None) -> None:
 
 def _lost(waited: float | None) -> LostProcess:
     """Who is missing: those who do not say that they miss somebody too, first of all those who are behind."""
-    advice = "the last checkpoint is in the run folder: start all ranks again with --resume."
+    advice = "start all ranks again with --resume to go on from the last checkpoint."
     rank, size = world()
     silent = [q for q in range(size) if q != rank]
     words: dict[int, str] = {}
