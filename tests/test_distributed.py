@@ -116,7 +116,8 @@ def test_a_draw_for_rows_of_a_minibatch():
 
 def tilt(checkpoint=None, rounds=6, resume=False, stop=None, method="adjoint_matching", **more):
     s = FinetuneSettings.of(method, rounds=rounds, tolerance=None, batch=16, steps=6, variance_samples=64)
-    s = replace(s, **{"checkpoint_every": 3, "minibatch": 30, "gradient_steps": 2, "buffer_rounds": 3, "accumulate": 20} | more)
+    kept = {"minibatch": 30, "gradient_steps": 2, "buffer_rounds": 3, "accumulate": 20}
+    s = replace(s, **kept | {"checkpoint_every": 3} | more)
     model = finetune(
         process(), right, 1.0, method, s, seed=1, checkpoint=checkpoint, resume=resume,
         callback=lambda row: row["iteration"] + 1 == stop,
@@ -248,8 +249,8 @@ def energy(x):
     return 8 * (x.norm(dim=1) - 2) ** 2
 """
 SAMPLER = ["train-sampler", "mine.py:energy", "--shape", "2", "--scale", "3", "--finest", "0.1", "--rounds", "10",
-           "--batch", "32", "--steps", "6", "--draw-steps", "8", "--gradient-steps", "3", "--minibatch", "24", "--hidden", "8",
-           "--samples", "200", "--compared", "100", "--checkpoint-every", "5", "--json"]  # fmt: skip
+           "--batch", "32", "--steps", "6", "--draw-steps", "8", "--gradient-steps", "3", "--minibatch", "24",
+           "--hidden", "8", "--samples", "200", "--compared", "100", "--checkpoint-every", "5", "--json"]  # fmt: skip
 
 
 def launched(folder, command, processes=2, **environment):

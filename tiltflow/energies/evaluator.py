@@ -53,6 +53,13 @@ def differentiable(provider: ForceProvider, x: Tensor) -> Tensor:
     return _Known.apply(x, energy, grad)
 
 
+def value_and_forces(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
+    """E (B,) and −∇E (B, *event) of any energy, without a graph; one evaluation."""
+    value, grad = _evaluate(energy, x.detach(), True)
+    assert grad is not None
+    return value, -grad
+
+
 def _shaped(out: object, shape: torch.Size, what: str) -> Tensor:
     if not isinstance(out, Tensor) or out.shape != shape or not out.is_floating_point():
         got = f"{out.dtype}, shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__

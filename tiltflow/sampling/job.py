@@ -16,7 +16,8 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Centred
 from tiltflow.core.settings import as_json, from_json, settings
 from tiltflow.core.weights import ess
-from tiltflow.energies import EnergyProblem
+from tiltflow.energies import EnergyProblem, Evaluator
+from tiltflow.energies.cluster import Cluster, ClusterEnergy
 from tiltflow.energies.problem import base_draws
 from tiltflow.run.job import Outcome, Work
 from tiltflow.run.names import anchored
@@ -38,8 +39,9 @@ class SamplerJob(SamplerConfig):
     name: ClassVar[str] = "train-sampler"
 
     def config(self) -> dict[str, Any]:
-        """The fields as JSON; a file by its absolute path."""
-        return as_json(self) | ({} if self.problem is None else {"problem": anchored(self.problem)})
+        """The fields as JSON, but for who did the work; a file by its absolute path."""
+        fields = {name: value for name, value in as_json(self).items() if name != "ray"}
+        return fields | ({} if self.problem is None else {"problem": anchored(self.problem)})
 
     @classmethod
     def read(cls, config: dict[str, Any], folder: Path) -> Self:
@@ -104,11 +106,14 @@ class SamplerJob(SamplerConfig):
 
     def train(self, work: Work) -> Sampler:
         """Train on the energy."""
+        problem = _present(self.load_problem())[0]
+        energy = problem.energy if self.ray is None else ClusterEnergy(problem.energy, Cluster(self.ray))
         return train_sampler(
-            _present(self.load_problem())[0],
+            problem,
             self.method,
             self.settings,
             seed=self.seed,
+            energy=Evaluator(energy),
             checkpoint=work.checkpoint,
             resume=work.resume,
             callback=lambda row: work.round(row, "training", self.settings.rounds, live(row)),

@@ -84,6 +84,7 @@ class SamplerConfig:
         device: Device of torch; samplers run on the CPU.
         samples: Samples that are drawn from the result.
         compared: Of them those that distances to the reference are computed on.
+        ray: Address of a Ray cluster that evaluates the energy, or local; none: this process.
         settings: Of the training.
     """
 
@@ -97,4 +98,5 @@ class SamplerConfig:
     device: str = "cpu"
     samples: Samples = 10_000
     compared: Samples = 2_000
+    ray: str | None = None
     settings: SamplerSettings = SamplerSettings()
