@@ -111,7 +111,7 @@ def energy(molecule):
 @pytest.mark.slow
 @pytest.mark.parametrize("cover", [False, True])
 def test_conformers_on_a_cluster(tmp_path, cover):
-    """A worker dies at the first energy, or one of this process's does nothing: samples, energies and counts are the same."""
+    """A worker dies at the first energy: samples, energies and counts are those of processes of this machine."""
     pytest.importorskip("ray")
     pytest.importorskip("rdkit")
     from tiltflow.molecules.read import read_molecules

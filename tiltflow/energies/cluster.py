@@ -7,6 +7,8 @@ asked, so neither changes a result or a count. Ray is imported where it is used.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,7 +43,8 @@ class Cluster:
             raise TiltflowError(f"Ray is not there ({error}); install it with `pip install 'tiltflow[ray]'`.") from error
         self._ray = ray
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "ignore_reinit_error": True}
-        local = {"num_cpus": workers, "include_dashboard": False}
+        seen = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)  # what is importable here is there too
+        local = {"num_cpus": workers, "include_dashboard": False, "runtime_env": {"env_vars": {"PYTHONPATH": seen}}}
         try:
             ray.init(**quiet, **(local if address == LOCAL else {"address": address}))
         except (ConnectionError, RuntimeError, ValueError) as error:

@@ -27,7 +27,7 @@ from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.value import WeightedPaths, weighted_paths
-from tiltflow.core.weights import normalised
+from tiltflow.core.weights import ess, normalised
 from tiltflow.nn.mlp import MLP
 from tiltflow.train.buffer import Material, condition_rows, conditions_of
 from tiltflow.train.distributed import everyone, own
@@ -145,7 +145,7 @@ class SOCM(Method):
             "weight": own((normalised(log_w) * len(log_w)).to(x0.dtype)),
             **condition_rows(condition),
         }
-        return Round(material, paths.metrics(self.cost), {})
+        return Round(material, {**paths.metrics(self.cost), "ess": ess(log_w)}, {})
 
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """Weighted matching loss, mean over paths and steps, in the control's weights and the matrices'."""
