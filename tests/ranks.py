@@ -25,7 +25,11 @@ def _one(work, rank, size, port, seconds, pipe):
         said = work(rank)
     except BaseException as error:
         said = error
-    pipe.send_bytes(pickle.dumps(said))
+    try:
+        answer = pickle.dumps(said)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        answer = pickle.dumps(AssertionError(f"{type(said).__name__}: {said}"))
+    pipe.send_bytes(answer)
     os._exit(0)
 
 

@@ -119,6 +119,7 @@ def test_conformers_on_a_cluster(tmp_path, cover):
     from tiltflow.molecules.settings import ConformerSettings, TorsionalSettings
     from tiltflow.run.job import silent
 
+    torch.set_default_dtype(torch.float32)  # that of the workers
     (tmp_path / "mine.py").write_text(ENERGY.replace("SEEN", str(tmp_path / "seen")))
     (tmp_path / "three.smi").write_text("CCCC butane\nCCO ethanol\nCC(C)CO isobutanol\n")
     sampler = TorsionalSettings(rounds=2, gradient_steps=2, batch=16, steps=4, draw_steps=4)

@@ -56,11 +56,15 @@ def join() -> World:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # what "cuda" means here
             backend = "cpu:gloo,cuda:nccl"
-        seconds = float(os.environ.get(TIMEOUT, PATIENCE))
-        distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
+        distributed.init_process_group(backend, timeout=timedelta(seconds=patience()))
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _told_to_end)
     return world()
+
+
+def patience() -> float:
+    """Seconds that processes wait for one that does not come."""
+    return float(os.environ.get(TIMEOUT, PATIENCE))
 
 
 def together() -> None:
@@ -346,5 +350,5 @@ def _lost(waited: float | None) -> LostProcess:
     if not silent:
         return LostProcess(f"rank {rank} was told to end; {advice}")
     named = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
-    how = "no sign of life" if waited is None else f"no answer within {waited:.0f} s"
-    return LostProcess(f"{named} died or hangs ({how}); {advice}")
+    hangs = waited is not None and waited > 0.9 * patience()
+    return LostProcess(f"{named} {f'did not answer for {waited:.0f} s' if hangs else 'died'}; {advice}")
