@@ -307,7 +307,7 @@ def test_a_pipeline_trains_under_a_launcher(tmp_path, processes):
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     command = ["finetune-pipeline", "pipe", "--reward", "mine.py:bright", "--prompts", "prompts.txt", "--out", "run",
                "--rounds", "3", "--batch", "4", "--per-prompt", "2", "--steps", "4", "--rank", "2", "--samples", "4",
-               "--json"]  # fmt: skip
+               "--strength", "1000", "--json"]  # fmt: skip
     document = launched(tmp_path, command, processes)[1]
     assert document["rows"][0]["rounds"] == 3 and (tmp_path / "run" / "adapter").is_dir()
     assert [p.name for p in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint.safetensors"]

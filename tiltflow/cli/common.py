@@ -68,7 +68,8 @@ def run_job(job: Any, out: Path, resume: bool, overwrite: bool, log: str | None)
     except BaseException as error:
         last_words(error)
         raise
-    bars.close()
+    finally:
+        bars.close()
     if rank > 0:
         sys.exit(0)
     return result
