@@ -253,12 +253,17 @@ SAMPLER = ["train-sampler", "mine.py:energy", "--shape", "2", "--scale", "3", "-
            "--hidden", "8", "--samples", "200", "--compared", "100", "--checkpoint-every", "5", "--json"]  # fmt: skip
 
 
-def launched(folder, command, processes=2, **environment):
+ACCELERATE = ["accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCHERS = {
+    "accelerate, one": [*ACCELERATE, "--cpu", "--num_processes", "1"],
+    "accelerate, two": [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port"],
+    "torchrun, two": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
+}
+
+
+def launched(folder, command, launcher="torchrun, two", **environment):
     """The command under a launcher: what came of it, and the document that the first process printed."""
-    launcher = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
-    if processes == 1:
-        launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
-                    "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    launcher = LAUNCHERS[launcher] + ([] if "one" in launcher else [str(free_port())])
     call = [sys.executable, "-m", *launcher, "-m", "tiltflow", *command]
     done = subprocess.run(call, cwd=folder, capture_output=True, text=True, env=os.environ | environment, timeout=300)
     return done, json.loads(done.stdout.strip().splitlines()[-1]) if done.stdout.strip() else None
@@ -295,8 +300,8 @@ def test_a_batch_that_cannot_be_shared_is_misuse(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_pipeline_trains_under_a_launcher(tmp_path, processes):
+@pytest.mark.parametrize("launcher", ["accelerate, one", "accelerate, two"])
+def test_a_pipeline_trains_under_a_launcher(tmp_path, launcher):
     """The same command, and the same curves."""
     pytest.importorskip("accelerate")
     import tiny_pipelines as tiny
@@ -308,7 +313,7 @@ def test_a_pipeline_trains_under_a_launcher(tmp_path, processes):
     command = ["finetune-pipeline", "pipe", "--reward", "mine.py:bright", "--prompts", "prompts.txt", "--out", "run",
                "--rounds", "3", "--batch", "4", "--per-prompt", "2", "--steps", "4", "--rank", "2", "--samples", "4",
                "--strength", "1000", "--json"]  # fmt: skip
-    document = launched(tmp_path, command, processes)[1]
+    document = launched(tmp_path, command, launcher)[1]
     assert document["rows"][0]["rounds"] == 3 and (tmp_path / "run" / "adapter").is_dir()
     assert [p.name for p in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint.safetensors"]
     alone = subprocess.run(
