@@ -11,12 +11,15 @@ from torch import Tensor
 from tiltflow import TiltflowError
 from tiltflow.energies import Evaluator
 from tiltflow.energies.cluster import Cluster, ClusterEnergy
+from tiltflow.sampling.job import SamplerJob
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(TiltflowError, match=r"pip install 'tiltflow\[ray\]'"):
         Cluster("local")
+    with pytest.raises(TiltflowError, match="Ray is not there"):
+        SamplerJob("gmm40", ray="local").check()
 
 
 @pytest.fixture(scope="module")

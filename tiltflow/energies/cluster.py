@@ -26,7 +26,7 @@ LATE, SOONEST = 2.0, 5.0
 
 
 class Cluster:
-    """A Ray cluster.
+    """A Ray cluster; of one process all are the same.
 
     Args:
         address: where it is, as Ray takes it: ``ray://host:10001``, ``host:6379``, ``auto``; ``local``: one of this machine.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import as_json, from_json, settings
+from tiltflow.energies.cluster import Cluster
 from tiltflow.molecules.judge import RELIABLE, judge_conformers
 from tiltflow.molecules.settings import ConformersConfig, ConformerSettings, ConformerTrainingConfig, require_rdkit
 from tiltflow.report import training_blocks
@@ -111,6 +112,8 @@ class ConformersJob(ConformersConfig):
         _require_cpu(self.device)
         if world().size > 1:
             raise TiltflowError("conformers starts processes of its own, one per core: run it in one process.")
+        if self.ray is not None:
+            Cluster(self.ray)  # is one there?
         read = self.molecules
         if self.alone and read.rejects:
             raise TiltflowError(f"{self.input}: {read.rejects[0].reason}.")

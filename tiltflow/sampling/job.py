@@ -65,6 +65,8 @@ class SamplerJob(SamplerConfig):
         if self.device != "cpu":
             raise TiltflowError(f"device {self.device!r}: samplers are trained on the CPU; leave --device out.")
         row.require_training(self.settings.buffer_rounds, self.settings.accumulate, self.settings.batch)
+        if self.ray is not None:
+            Cluster(self.ray)  # is one there?
         sampler, _ = untrained(problem, row, self.settings, self.seed)
         generator = torch.Generator().manual_seed(self.seed)
         report = check_energy(
