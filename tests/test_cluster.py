@@ -19,7 +19,7 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
     with pytest.raises(TiltflowError, match=r"pip install 'tiltflow\[ray\]'"):
         Cluster("local")
     with pytest.raises(TiltflowError, match="Ray is not there"):
-        SamplerJob("gmm40", ray="local").check()
+        SamplerJob(problem="gmm40", ray="local").check()
 
 
 @pytest.fixture(scope="module")
