@@ -175,10 +175,13 @@ class StudyJob:
         """Options that are out of range."""
         settings_of(self.args)
 
-    def perform(self, work: job.Work) -> job.Outcome:
+    def train(self, work: job.Work) -> Any:
+        """Fine-tune."""
+        return fine_tuned(self.study, self.seed, self.args, work)
+
+    def judge(self, model: Any, work: job.Work) -> job.Outcome:
         """Weights in model.safetensors; rows of kind "samples", one for each list of texts and each way to sample."""
-        study, args = self.study, self.args
-        tuned = fine_tuned(study, self.seed, args, work)
+        study, args, tuned = self.study, self.args, model
         seconds = sum(row["seconds"] for row in tuned.history)
         save_weights(work.path / "model.safetensors", tuned.module)
         kinds = list(itertools.product(study.texts, ("sde", "ode")))

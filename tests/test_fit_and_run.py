@@ -498,9 +498,9 @@ def test_a_buffer_saves_what_the_next_round_leaves_of_it(rounds, lengths):
 def test_buffer_batches(generator):
     ring = Buffer(10)
     ring.add(rows(*range(10)))
-    assert [len(b["k"]) for b in ring.batches(None, 3, generator)] == [10, 10, 10]
-    assert [len(b["k"]) for b in ring.batches(99, 1, generator)] == [10]
-    batches = ring.batches(4, 50, generator)
+    assert [len(b["k"]) for [(b, _)] in ring.batches(None, 3, generator)] == [10, 10, 10]
+    assert [[len(b["k"]) for b, _ in parts] for parts in ring.batches(99, 1, generator, 4)] == [[4, 4, 2]]
+    batches = [b for [(b, _)] in ring.batches(4, 50, generator)]
     assert all(len(set(b["k"].tolist())) == 4 for b in batches)  # without replacement
     assert all(torch.equal(b["x"][:, 0], b["k"].float()) for b in batches)  # rows stay together
     assert {int(k) for b in batches for k in b["k"]} == set(range(10))

@@ -103,7 +103,7 @@ def test_paths_are_compared_within_their_start(generator):
     for state.iteration in range(3):
         buffer.add(method.collect(state).material)
     assert len(buffer.items["start"].unique()) == 48
-    for batch in buffer.batches(50, 3, generator):  # rows in any order, some starts with one row left
+    for [(batch, _)] in buffer.batches(50, 3, generator):  # rows in any order, some starts with one row left
         assert method.loss(control, batch, generator).item() < 1e-10
     mixed = buffer.items | {"start": torch.zeros_like(buffer.items["start"])}
     assert method.loss(control, mixed, generator).item() > 1  # known-bad twin: V(x_0) counts as variance

@@ -73,7 +73,8 @@ def test_core_dependencies_stay_few():
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems need other packages")
 def test_every_dependency_is_pinned_and_no_more():
     assert next(iter(PINS)) == "torch", "torch is pinned first"
-    needed = {name for name in needed_by(declared()) if not name.startswith(("nvidia-", "cuda-", "triton"))}
+    installed = [one for one in declared() if not str(one).startswith("ray")]  # large, and left out of [dev]
+    needed = {name for name in needed_by(installed) if not name.startswith(("nvidia-", "cuda-", "triton"))}
     assert needed - set(PINS) == set(), "add these to constraints.txt"
     assert set(PINS) - needed <= {"setuptools"}, "nothing needs these pins any more"
 

@@ -93,8 +93,8 @@ def fit_within(
     material = method.collect(pilot).material
     settings = replace(settings, **{**row.training, "learning_rate": settings.learning_rate * row.rate})
     collected = replace(counter)
-    for batch in _full(material, settings).batches(settings.minibatch, 1, pilot.generator):
-        method.loss(pilot.control, batch, pilot.generator)
+    for [(rows, _)] in _full(material, settings).batches(settings.minibatch, 1, pilot.generator):
+        method.loss(pilot.control, rows, pilot.generator)
     base = collected.base - before.base + settings.gradient_steps * (counter.base - collected.base)
     reward = collected.reward - before.reward + settings.gradient_steps * (counter.reward - collected.reward)
     if isinstance(budget, int):

@@ -1,4 +1,5 @@
-"""The command line: ``tiltflow COMMAND``. Exit codes: 0 success, 2 misuse, 3 the verdict is FAIL, 1 a defect of ours.
+"""The command line: ``tiltflow COMMAND``. Exit codes: 0 success, 2 misuse, 3 the verdict is FAIL, 1 a defect of ours, or a
+process that trained with this one and is lost.
 
 Every command that measures prints one JSON document with ``--json`` (on standard output; everything else goes to standard
 error): {"command", "version", "seed", "device", "rows", "verdict"}. Nothing here imports torch before a command works.
@@ -6,6 +7,7 @@ error): {"command", "version", "seed", "device", "rows", "verdict"}. Nothing her
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import NoReturn
@@ -13,8 +15,8 @@ from typing import NoReturn
 import click
 
 from tiltflow._version import __version__
-from tiltflow.cli.common import EXIT_MISUSE
-from tiltflow.core.errors import TiltflowError
+from tiltflow.cli.common import EXIT_LOST, EXIT_MISUSE
+from tiltflow.core.errors import LostProcess, TiltflowError
 
 COMMANDS = {
     "finetune": "finetune:finetune_command",
@@ -66,9 +68,10 @@ def main() -> NoReturn:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except TiltflowError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_MISUSE)
+    except (TiltflowError, LostProcess) as error:
+        rank = os.environ.get("RANK", "0")  # of processes that a launcher started
+        click.echo(f"error{'' if rank == '0' else f' of rank {rank}'}: {error}", err=True)
+        sys.exit(EXIT_MISUSE if isinstance(error, TiltflowError) else EXIT_LOST)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; the last checkpoint is in the run folder (--resume continues it)", err=True)
         sys.exit(130)

@@ -13,7 +13,7 @@ import click
 
 from tiltflow.core.settings import Field, Seed
 
-EXIT_MISUSE, EXIT_FAIL = 2, 3
+EXIT_LOST, EXIT_MISUSE, EXIT_FAIL = 1, 2, 3
 SCORES = ("base", "reference", "reached", "ode", "exact")
 """What is said of a score; see :class:`tiltflow.verdict.line.Score`."""
 
@@ -55,6 +55,24 @@ def finish(result: dict[str, Any], as_json: bool, text: str) -> None:
     click.echo(json.dumps(result) if as_json else text)
     if result["verdict"] == "fail":
         sys.exit(EXIT_FAIL)
+
+
+def run_job(job: Any, out: Path, resume: bool, overwrite: bool, log: str | None) -> dict[str, Any]:
+    """Run a job under progress bars. Of several processes only the first comes back: nothing is left for the others."""
+    from tiltflow.run.job import run
+    from tiltflow.train.distributed import join, last_words
+
+    rank, bars = join().rank, Bars()
+    try:
+        result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
+    except BaseException as error:
+        last_words(error)
+        raise
+    finally:
+        bars.close()
+    if rank > 0:
+        sys.exit(0)
+    return result
 
 
 def finish_run(result: dict[str, Any], out: Path, numbers: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:

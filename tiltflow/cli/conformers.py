@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tiltflow.cli.common import Bars, command_line, finish, finish_run, table
+from tiltflow.cli.common import finish, finish_run, run_job, table
 from tiltflow.cli.options import given, options, run_options
 from tiltflow.molecules.settings import (
     AMORTISED,
@@ -46,13 +46,8 @@ def conformers_command(
     ConformersConfig(**fields)
     require_rdkit()
     from tiltflow.molecules.job import ConformersJob
-    from tiltflow.run.job import run
 
-    bars = Bars()
-    result = run(
-        ConformersJob(**fields), out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log
-    )  # fmt: skip
-    bars.close()
+    result = run_job(ConformersJob(**fields), out, resume, overwrite, log)
     done, refused = ([r for r in result["rows"] if r["kind"] == kind] for kind in ("conformers", "refused"))
     told = "" if not refused or as_json else table(refused, ["line", "name", "input", "reason"]) + "\n"
     if told:
@@ -83,11 +78,6 @@ def train_conformers_command(
 
     INPUT is a .smi or .sdf file, or a gzipped tab-separated table with a column SMILES.
     """
-    job = conformer_training_job(source, **values)
-    from tiltflow.run.job import run
-
-    bars = Bars()
-    result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
-    bars.close()
+    result = run_job(conformer_training_job(source, **values), out, resume, overwrite, log)
     summary = table(result["rows"][:1], ["molecules", "templates", "ess", "energy", "energy_calls", "seconds"])
     finish(result, as_json, f"{summary}\n\nmodel:   {out / result['rows'][0]['model']}\nreport:  {out / 'report.html'}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tiltflow.cli.common import SCORES, Bars, command_line, common, document, finish, finish_run, scores_of, table
+from tiltflow.cli.common import SCORES, Bars, command_line, common, document, finish, finish_run, run_job, scores_of, table
 from tiltflow.cli.options import given, options, run_options
 from tiltflow.core.errors import TiltflowError
 from tiltflow.tilting.settings import FinetuneSettings, TiltConfig, suited
@@ -34,12 +34,7 @@ def finetune_job(**values: Any) -> TiltJob:
 @run_options
 def finetune_command(out: Path, resume: bool, overwrite: bool, log: str | None, as_json: bool, **values: Any) -> None:
     """Fine-tune a base towards a reward; leave a run folder with weights, samples, metrics, report and verdict."""
-    job = finetune_job(**values)
-    from tiltflow.run.job import run
-
-    bars = Bars()
-    result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
-    bars.close()
+    result = run_job(finetune_job(**values), out, resume, overwrite, log)
     finish_run(result, out, scores_of(result["rows"][0]), ["", *SCORES], as_json)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tiltflow.cli.common import Bars, command_line, common, document, finish, finish_run, scores_of
+from tiltflow.cli.common import common, document, finish, finish_run, run_job, scores_of
 from tiltflow.cli.options import given, options, run_options
 from tiltflow.core.errors import TiltflowError
 from tiltflow.pipelines.settings import PipelineConfig, PipelineSettings
@@ -43,16 +43,7 @@ def finetune_pipeline_command(
 
     With --rank none all weights are trained, and OUT/pipeline holds the whole pipeline.
     """
-    job = pipeline_job(pipeline, reward, file, **values)
-    from tiltflow.run.job import run
-    from tiltflow.train.distributed import join
-
-    if join().rank > 0:
-        job.help(out, resume)
-        return
-    bars = Bars()
-    result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
-    bars.close()
+    result = run_job(pipeline_job(pipeline, reward, file, **values), out, resume, overwrite, log)
     finish_run(result, out, scores_of(result["rows"][0]), ["", "base", "reached"], as_json)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tiltflow.cli.common import Bars, cell, command_line, common, document, finish, finish_run, table
+from tiltflow.cli.common import cell, common, document, finish, finish_run, run_job, table
 from tiltflow.cli.options import given, options, run_options
 from tiltflow.core.errors import TiltflowError
 from tiltflow.sampling.settings import AutomaticConfig, AutomaticSettings, SamplerConfig, SamplerSettings
@@ -22,11 +22,8 @@ CHECKED = ("shape", "space", "scale", "finest")
 def _run(job: Any, out: Path, resume: bool, overwrite: bool, log: str | None, as_json: bool) -> None:
     """Run a job on an energy, and print its numbers and its verdict."""
     from tiltflow.report.tables import sampler_numbers
-    from tiltflow.run.job import run
 
-    bars = Bars()
-    result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
-    bars.close()
+    result = run_job(job, out, resume, overwrite, log)
     numbers = [{"": r.name, **r._asdict()} for r in sampler_numbers(result["rows"][0], job.load_problem().log_z)]
     finish_run(result, out, numbers, ["", "value", "floor", "resampled"], as_json)
 

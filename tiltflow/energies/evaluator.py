@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
+from tiltflow.train.distributed import total, world
 
 MANY = 8  # from this many rows on, more than half of them rejected is an error
 
@@ -50,6 +51,13 @@ def differentiable(provider: ForceProvider, x: Tensor) -> Tensor:
     energy, grad = _evaluate(provider, x.detach(), True)
     assert grad is not None
     return _Known.apply(x, energy, grad)
+
+
+def value_and_forces(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
+    """E (B,) and −∇E (B, *event) of any energy, without a graph; one evaluation."""
+    value, grad = _evaluate(energy, x.detach(), True)
+    assert grad is not None
+    return value, -grad
 
 
 def _shaped(out: object, shape: torch.Size, what: str) -> Tensor:
@@ -139,11 +147,20 @@ class Evaluator:
         return {name: torch.tensor(getattr(self, name)) for name in ("calls", "evaluations", "rejected")}
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
-        """Continue counting where :meth:`state_dict` stopped. Raises TiltflowError if a counter is missing."""
+        """Continue counting where :meth:`state_dict` stopped: of several processes the first does, for all of them.
+
+        Raises:
+            TiltflowError: a counter is missing.
+        """
         if set(state) != set(self.state_dict()):
             raise TiltflowError(f"the state of an Evaluator has {sorted(self.state_dict())}, this one {sorted(state)}.")
         for name, count in state.items():
-            setattr(self, name, int(count))
+            setattr(self, name, int(count) if name == "calls" or world().rank == 0 else 0)
+
+    def pool(self) -> None:
+        """Of several processes that share the rows, let the first have the counts of all; requests are made by all alike."""
+        counts = [int(n) for n in total([self.evaluations, self.rejected])]
+        self.evaluations, self.rejected = counts if world().rank == 0 else (0, 0)
 
     def _request(self, x: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
         if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64) or x.ndim < 2:

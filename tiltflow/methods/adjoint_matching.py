@@ -26,6 +26,7 @@ from tiltflow.core.simulate import event_sum, retrace, running_cost, simulate
 from tiltflow.core.weights import ess, normalised, tempered
 from tiltflow.methods.ends import renoise, require_memoryless, toward
 from tiltflow.train.buffer import Material, condition_rows, conditions_of, repeat_rows
+from tiltflow.train.distributed import everyone, own
 from tiltflow.train.loss import QuantileMask, matching_terms, reduce_terms
 from tiltflow.train.method import Conditions, Method, Round, State
 
@@ -115,12 +116,12 @@ class AdjointMatching(Method):
         n = len(steps) * self.batch
         log_ratio, kl = retrace(self.chain, policy, path, adjoint.base_mean)
         cost = self.cost.value(path.x[-1].to(x0.device), **condition).detach().to(path.x.device)
-        weight, log_w = torch.ones_like(kl), log_ratio - cost
+        log_w = log_ratio - cost
         if self.cost.running is not None:
             for k, x in enumerate(path.x[:-1]):
                 log_w = log_w - running_cost(self.chain, self.cost.running, k, x)
-        if self.importance:
-            weight = (tempered(log_w) * self.batch).to(path.x.dtype)
+        log_w, cost = everyone(log_w), everyone(cost)
+        weight = own((tempered(log_w) * len(log_w)).to(path.x.dtype)) if self.importance else torch.ones_like(kl)
         rows = weight.repeat(len(steps))
         if self.time_weight is not None:
             rows = rows * self.time_weight(self.chain.t[steps]).to(rows).repeat_interleave(self.batch)

@@ -35,6 +35,7 @@ from tiltflow.energies.cost import EnergyCost
 from tiltflow.methods.ends import require_brownian
 from tiltflow.methods.step_variance import update_step_variance
 from tiltflow.train.buffer import Material, condition_rows, conditions_of
+from tiltflow.train.distributed import everyone, own
 from tiltflow.train.loss import matching_terms, reduce_terms
 from tiltflow.train.method import Method, Round, State
 
@@ -85,15 +86,17 @@ class AdjointSampling(Method):
             source = chain.source(self.batch, state.generator)
             drawn = sample(chain, state.control, source, state.generator, **condition)
         energy, grad = cost.energy_and_grad(drawn.x)
+        log_w = everyone(drawn.log_ratio - energy - cost.base_log_prob(drawn.x))
+        energy = everyone(energy)
         good = torch.isfinite(energy)
-        log_w = drawn.log_ratio - energy - cost.base_log_prob(drawn.x)
         found = evidence(log_w[good])
         weight = good.to(grad)
         if self.minimum_ess is not None:
             weight[good] = (tempered(log_w[good], self.minimum_ess) * int(good.sum())).to(grad)
         update_step_variance(state.control, chain, drawn.x, weight, state.generator, condition=condition)
         d = chain.geometry.dimension(chain.event_shape)
-        fisher = float((weight * event_sum(grad**2)).sum() / weight.sum()) / d
+        fisher = float((weight * everyone(event_sum(grad**2))).sum() / weight.sum()) / d
+        weight = own(weight)
         material: Material = {
             "x1": chain.geometry.wrap(drawn.x),
             "grad": grad,

@@ -35,6 +35,7 @@ from tiltflow.energies.cost import EnergyCost
 from tiltflow.methods.ends import require_brownian
 from tiltflow.methods.step_variance import update_step_variance
 from tiltflow.train.buffer import Material
+from tiltflow.train.distributed import everyone, own
 from tiltflow.train.loss import matching_terms, reduce_terms
 from tiltflow.train.method import Method, Round, State
 
@@ -44,17 +45,18 @@ def _collect(chain: BrownianChain, cost: EnergyCost, batch: int, state: State) -
     x0 = chain.source(batch, state.generator)
     with torch.no_grad():
         drawn = sample(chain, state.control, x0, state.generator)
-    energy, grad = cost.energy_and_grad(drawn.x)
+    mine, grad = cost.energy_and_grad(drawn.x)
+    energy = everyone(mine)
     good = torch.isfinite(energy)
     update_step_variance(state.control, chain, drawn.x, good.to(grad), state.generator, x0)
     d = chain.geometry.dimension(chain.event_shape)
-    fisher = float(event_sum(grad[good] ** 2).mean()) / d
+    fisher = float(everyone(event_sum(grad**2))[good].mean()) / d
     material: Material = {
         "x0": x0,
         "x1": drawn.x,
         "grad": grad,
-        "weight": good.to(grad),
-        "fisher": torch.full_like(energy, fisher),
+        "weight": own(good.to(grad)),
+        "fisher": torch.full_like(mine, fisher),
     }
     metrics = {
         "energy": float(energy[good].median()),

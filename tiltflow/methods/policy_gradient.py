@@ -28,6 +28,7 @@ from tiltflow.core.cost import Cost, mean_reward
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import energy, log_ratio, running_cost, walk
 from tiltflow.train.buffer import Material, condition_rows, conditions_of, repeat_rows
+from tiltflow.train.distributed import everyone, own, world
 from tiltflow.train.method import Conditions, Method, Round, State
 
 
@@ -109,13 +110,14 @@ class PolicyGradient(Method):
 
     def _advantage(self, to_go: Tensor) -> Tensor:
         """−(cost to go − its mean over the others of the group), or the group's z-score; (batch,)."""
-        groups = to_go.reshape(-1, self._group)
+        size = world().size if self.group is None else 1  # a round that is one group is that of all processes
+        groups = (everyone(to_go) if self.group is None else to_go).reshape(-1, self._group * size)
         centred = groups - groups.mean(1, keepdim=True)
         if self.normalise:
             centred = centred / (groups.std(1, keepdim=True) + 1e-8)
         else:
-            centred = centred * (self._group / (self._group - 1))  # the baseline leaves the path itself out
-        return -centred.reshape(-1)
+            centred = centred * (groups.shape[1] / (groups.shape[1] - 1))  # the baseline leaves the path itself out
+        return -(own(centred.reshape(-1)) if self.group is None else centred.reshape(-1))
 
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """L over a batch of rows, scaled to a sum over the steps of a path."""

@@ -35,6 +35,7 @@ from tiltflow.core.process import Process
 from tiltflow.core.weights import tempered
 from tiltflow.methods.ends import Projected, draw_ends, end_variance, project, require_reciprocal, snr, toward
 from tiltflow.train.buffer import Material, condition_rows
+from tiltflow.train.distributed import everyone, own
 from tiltflow.train.loss import matching_terms, reduce_terms
 from tiltflow.train.method import Conditions, Method, Round, State
 
@@ -143,7 +144,8 @@ class ReciprocalMatching(Method):
             with torch.no_grad():
                 material["base_score"] = (self.base_score or score_at_end(chain.base))(x1, **ends.condition)
         if self.importance:
-            material["weight"] = (tempered(ends.samples.log_ratio - ends.cost) * len(x1)).to(x1)
+            log_w = everyone(ends.samples.log_ratio - ends.cost)
+            material["weight"] = own((tempered(log_w) * len(log_w)).to(x1))
         return Round(material, ends.metrics, {})
 
     def project(self, material: Material, generator: torch.Generator) -> tuple[Material, Projected, Tensor]:

@@ -67,12 +67,17 @@ class Row:
         return "gradient" in self.needs
 
     def made(self, **available: Any) -> Any:
-        """The method, given those of the ``available`` arguments that it takes.
+        """The method, given those of the ``available`` arguments that it takes; ``batch`` is shared by the processes.
 
         Raises:
-            TiltflowError: One of :data:`CHOICES` that the method does not take.
+            TiltflowError: One of :data:`CHOICES` that the method does not take, or a batch that cannot be shared.
         """
+        from tiltflow.train.distributed import share_of, shared
+
         self.require(**available)
+        if "batch" in available:
+            available["batch"] = share_of(available["batch"])
+        available["conditions"] = shared(available.get("conditions"))
         make, taken = self._make()
         wanted = {n: v for n, v in available.items() if v is not None or n not in CHOICES}
         return make(**{n: v for n, v in wanted.items() if n in taken and n not in self.options}, **self.options)
@@ -88,8 +93,13 @@ class Row:
         """Whether ``name`` is an argument of the method that its row leaves open."""
         return name in self._make()[1] and name not in self.options
 
-    def require_training(self, buffer_rounds: int, accumulate: int | None) -> None:
-        """Raise TiltflowError for training that the method does not bear."""
+    def require_training(self, buffer_rounds: int, accumulate: int | None, batch: int) -> None:
+        """Raise TiltflowError for training that the method does not bear, or that the processes cannot share."""
+        from tiltflow.train.distributed import share_of, world
+
+        if self.compares and world().size > 1:
+            raise TiltflowError(f"the method {self.name!r} compares all rows with one another: train it in one process.")
+        share_of(batch)
         if self.on_policy and buffer_rounds != 1:
             raise TiltflowError(f"the method {self.name!r} uses each round once: buffer_rounds must be 1.")
         if self.compares and accumulate is not None:

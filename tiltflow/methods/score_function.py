@@ -33,6 +33,7 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.methods.ends import draw_ends, renoise, require_reciprocal, residual_variances, toward
 from tiltflow.methods.step_variance import require_base_variance
 from tiltflow.train.buffer import Material, condition_rows, conditions_of
+from tiltflow.train.distributed import everyone, own
 from tiltflow.train.loss import matching_terms, reduce_terms
 from tiltflow.train.method import Conditions, Method, Round, State
 
@@ -81,7 +82,7 @@ class ReinforceAdjointMatching(Method):
         chain, generator = cast(InterpolantChain, self.chain), state.generator
         ends = draw_ends(chain, self.cost, state.control, self.batch, generator, self.conditions)
         values = ends.cost - ends.samples.log_ratio if self.adjoint == "full" else ends.cost
-        centred = advantage(values, self.group or self.batch)
+        centred = advantage(values, self.group)
         steps = chain.controlled
         if self.steps is not None:
             order = torch.randperm(len(steps), generator=generator, device=generator.device).cpu()
@@ -107,8 +108,11 @@ class ReinforceAdjointMatching(Method):
         return reduce_terms(matching_terms(control, self.chain, x, k, a_next, base_mean, **conditions_of(material)))
 
 
-def advantage(values: Tensor, group: int) -> Tensor:
-    """Each value minus the mean of the others in its block of ``group`` rows."""
+def advantage(values: Tensor, group: int | None) -> Tensor:
+    """Each value minus the mean of the others in its block of ``group`` rows (None: of all rows, of all processes)."""
+    if group is None:
+        every = everyone(values)
+        return own(advantage(every, len(every)))
     blocks = values.reshape(-1, group)
     return ((blocks - blocks.mean(1, keepdim=True)) * group / (group - 1)).reshape(-1)
 
@@ -137,7 +141,7 @@ def score_function_adjoint(
     std = at(chain.std, k, x)
     if full:
         return estimate - (mean - base_mean) / std**2
-    own = (noise * std**2 / at(chain.b, k, x)).square().mean(0)
+    spread = everyone((noise * std**2 / at(chain.b, k, x)).square()).mean(0)
     v = residual_variances(chain)
-    own = own.mean() if v.ndim == 1 else own
-    return estimate * at(v, k, x) / own
+    spread = spread.mean() if v.ndim == 1 else spread
+    return estimate * at(v, k, x) / spread

@@ -27,9 +27,10 @@ from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.value import WeightedPaths, weighted_paths
-from tiltflow.core.weights import normalised
+from tiltflow.core.weights import ess, normalised
 from tiltflow.nn.mlp import MLP
 from tiltflow.train.buffer import Material, condition_rows, conditions_of
+from tiltflow.train.distributed import everyone, own
 from tiltflow.train.loss import matching_terms, reduce_terms
 from tiltflow.train.method import Conditions, Method, Round, State
 
@@ -135,15 +136,16 @@ class SOCM(Method):
             raise TiltflowError(f"SOCM is for vectors (B, d), not {tuple(x0.shape)}: its matrices have d × d entries.")
         paths = weighted_paths(self.chain, state.control, self.cost, x0, generator, **condition)
         c, y = stein_terms(self.chain, paths, self.cost, **condition)
+        log_w = everyone(paths.log_weight)
         material: Material = {
             "x": paths.x[: len(c)].transpose(0, 1),
             "base_mean": paths.base_mean[: len(c)].transpose(0, 1),
             "c": c.transpose(0, 1),
             "y": y.transpose(0, 1),
-            "weight": (normalised(paths.log_weight) * self.batch).to(x0.dtype),
+            "weight": own((normalised(log_w) * len(log_w)).to(x0.dtype)),
             **condition_rows(condition),
         }
-        return Round(material, paths.metrics(self.cost), {})
+        return Round(material, {**paths.metrics(self.cost), "ess": ess(log_w)}, {})
 
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """Weighted matching loss, mean over paths and steps, in the control's weights and the matrices'."""

@@ -31,6 +31,7 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.weights import ess, tempered
 from tiltflow.methods.ends import draw_ends, project, require_reciprocal, toward
 from tiltflow.train.buffer import Material, condition_rows
+from tiltflow.train.distributed import everyone, own
 from tiltflow.train.loss import matching_terms, reduce_terms
 from tiltflow.train.method import Conditions, Method, Round, State
 
@@ -80,7 +81,8 @@ class WeightedFlowMatching(Method):
         log_w = -ends.cost / self.temperature
         if self.path_ratio:
             log_w = log_w + ends.samples.log_ratio
-        weight = (tempered(log_w, self.minimum_ess) * self.batch).to(log_w)
+        log_w = everyone(log_w)
+        weight = own((tempered(log_w, self.minimum_ess) * len(log_w)).to(log_w))
         material: Material = {"x1": ends.samples.x, "weight": weight, **condition_rows(ends.condition)}
         return Round(material, {**ends.metrics, "ess": ess(log_w)}, {})
 

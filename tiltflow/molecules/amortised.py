@@ -37,6 +37,7 @@ from tiltflow.molecules.templates import templates
 from tiltflow.molecules.torsional import TorsionalSampler, target, torsion_energies
 from tiltflow.molecules.torsions import Torsions, rotatable_torsions
 from tiltflow.sampling.train import noise_left
+from tiltflow.train.distributed import share_of
 from tiltflow.train.fit import Callback, History, fit
 from tiltflow.train.method import State
 from tiltflow.train.store import load_weights, save_weights
@@ -115,7 +116,7 @@ def train_amortised(
     Raises:
         TiltflowError: divergence, an energy that is not finite on most draws.
     """
-    s = settings.sampler
+    s = replace(settings.sampler, batch=share_of(settings.sampler.batch))
     samplers = []
     for one in prepared:
         _, evaluators = torsion_energies(one.energy, settings.kelvin, one.templates, one.torsions)

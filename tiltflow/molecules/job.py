@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import as_json, from_json, settings
+from tiltflow.energies.cluster import Cluster
 from tiltflow.molecules.judge import RELIABLE, judge_conformers
 from tiltflow.molecules.settings import (
     ConformersConfig,
@@ -27,12 +28,14 @@ from tiltflow.molecules.settings import (
 from tiltflow.report import training_blocks
 from tiltflow.report.figures import SAMPLING
 from tiltflow.run.job import Outcome, Work
+from tiltflow.train.distributed import world
 
 if TYPE_CHECKING:
     from tiltflow.molecules.amortised import Amortised
     from tiltflow.molecules.ensemble import Ensemble
     from tiltflow.molecules.molecule import Molecule
     from tiltflow.molecules.read import Read
+    from tiltflow.molecules.run import Made
 
 MODEL = "model.safetensors"
 RECENT = 20
@@ -91,11 +94,11 @@ class ConformersJob(ConformersConfig):
         return read_molecules(self.input, None, self.max_atoms)
 
     def config(self) -> dict[str, Any]:
-        """The fields as JSON, files by their absolute paths, and what the input held."""
+        """The fields as JSON, files by their absolute paths, and what the input held; but for who did the work."""
         assert self.input is not None
         content = self.input.encode() if self.alone else Path(self.input).read_bytes()
         where = self.input if self.alone else str(Path(self.input).resolve())
-        return as_json(self) | {
+        return {name: value for name, value in as_json(self).items() if name != "ray"} | {
             "input": where,
             "input_sha256": hashlib.sha256(content).hexdigest(),
             "settings": as_json(self.anchored),
@@ -114,6 +117,10 @@ class ConformersJob(ConformersConfig):
             TiltflowError: of these; of a SMILES also why it is refused.
         """
         _require_cpu(self.device)
+        if world().size > 1:
+            raise TiltflowError("conformers starts processes of its own, one per core: run it in one process.")
+        if self.ray is not None:
+            Cluster(self.ray)  # is one there?
         read = self.molecules
         if self.alone and read.rejects:
             raise TiltflowError(f"{self.input}: {read.rejects[0].reason}.")
@@ -131,13 +138,18 @@ class ConformersJob(ConformersConfig):
 
         return ensembles_of(folder)
 
-    def perform(self, work: Work) -> Outcome:
-        """Make, audit, cluster and write conformers of every molecule."""
-        from tiltflow.molecules.page import conformer_blocks
+    def train(self, work: Work) -> Made:
+        """Make, audit and cluster conformers of every molecule."""
         from tiltflow.molecules.run import make_all
+
+        return make_all(self.molecules, self.anchored, self.seed, self.cover, work.path, work.tell, self.ray)
+
+    def judge(self, model: Made, work: Work) -> Outcome:
+        """Write the conformers."""
+        from tiltflow.molecules.page import conformer_blocks
         from tiltflow.molecules.write import write_conformers, write_rejects
 
-        made = make_all(self.molecules, self.anchored, self.seed, self.cover, work.path, work.tell)
+        made = model
         if self.alone and made.refused:
             raise TiltflowError(f"{self.input}: {made.refused[0].reason}.")
         write_conformers(work.path, made.found)
@@ -233,9 +245,9 @@ class ConformerTrainingJob(ConformerTrainingConfig):
 
         return load_amortised(folder / MODEL)
 
-    def perform(self, work: Work) -> Outcome:
-        """Train, with checkpoints, and write the model."""
-        from tiltflow.molecules.amortised import prepare, save_amortised, train_amortised
+    def train(self, work: Work) -> tuple[Amortised, int]:
+        """Train, with checkpoints; returns the model and the number of its templates."""
+        from tiltflow.molecules.amortised import prepare, train_amortised
 
         rounds = self.settings.sampler.rounds
         assert rounds is not None  # as the settings have checked
@@ -246,21 +258,28 @@ class ConformerTrainingJob(ConformerTrainingConfig):
 
         resume = work.resume and work.checkpoint.is_file()
         model = train_amortised(prepared, self.settings, self.seed, work.checkpoint, resume, report)
-        save_amortised(work.path / MODEL, model)
-        last = model.history[-RECENT:]
+        return model, sum(len(one.templates) for one in prepared)
+
+    def judge(self, model: tuple[Amortised, int], work: Work) -> Outcome:
+        """Write the model."""
+        from tiltflow.molecules.amortised import save_amortised
+
+        trained, templates = model
+        save_amortised(work.path / MODEL, trained)
+        last = trained.history[-RECENT:]
         summary = {
-            "molecules": len(prepared),
-            "templates": sum(len(one.templates) for one in prepared),
+            "molecules": len(trained.smiles),
+            "templates": templates,
             "ess": mean(r["ess"] for r in last),
             "energy": mean(r["energy"] for r in last),
-            "energy_calls": model.history[-1]["energy_calls"],
+            "energy_calls": trained.history[-1]["energy_calls"],
             "model": MODEL,
         }
         return Outcome(
-            title=f"one sampler of torsions for {len(prepared)} molecules",
+            title=f"one sampler of torsions for {len(trained.smiles)} molecules",
             summary=summary,
             verdict=None,
-            history=model.history,
+            history=trained.history,
             facts={name: summary[name] for name in ("molecules", "templates", "ess")},
-            draw=lambda: ((), training_blocks(model.history, SAMPLING)),
+            draw=lambda: ((), training_blocks(trained.history, SAMPLING)),
         )

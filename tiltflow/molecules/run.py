@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from tiltflow._version import __version__
 from tiltflow.core.progress import Tell
 from tiltflow.core.settings import as_json
+from tiltflow.energies.cluster import Cluster
 from tiltflow.molecules.audit import audit
 from tiltflow.molecules.covering import covering_ensemble
 from tiltflow.molecules.energies import UnsupportedMolecule
@@ -26,7 +28,7 @@ from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.read import Read, Reject
 from tiltflow.molecules.settings import ConformerSettings
 from tiltflow.molecules.write import Clustered
-from tiltflow.train.store import load_state, save_state
+from tiltflow.train.store import load_state, save_state, write_bytes
 
 Progress = Callable[[int, int, str], None]
 
@@ -73,8 +75,10 @@ def sound(ensemble: Ensemble) -> tuple[Ensemble, list[str | None]]:
     return ensemble.keep(torch.tensor([fault is None for fault in faults], dtype=torch.bool)), faults
 
 
-def make_all(read: Read, settings: ConformerSettings, seed: int, cover: bool, folder: Path, tell: Tell) -> Made:
-    """Ensembles of all molecules; molecule i has seed ``seed + i``.
+def make_all(
+    read: Read, settings: ConformerSettings, seed: int, cover: bool, folder: Path, tell: Tell, ray: str | None = None
+) -> Made:
+    """Ensembles of all molecules; molecule i has seed ``seed + i``. ``ray``: on this cluster.
 
     A conformer with a fault (:func:`~tiltflow.molecules.audit.audit`), or without a finite energy or a weight, is left out
     and named. Molecules that the folder has finished, with the same settings, are not generated again.
@@ -83,7 +87,11 @@ def make_all(read: Read, settings: ConformerSettings, seed: int, cover: bool, fo
     faulty: list[Reject] = []
     paths = [folder / state_file(i) for i in range(len(read.molecules))]
     jobs = [(path, m, settings, seed + i, cover) for i, (path, m) in enumerate(zip(paths, read.molecules))]
-    _generate_all([job for job in jobs if not (job[0].is_file() and load_state(job[0]).get("of") == _of(*job[2:]))], tell)
+    left = [job for job in jobs if not (job[0].is_file() and load_state(job[0]).get("of") == _of(*job[2:]))]
+    if ray is None:
+        _generate_all(left, tell)
+    elif left:
+        _generate_on(Cluster(ray), left, tell)
     for path, molecule, line in zip(paths, read.molecules, read.lines):
         ensemble, state = read_ensemble(path), load_state(path)
         if ensemble is None:
@@ -124,6 +132,28 @@ def _generate_all(jobs: list[tuple[Path, Molecule, ConformerSettings, int, bool]
         for done, future in enumerate(as_completed(running), 1):
             future.result()
             tell("molecules", done, len(jobs), running[future])
+
+
+def _generate_on(cluster: Cluster, jobs: list[tuple[Path, Molecule, ConformerSettings, int, bool]], tell: Tell) -> None:
+    """One worker of a cluster per molecule; the files are written here."""
+    count = iter(range(1, len(jobs) + 1))
+
+    def keep(i: int, content: bytes) -> None:
+        write_bytes(jobs[i][0], content)
+        tell("molecules", next(count), len(jobs), jobs[i][1].name)
+
+    try:
+        cluster.map(_kept, [job[1:] for job in jobs], keep)
+    finally:
+        cluster.close()
+
+
+def _kept(*job: Any) -> bytes:
+    """The file of a molecule, made elsewhere."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / state_file(0)
+        _keep(path, *job)
+        return path.read_bytes()
 
 
 def _keep(

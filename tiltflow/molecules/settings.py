@@ -262,6 +262,7 @@ class ConformersConfig:
         max_atoms: Most atoms of a molecule, with hydrogens.
         seed: Seed of every random number; molecule i has seed + i.
         device: torch device.
+        ray: Address of a Ray cluster that the molecules are shared by, or local; none: the processors of this machine.
         settings: Of each ensemble.
     """
 
@@ -270,6 +271,7 @@ class ConformersConfig:
     max_atoms: Count = 200
     seed: MoleculeSeed = 0
     device: str = "cpu"
+    ray: str | None = None
     settings: ConformerSettings = ConformerSettings()
 
     def validate(self) -> None:

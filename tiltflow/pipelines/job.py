@@ -30,7 +30,6 @@ from tiltflow.pipelines.watch import Watch
 from tiltflow.rewards.combine import Score
 from tiltflow.run.job import Outcome, Work
 from tiltflow.run.names import anchored
-from tiltflow.train.distributed import wait, world
 from tiltflow.train.store import write_text
 from tiltflow.verdict.line import REWARD, Verdict, overall
 
@@ -159,7 +158,7 @@ class PipelineJob(PipelineConfig):
         reward = scored(REWARD, model.reward, x, [model.prompts[i] for i in prompt.tolist()], model.chain.micro_batch)
         return {"samples": x, "prompt": prompt}, {"reward": float(reward.mean())}
 
-    def train(self, checkpoint: Path, resume: bool, work: Work | None = None) -> tuple[TiltedPipeline, Watch]:
+    def train(self, work: Work) -> tuple[TiltedPipeline, Watch]:
         """Train the pipeline, under the eyes of the judges."""
         scores = self.scores()
         judges = {name: score for name, score in scores.items() if name != REWARD}
@@ -167,30 +166,22 @@ class PipelineJob(PipelineConfig):
 
         def callback(row: dict[str, Any], tilted: TiltedPipeline) -> bool:
             enough = watch(tilted, row)
-            if work is not None:
-                work.round(row, "fine-tuning", self.settings.rounds)
+            work.round(row, "fine-tuning", self.settings.rounds)
             return enough
 
         model = finetune_pipeline(
             self.pipe, scores[REWARD], self.prompts, self.strength, self.method, self.settings, seed=self.seed,
-            negative=self.negative, checkpoint=checkpoint, resume=resume, callback=callback,
+            negative=self.negative, checkpoint=work.checkpoint, resume=work.resume, callback=callback,
         )  # fmt: skip
         return model, watch
 
-    def help(self, out: Path, resume: bool) -> None:
-        """What every process but the first does of a run: train, with a checkpoint of its own in the run folder."""
-        assert self.pipe is not None  # loaded while the first process checks
-        wait()  # until that has claimed the folder
-        self.train(out / f"checkpoint-{world().rank}.safetensors", resume)
-
-    def perform(self, work: Work) -> Outcome:
-        """Train, save, judge."""
-        wait()  # the others go on: the folder is claimed
-        model, watch = self.train(work.checkpoint, work.resume, work)
+    def judge(self, model: tuple[TiltedPipeline, Watch], work: Work) -> Outcome:
+        """Save and judge."""
+        tilted, watch = model
         place = work.path / (PIPELINE if self.settings.rank is None else ADAPTER)
-        model.save_weights(place)
+        tilted.save_weights(place)
         judges = {name: score for name, score in self.scores().items() if name != REWARD}
-        before, after = model.before_and_after(judges, self.samples, self.seed, work.tell)
+        before, after = tilted.before_and_after(judges, self.samples, self.seed, work.tell)
         found = compared(before, after)
         lines = [*found.lines, *watch.lines()]
         verdict = Verdict(overall(lines), lines, found.scores)
@@ -199,12 +190,12 @@ class PipelineJob(PipelineConfig):
             "reward": self.reward,
             "strength": self.strength,
             "method": self.method,
-            "kl": float(after.kl.mean()) if model.row.trained else None,
-            "rounds": len(model.history),
-            "train_seconds": sum(row["seconds"] for row in model.history),
+            "kl": float(after.kl.mean()) if tilted.row.trained else None,
+            "rounds": len(tilted.history),
+            "train_seconds": sum(row["seconds"] for row in tilted.history),
         }
-        if model.row.trained:
+        if tilted.row.trained:
             means = {f"{s.name}_{part}": getattr(s, part) for s in found.scores for part in ("base", "reached")}
             write_text(place / CARD, card(self, summary | means, verdict.status, work.head["command"]))
         title = f"{Path(str(self.pipeline)).name} tilted towards {self.reward}, λ = {self.strength:g}"
-        return outcome(model, title, summary, verdict, before, after, work.path)
+        return outcome(tilted, title, summary, verdict, before, after, work.path)

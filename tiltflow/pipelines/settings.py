@@ -75,12 +75,13 @@ class PipelineSettings(Training):
         """The most rows that a network may see at a time, where they are not measured."""
         return self.even(self.micro_batch) if isinstance(self.micro_batch, int) else self.batch
 
-    def even(self, most: int) -> int:
-        """``most`` rows, or up to half as many that cut the batch into equal parts, if any do.
+    def even(self, most: int, batch: int | None = None) -> int:
+        """``most`` rows, or up to half as many that cut the batch (or that of one process) into equal parts, if any do.
 
         In equal parts a row is in the same company whenever it is evaluated: on its path, for its adjoint and in the loss.
         """
-        return next((rows for rows in range(min(most, self.batch), most // 2, -1) if self.batch % rows == 0), most)
+        batch = batch or self.batch
+        return next((rows for rows in range(min(most, batch), most // 2, -1) if batch % rows == 0), most)
 
     def scale(self, place: Place) -> float:
         """The guidance scale in a place."""

@@ -34,12 +34,10 @@ from tiltflow.pipelines.memory import fitting_rows
 from tiltflow.pipelines.model import TiltedPipeline
 from tiltflow.pipelines.settings import CLIP, DEFAULT_METHOD, PipelineSettings, check_prompts
 from tiltflow.rewards.combine import Score
-from tiltflow.train.distributed import world
+from tiltflow.train.distributed import least, share_of, world
 from tiltflow.train.fit import fit
 from tiltflow.train.method import State
 
-OTHERS = 1_000_003
-"""Added to the seed per process."""
 LACKS = {
     "interpolant": "a chain over an interpolant, and that of a pipeline is its scheduler's",
     "vectors": "vectors of few entries, and a pipeline has latents",
@@ -136,7 +134,7 @@ def require_applies(row: Row, s: PipelineSettings) -> None:
         return
     if not row.takes("conditions"):
         raise TiltflowError(f"the method {row.name!r} does not apply to pipelines: it takes no conditions, such as prompts.")
-    row.require_training(s.buffer_rounds, s.accumulate)
+    row.require_training(s.buffer_rounds, s.accumulate, s.batch)
     row.require(last_steps=s.last_steps, random_steps=s.random_steps)
     if s.offload and not row.takes("keep"):
         raise TiltflowError(f"the method {row.name!r} keeps its paths where they are drawn: leave offload out.")
@@ -185,22 +183,22 @@ def _train(
 ) -> TiltedPipeline:
     s, row, rollout = tilted.settings, tilted.row, tilted.control
     assert rollout is not None
-    if (rank := world().rank) > 0:  # the same adapter everywhere, paths of its own in each process
-        generator.manual_seed(generator.initial_seed() + OTHERS * rank)
-    control = Adapted(rollout.network, s.scale("control"), relative=s.scale("control") != s.scale("adjoint"))
+    relative = s.scale("control") != s.scale("adjoint")
+    control = Adapted(rollout.network, s.scale("control"), relative=relative)
     try_reward(tilted, generator)
     if tilted.strength == 0:
         return tilted
     if s.micro_batch == "fit":
         draw = DrawnConditions(len(tilted.prompts), 1, {"prompt": s.dropout})
         work = partial(_all_for_one_row, row, tilted.chain, control, tilted.cost, draw(1, generator))
-        fitting = s.even(fitting_rows(work, s.batch, generator.device))
+        fitting = s.even(least(fitting_rows(work, share_of(s.batch), generator.device)), share_of(s.batch))
         tilted = replace(tilted, chain=replace(tilted.chain, micro_batch=fitting))
-    training, rows = s, min(tilted.chain.micro_batch or s.batch, s.batch)
+    training, share = s, share_of(s.batch)
+    rows = min(tilted.chain.micro_batch or share, share)
     if not row.compares and s.accumulate is None:  # of K steps' rows: memory must not grow with K
-        training = replace(s, accumulate=rows)
+        training = replace(s, accumulate=rows * world().size)
     half = next(rollout.network.parameters()).dtype.itemsize < 4
-    if half and (s.minibatch is not None or s.batch % rows or (training.accumulate or rows) % rows):
+    if half and (s.minibatch is not None or share % rows or (training.accumulate or share) % (rows * world().size)):
         control = replace(control, regrouped=True)
     told = None if callback is None else lambda now: callback(now, tilted)
     state = State(control, generator)

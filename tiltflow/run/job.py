@@ -21,6 +21,7 @@ from tiltflow.report.page import Block, Page, require_report, write_page
 from tiltflow.run.device import check_device
 from tiltflow.run.folder import FORMAT, RunFolder, document
 from tiltflow.run.log import Log, require_logger
+from tiltflow.train.distributed import leave, together, world
 from tiltflow.verdict.line import Score, Verdict
 
 SAMPLES = "samples.safetensors"
@@ -57,9 +58,12 @@ class Outcome:
 
 
 class Work:
-    """What a job is given while it runs: its folder, whom to tell what is going on, and where rounds are written."""
+    """What a job is given while it runs: its folder, whom to tell what is going on, and where rounds are written.
 
-    def __init__(self, folder: RunFolder, tell: Tell, log: Log, head: Mapping[str, Any]) -> None:
+    Without a log nothing is written: that of a process that only helps.
+    """
+
+    def __init__(self, folder: RunFolder, tell: Tell, log: Log | None, head: Mapping[str, Any]) -> None:
         self.folder, self.tell, self.log, self.head = folder, tell, log, head
         self.path = folder.path
         self.resume = folder.resume and folder.checkpoint.is_file()  # without a checkpoint a run starts again
@@ -73,6 +77,8 @@ class Work:
 
     def round(self, row: Row, what: str, total: int, note: str = "") -> None:
         """A round of training is done: tell, log, and let metrics.json grow."""
+        if self.log is None:
+            return
         done, total = row["iteration"] + 1, min(total, row.get("until") or total)
         self.rounds = [r for r in self.rounds if r["iteration"] < row["iteration"]] + [scalars(row)]
         self.tell(what, done, total, note)
@@ -102,8 +108,12 @@ class Job(Protocol):
         """Find misuse. Raises TiltflowError; nothing has been written."""
         ...
 
-    def perform(self, work: Work) -> Outcome:
-        """Train, save the weights into the folder, judge."""
+    def train(self, work: Work) -> Any:
+        """Train, with checkpoints; writes nothing else. Of several processes every one does."""
+        ...
+
+    def judge(self, model: Any, work: Work) -> Outcome:
+        """Save what was trained into the folder, and judge it."""
         ...
 
 
@@ -118,6 +128,8 @@ def run(
     log: str | None = None,
 ) -> dict[str, Any]:
     """Run a job in the folder ``out``; returns the document that metrics.json holds.
+
+    Several processes train together; only the first claims and writes the folder, judges, and returns something.
 
     Args:
         job: What to do.
@@ -136,11 +148,17 @@ def run(
     require_logger(log)
     check_device(job.device)
     job.check()
+    if world().rank > 0:
+        help_with(job, out, resume)
+        return {}
     config = {"job": job.name, "format": FORMAT, **job.config()}
     head: dict[str, Any] = {"command": command, "seed": job.seed, "device": job.device}
     with RunFolder(out, config, resume, overwrite) as folder, Log(log, folder.path, config) as logged:
         work = Work(folder, tell, logged, head)
-        outcome = job.perform(work)
+        together()
+        model = job.train(work)
+        leave()
+        outcome = job.judge(model, work)
         tensors = {name: v.detach().cpu().contiguous() for name, v in outcome.tensors.items()}
         if tensors:
             save_file(tensors, folder.path / SAMPLES)
@@ -156,6 +174,14 @@ def run(
             folder.write_json("metrics.json", result)
         tell("report", 2, 2, "")
     return result
+
+
+def help_with(job: Job, out: Path, resume: bool) -> None:
+    """What every process but the first does of a run: train, and write nothing."""
+    together()  # the first has claimed the folder
+    folder = RunFolder(out, {}, resume)
+    job.train(Work(folder, silent, None, {}))
+    leave()
 
 
 def rows_of(outcome: Outcome, seconds: float) -> list[Row]:

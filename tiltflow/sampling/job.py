@@ -17,16 +17,18 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Centred
 from tiltflow.core.settings import as_json, from_json, settings
 from tiltflow.core.weights import ess
-from tiltflow.energies import EnergyProblem
+from tiltflow.energies import EnergyProblem, Evaluator
+from tiltflow.energies.cluster import Cluster, ClusterEnergy
 from tiltflow.energies.problem import base_draws
 from tiltflow.run.job import Outcome, Work
 from tiltflow.run.names import anchored
-from tiltflow.sampling.automatic import sample
+from tiltflow.sampling.automatic import Sampled, sample
 from tiltflow.sampling.model import WEIGHTS, Sampler
 from tiltflow.sampling.names import load_problem
 from tiltflow.sampling.outcome import outcome, tensors_of
 from tiltflow.sampling.settings import AutomaticConfig, SamplerConfig, SamplerSettings
 from tiltflow.sampling.train import require_trained, train_sampler, untrained
+from tiltflow.train.distributed import world
 from tiltflow.train.store import load_weights
 from tiltflow.verdict.check_energy import check_energy
 
@@ -43,8 +45,9 @@ class Named:
     finest: float | None
 
     def config(self) -> dict[str, Any]:
-        """The fields as JSON; a file by its absolute path."""
-        return as_json(self) | ({} if self.problem is None else {"problem": anchored(self.problem)})
+        """The fields as JSON, but for who did the work; a file by its absolute path."""
+        fields = {name: value for name, value in as_json(self).items() if name != "ray"}
+        return fields | ({} if self.problem is None else {"problem": anchored(self.problem)})
 
     @classmethod
     def read(cls, config: dict[str, Any], folder: Path) -> Self:
@@ -84,6 +87,9 @@ class SamplerJob(Named, SamplerConfig):
         row, problem = require_trained(self.method), self.load_problem()
         if self.device != "cpu":
             raise TiltflowError(f"device {self.device!r}: samplers are trained on the CPU; leave --device out.")
+        row.require_training(self.settings.buffer_rounds, self.settings.accumulate, self.settings.batch)
+        if self.ray is not None:
+            Cluster(self.ray)  # is one there?
         sampler, _ = untrained(problem, row, self.settings, self.seed)
         require_energy(problem, sampler.chain.end_variance**0.5, torch.Generator().manual_seed(self.seed))
 
@@ -110,20 +116,26 @@ class SamplerJob(Named, SamplerConfig):
             "rejected": int(torch.isinf(drawn.energy).sum()),
         }
 
-    def perform(self, work: Work) -> Outcome:
-        """Train, save, draw, assess."""
-        problem, notes = _present(self.load_problem())
-        sampler = train_sampler(
+    def train(self, work: Work) -> Sampler:
+        """Train on the energy."""
+        problem = _present(self.load_problem())[0]
+        energy = problem.energy if self.ray is None else ClusterEnergy(problem.energy, Cluster(self.ray))
+        return train_sampler(
             problem,
             self.method,
             self.settings,
             seed=self.seed,
+            energy=Evaluator(energy),
             checkpoint=work.checkpoint,
             resume=work.resume,
             callback=lambda row: work.round(row, "training", self.settings.rounds, live(row)),
         )
-        sampler.save_weights(work.path)
-        return outcome(sampler, self.samples, self.compared, self.seed, notes, work.tell)
+
+    def judge(self, model: Sampler, work: Work) -> Outcome:
+        """Save, draw, assess."""
+        model.save_weights(work.path)
+        notes = _present(self.load_problem())[1]
+        return outcome(model, self.samples, self.compared, self.seed, notes, work.tell)
 
 
 @settings
@@ -136,15 +148,18 @@ class AutomaticJob(Named, AutomaticConfig):
         """Find misuse: what the energy returns where the population starts."""
         if self.device != "cpu":
             raise TiltflowError(f"device {self.device!r}: the stages run on the CPU; leave --device out.")
+        if world().size > 1:
+            raise TiltflowError("sample-energy trains nothing that processes could share: run it in one process.")
         problem = self.load_problem()
         require_energy(problem, problem.scale, torch.Generator().manual_seed(self.seed))
 
-    def perform(self, work: Work) -> Outcome:
-        """Sample, assess."""
-        problem, notes = _present(self.load_problem())
-        return sample(problem, self.samples, self.settings, seed=self.seed, tell=work.tell).outcome(
-            self.compared, self.seed, notes, work.tell
-        )
+    def train(self, work: Work) -> Sampled:
+        """Sample: nothing is trained."""
+        return sample(_present(self.load_problem())[0], self.samples, self.settings, seed=self.seed, tell=work.tell)
+
+    def judge(self, model: Sampled, work: Work) -> Outcome:
+        """Assess."""
+        return model.outcome(self.compared, self.seed, _present(self.load_problem())[1], work.tell)
 
 
 def require_energy(problem: EnergyProblem, scale: float, generator: torch.Generator) -> None:

@@ -123,10 +123,12 @@ class SamplerConfig(EnergyConfig):
 
     Args:
         method: The method; see tiltflow list methods.
+        ray: Address of a Ray cluster that evaluates the energy, or local; none: this process.
         settings: Of the training.
     """
 
     method: str = DEFAULT_METHOD
+    ray: str | None = None
     settings: SamplerSettings = SamplerSettings()
 
 

@@ -157,7 +157,7 @@ def train_sampler(
     """
     row = require_trained(method)
     s = settings or SamplerSettings.of(method, problem.settings)
-    row.require_training(s.buffer_rounds, s.accumulate)
+    row.require_training(s.buffer_rounds, s.accumulate, s.batch)
     sampler, trainer = untrained(problem, row, s, seed, energy, net)
     state = State(sampler.control, torch.Generator().manual_seed(seed))
     sampler.history.extend(fit(trainer, state, s, checkpoint, resume, callback))

@@ -116,11 +116,11 @@ class TiltJob(TiltConfig):
         row["reward"] = float(spec.reward(x, **condition).detach().mean())
         return {"samples": x, **condition, **weights}, row
 
-    def perform(self, work: Work) -> Outcome:
-        """Train, save, judge."""
+    def train(self, work: Work) -> TiltedModel:
+        """Fine-tune the base."""
         spec, base = self.load_reward(), self.load_base()
         base, process = starting(self, base, spec, self.settings.rank)
-        model = finetune(
+        return finetune(
             base,
             spec.reward,
             self.strength,
@@ -135,6 +135,10 @@ class TiltJob(TiltConfig):
             callback=lambda row: work.round(row, "fine-tuning", self.settings.rounds),
             tell=work.tell,
         )
+
+    def judge(self, model: TiltedModel, work: Work) -> Outcome:
+        """Save and judge."""
+        spec = self.load_reward()
         model.save_weights(work.path)
         how = Evaluation(
             spec.judges, cases(spec, torch.Generator(self.device).manual_seed(self.seed + 1)), spec.adapt is None,

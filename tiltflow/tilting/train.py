@@ -120,7 +120,7 @@ def require_applies(row: Row, base: Process, settings: FinetuneSettings, conditi
         )
     if "interpolant" in row.needs and (settings.sigma is not None or settings.chi != 0):
         raise TiltflowError(f"the method {row.name!r} needs the memoryless schedule: leave out sigma and chi.")
-    row.require_training(settings.buffer_rounds, settings.accumulate)
+    row.require_training(settings.buffer_rounds, settings.accumulate, settings.batch)
 
 
 def require_start(base: Process, tuned: Process, generator: torch.Generator, conditions: Conditions | None) -> None:

@@ -1,11 +1,14 @@
-"""Training items of the last rounds: tensors that share their first axis, saved with the run."""
+"""Training items of the last rounds: tensors that share their first axis, saved with the run. Processes hold shares."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
+from tiltflow.train.distributed import Part, part_of, world
 
 Material = dict[str, Tensor]
 PREFIX = "condition."
@@ -56,12 +59,24 @@ class Buffer:
         rows = self.rounds * self.newest
         self.items = {name: torch.cat([kept[name], v])[-rows:] if kept else v for name, v in material.items()}
 
-    def batches(self, size: int | None, count: int, generator: torch.Generator) -> list[Material]:
-        """``count`` mini-batches of ``size`` rows without replacement (everything, once each, if size is None)."""
-        if size is None or size >= len(self):
-            return [self.items] * count
-        rows = [torch.randperm(len(self), generator=generator, device=generator.device)[:size].cpu() for _ in range(count)]
-        return [{name: v[r] for name, v in self.items.items()} for r in rows]
+    def batches(
+        self, size: int | None, count: int, generator: torch.Generator, most: int | None = None
+    ) -> Iterator[list[tuple[Material, Part]]]:
+        """``count`` mini-batches of ``size`` rows of all processes, without replacement, in parts of at most ``most`` rows.
+
+        Everything, once each, if size is None. A part comes with the rows that are here.
+        """
+        n = len(self) * world().size
+        whole = size is None or size >= n
+        picks = [
+            None if whole else torch.randperm(n, generator=generator, device=generator.device)[:size].cpu()
+            for _ in range(count)
+        ]
+        for picked in picks:
+            rows = n if picked is None else len(picked)
+            starts = range(0, rows, most or rows)
+            parts = [part_of(picked, i, min(i + (most or rows), rows), rows) for i in starts]
+            yield [({name: v[part.rows] for name, v in self.items.items()}, part) for part in parts]
 
     def state_dict(self) -> Material:
         """What the next round leaves of the items, to be saved."""

@@ -2,15 +2,15 @@ r"""The one training loop: collect → buffer → gradient steps, for every trai
 
 Adam with gradient clipping, a learning rate that falls in a cosine, and an exponential moving average of the weights. It
 ends after its rounds, or where more would not help (:mod:`tiltflow.train.criterion`). All that changes is in one checkpoint
-(:mod:`tiltflow.train.checkpoint`), so a resumed run equals an uninterrupted one bit for bit on the same machine. Of several
-processes (:mod:`tiltflow.train.distributed`) each collects and checkpoints for itself; gradients are averaged.
+(:mod:`tiltflow.train.checkpoint`), so a resumed run equals an uninterrupted one bit for bit on the same machine. Several
+processes (:mod:`tiltflow.train.distributed`) share the rows, and train what one would.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from tiltflow.core.errors import TiltflowError
-from tiltflow.train.buffer import Buffer, Material
-from tiltflow.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from tiltflow.train.buffer import Buffer
+from tiltflow.train.checkpoint import Progress, load_checkpoint, pool_counts, save_checkpoint
 from tiltflow.train.criterion import resumed, until
-from tiltflow.train.distributed import any_of, average_gradients
+from tiltflow.train.distributed import agree, align, any_of, draws, mean, sum_gradients
 from tiltflow.train.method import Method, State
 from tiltflow.train.settings import Training
 
@@ -51,7 +51,8 @@ def fit(
         One dict per round: iteration, loss, grad_norm, seconds, processor_seconds, the method's metrics and curves.
 
     Raises:
-        TiltflowError: a non-finite loss (the last checkpoint stays), or nothing to resume.
+        TiltflowError: a non-finite loss (the last checkpoint stays), nothing to resume, processes that do not start alike.
+        LostProcess: another process died or hangs (the last checkpoint stays).
     """
     module = state.control.module
     others = [p for item in method.auxiliary.values() if isinstance(item, nn.Module) for p in item.parameters()]
@@ -61,6 +62,7 @@ def fit(
     now = Progress(method, state, weights, average, optimiser, Buffer(settings.buffer_rounds), [])
     if resume:
         load_checkpoint(checkpoint, now)
+    agree(state.iteration, [*module.parameters(), *module.buffers()], state.generator)
     end = resumed(now.history, settings.rounds)
     while state.iteration < min(settings.rounds, end or settings.rounds):
         now.history.append(row := _round(now, others, settings, end))
@@ -69,12 +71,13 @@ def fit(
             end = end or until(now.history, settings.tolerance, settings.minutes)
             row |= {"until": end, "at_most": settings.rounds}
         last = state.iteration == min(settings.rounds, end or settings.rounds)
-        enough = any_of(callback is not None and callback(row) is True, weights[0].device)
+        enough = any_of(callback is not None and callback(row) is True)
         due = state.iteration % settings.checkpoint_every == 0 or last
         if checkpoint is not None and (enough or due):
             save_checkpoint(checkpoint, now)
         if enough:
             break
+    pool_counts(now)
     with torch.no_grad():
         for a, p in zip(average, weights, strict=True):
             p.copy_(a)
@@ -85,19 +88,23 @@ def _round(now: Progress, others: list[nn.Parameter], settings: Training, end: i
     """One round: collect, take the gradient steps, move the average. Returns its metrics."""
     started, busy = time.perf_counter(), time.process_time()
     method, state, optimiser = now.method, now.state, now.optimiser
-    collected = method.collect(state)
+    align(state.generator)
+    with draws():
+        collected = method.collect(state)
+    align(state.generator)
     now.buffer.add(collected.material)
     for group in optimiser.param_groups:
         group["lr"] = settings.rate(state.iteration, end)
     loss_sum = norm_sum = 0.0
-    for batch in now.buffer.batches(settings.minibatch, settings.gradient_steps, state.generator):
+    for batch in now.buffer.batches(settings.minibatch, settings.gradient_steps, state.generator, settings.accumulate):
         optimiser.zero_grad(set_to_none=True)
         value = 0.0
-        for part, share in _parts(batch, settings.accumulate):
-            loss = share * method.loss(state.control, part, state.generator)
+        for rows, part in batch:
+            with draws(part):
+                loss = part.share * method.loss(state.control, rows, state.generator)
             loss.backward()
             value += loss.item()
-        average_gradients([*now.weights, *others])
+        value = sum_gradients([*now.weights, *others], value)
         bound = math.inf if settings.gradient_clip is None else settings.gradient_clip
         norm = float(torch.nn.utils.clip_grad_norm_([*now.weights, *others], bound))
         if not math.isfinite(value) or not math.isfinite(norm):
@@ -111,8 +118,7 @@ def _round(now: Progress, others: list[nn.Parameter], settings: Training, end: i
         decay = min(settings.ema, (1 + state.iteration) / (10 + state.iteration))
         for a, p in zip(now.average, now.weights, strict=True):
             a.lerp_(p, 1 - decay)
-    return {
-        "iteration": state.iteration,
+    row: dict[str, Any] = {
         "loss": loss_sum / settings.gradient_steps,
         "grad_norm": norm_sum / settings.gradient_steps,
         **collected.metrics,
@@ -120,11 +126,4 @@ def _round(now: Progress, others: list[nn.Parameter], settings: Training, end: i
         "seconds": time.perf_counter() - started,
         "processor_seconds": time.process_time() - busy,
     }
-
-
-def _parts(batch: Material, size: int | None) -> Iterator[tuple[Material, float]]:
-    """The rows, ``size`` at a time, each with its share of all."""
-    n = len(next(iter(batch.values())))
-    for i in range(0, n, size or n):
-        part = {name: v[i : i + (size or n)] for name, v in batch.items()}
-        yield part, len(next(iter(part.values()))) / n
+    return {"iteration": state.iteration, **mean(row)}
