@@ -48,7 +48,7 @@ class LearnedMatrices(nn.Module):
         n, like = len(t) - 1, self.net.last.weight
         early, late = (v.reshape(-1).to(like) for v in torch.meshgrid(t[1:], t[1:], indexing="ij"))
         stay = (-self.log_gamma.exp() * (late - early).clamp_min(0.0)).exp()[:, None, None]
-        eye = torch.eye(self.dim).to(like)
+        eye = torch.eye(self.dim, dtype=like.dtype, device=like.device)
         net = self.net(late[:, None], early).reshape(-1, self.dim, self.dim)
         return (stay * eye + (1 - stay) * net).reshape(n, n, self.dim, self.dim)
 
@@ -154,7 +154,7 @@ class SOCM(Method):
             control,
             self.chain,
             material["x"].flatten(0, 1),
-            torch.arange(steps).repeat(paths),
+            torch.arange(steps, device=a_next.device).repeat(paths),
             a_next.flatten(0, 1),
             material["base_mean"].flatten(0, 1),
             **condition,

@@ -56,14 +56,16 @@ class Buffer:
             self.items = dict(material)
             return
         newest = self.rounds * lengths.pop()
-        self.items = {name: torch.cat([old, material[name]])[-newest:] for name, old in self.items.items()}
+        for name, new in material.items():
+            old = self.items[name].to(new.device)  # of a checkpoint it is on the CPU
+            self.items[name] = torch.cat([old, new])[-newest:]
 
     def batches(self, size: int | None, count: int, generator: torch.Generator) -> list[Material]:
         """``count`` mini-batches of ``size`` rows without replacement (everything, once each, if size is None)."""
         if size is None or size >= len(self):
             return [self.items] * count
-        rows = [torch.randperm(len(self), generator=generator, device=generator.device)[:size].cpu() for _ in range(count)]
-        return [{name: v[r] for name, v in self.items.items()} for r in rows]
+        rows = [torch.randperm(len(self), generator=generator, device=generator.device)[:size] for _ in range(count)]
+        return [{name: v[r.to(v.device)] for name, v in self.items.items()} for r in rows]
 
     def state_dict(self) -> Material:
         """The items, to be saved."""
