@@ -18,12 +18,31 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 import tiltflow
 
 NAME = "pretend"
-_setup_privateuseone_for_python_backend(rename=NAME)
+_now: "Accelerator | None" = None
+
+
+class Backend(_DummyBackendModule):
+    """What PyTorch asks of ``torch.pretend``."""
+
+    def is_available(self):
+        return _now is not None
+
+    def device_count(self):
+        return int(_now is not None)
+
+    def get_rng_state(self, device=None):
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state, device=None):
+        """Its numbers are those of the CPU, whose state is put back anyway."""
+
+
+_setup_privateuseone_for_python_backend(rename=NAME, backend_module=Backend())
 DEVICE = torch.device(NAME, 0)
 PACKAGE = str(Path(tiltflow.__file__).parent)
 CPU = torch.device("cpu")
@@ -52,7 +71,6 @@ class NoFloat64(TypeError):
     """What MPS says of float64."""
 
 
-_now: "Accelerator | None" = None
 _GENERATORS: set[int] = set()
 """Those of the device, by address: PyTorch hands operations a bare object for them."""
 

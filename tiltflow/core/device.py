@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -22,6 +25,14 @@ def beside(values: Tensor, x: Tensor) -> Tensor:
 def double(x: Tensor) -> Tensor:
     """x in float64 on the CPU: accelerators are slow at it, or, as MPS, cannot. For log weights and what is judged."""
     return x.to("cpu", torch.float64)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """PyTorch's own generator of the CPU, seeded for a while: layers draw their initial weights from it, and only there."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def companion(generator: torch.Generator, device: torch.device) -> torch.Generator:

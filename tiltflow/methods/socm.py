@@ -140,7 +140,7 @@ class SOCM(Method):
             "base_mean": paths.base_mean[: len(c)].transpose(0, 1),
             "c": c.transpose(0, 1),
             "y": y.transpose(0, 1),
-            "weight": (normalised(paths.log_weight) * self.batch).to(x0.dtype),
+            "weight": (normalised(paths.log_weight) * self.batch).to(x0),
             **condition_rows(condition),
         }
         return Round(material, paths.metrics(self.cost), {})

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tiltflow.core.control import DriftControl, StepVariance
+from tiltflow.core.device import seeded
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import as_json, from_json
 from tiltflow.methods.several import SeveralAdjointSampling
@@ -121,8 +122,7 @@ def train_amortised(
         _, evaluators = torsion_energies(one.energy, settings.kelvin, one.templates, one.torsions)
         samplers += [target(e, len(one.torsions.atoms), s) for e in evaluators]
     table = systems([(one.molecule, one.torsions, x) for one in prepared for x in one.templates])
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         control = _control(TorsionNet(table, s.hidden, s.layers, noise=_noise(s)), s)
     method = SeveralAdjointSampling(samplers, min(settings.visited, len(samplers)))
     state = State(control, torch.Generator().manual_seed(seed))

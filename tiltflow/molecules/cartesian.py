@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tiltflow.core.brownian import BrownianChain, geometric_chain
 from tiltflow.core.control import DriftControl, StepVariance
+from tiltflow.core.device import seeded
 from tiltflow.core.geometry import Centred
 from tiltflow.energies import Evaluator
 from tiltflow.energies.cost import EnergyCost
@@ -124,8 +125,7 @@ def train_cartesian(
     regular = regulariser(molecule, reference)
     evaluator = Evaluator(CartesianEnergy(Reduced(energy, kelvin, zero), regular))
     noise = partial(noise_left, "geometric", s.sigma_max, s.sigma_min)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         net = MoleculeNet(molecule, reference, noise, s.hidden, s.layers)
         corrector = MoleculeNet(molecule, reference, noise, s.hidden // 2, 1)  # smooth, and of t = 1 only
     control = DriftControl(StepVariance(net, s.steps), s.sigma_min)

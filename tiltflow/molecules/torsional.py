@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tiltflow.core.brownian import BrownianChain, geometric_chain
 from tiltflow.core.control import DriftControl, StepVariance
+from tiltflow.core.device import seeded
 from tiltflow.core.geometry import Torus
 from tiltflow.energies import Evaluator
 from tiltflow.energies.cost import EnergyCost
@@ -111,8 +112,7 @@ def train_torsional(
     s = (settings or TorsionalSettings()).of(dim)
     zero, evaluators = torsion_energies(energy, kelvin, templates, torsions)
     samplers = [target(e, dim, s) for e in evaluators]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         control = DriftControl(StepVariance(SystemMLP(len(templates), dim, s.hidden, s.layers), s.steps), s.sigma_min)
     method = SeveralAdjointSampling(samplers, len(samplers))
     state = State(control, torch.Generator().manual_seed(seed))

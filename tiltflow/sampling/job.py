@@ -60,10 +60,8 @@ class SamplerJob(SamplerConfig):
             TiltflowError: naming the setting, or the question of ``check_energy`` that the energy fails.
         """
         row, problem = require_trained(self.method), self.load_problem()
-        if self.device != "cpu":
-            raise TiltflowError(f"device {self.device!r}: samplers are trained on the CPU; leave --device out.")
         sampler, _ = untrained(problem, row, self.settings, self.seed)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator(self.device).manual_seed(self.seed)
         report = check_energy(
             problem.energy,
             base_draws(problem, TRIAL, generator, sampler.chain.end_variance**0.5),
@@ -80,10 +78,8 @@ class SamplerJob(SamplerConfig):
 
     def load(self, folder: Path, device: str = "cpu", problem: EnergyProblem | None = None) -> Sampler:
         """The sampler of a finished run folder; ``problem`` replaces the one that it names."""
-        if device != "cpu":
-            raise TiltflowError(f"device {device!r}: samplers run on the CPU; leave --device out.")
         row = require_trained(self.method)
-        sampler, _ = untrained(problem or self.load_problem(), row, self.settings, self.seed)
+        sampler, _ = untrained(problem or self.load_problem(), row, self.settings, self.seed, device=device)
         load_weights(folder / WEIGHTS, sampler.control.module)
         return sampler
 
@@ -109,6 +105,7 @@ class SamplerJob(SamplerConfig):
             self.method,
             self.settings,
             seed=self.seed,
+            device=self.device,
             checkpoint=work.checkpoint,
             resume=work.resume,
             callback=lambda row: work.round(row, "training", self.settings.rounds, live(row)),

@@ -81,7 +81,7 @@ class SamplerConfig:
         finest: Its finest detail.
         method: The method; see tiltflow list methods.
         seed: Seed of every random number.
-        device: Device of torch; samplers run on the CPU.
+        device: Device of torch: cpu, cuda, cuda:1, mps, or auto for the fastest there is.
         samples: Samples that are drawn from the result.
         compared: Of them those that distances to the reference are computed on.
         settings: Of the training.

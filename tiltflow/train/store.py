@@ -33,7 +33,7 @@ def write_text(path: Path, text: str) -> None:
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = f"t{len(tensors)}"
-        tensors[name] = value.detach().contiguous().clone()
+        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, dict):
         return {"pairs": [[key, _encode(v, tensors)] for key, v in value.items()]}
@@ -96,6 +96,6 @@ def save_weights(
 ) -> None:
     """Write a module's weights as plain safetensors (cast to ``dtype``, if given), atomically."""
     part = path.with_name(path.name + ".part")
-    save_file({name: v.detach().to(dtype or v.dtype).contiguous().clone() for name, v in module.state_dict().items()},
+    save_file({name: v.detach().to("cpu", dtype or v.dtype).contiguous().clone() for name, v in module.state_dict().items()},
               part, metadata)  # fmt: skip
     os.replace(part, path)
