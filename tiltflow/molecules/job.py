@@ -33,11 +33,6 @@ RECENT = 20
 FILES = (".smi", ".sdf")
 
 
-def _require_cpu(device: str) -> None:
-    if device != "cpu":
-        raise TiltflowError(f"device {device!r}: conformers are computed on the CPU; leave --device out.")
-
-
 def _require_energies(molecules: list[Molecule], *energies: str | None) -> None:
     """Open the energies for the first molecule that they take, or not at all; of a lone molecule it must be taken.
 
@@ -101,12 +96,11 @@ class ConformersJob(ConformersConfig):
         return from_json(cls, fields, str(folder / "config.json"))
 
     def check(self) -> None:
-        """Find misuse: the device, the input, the energies, the model.
+        """Find misuse: the input, the energies, the model.
 
         Raises:
             TiltflowError: of these; of a SMILES also why it is refused.
         """
-        _require_cpu(self.device)
         read = self.molecules
         if self.alone and read.rejects:
             raise TiltflowError(f"{self.input}: {read.rejects[0].reason}.")
@@ -118,7 +112,6 @@ class ConformersJob(ConformersConfig):
 
     def load(self, folder: Path, device: str = "cpu") -> list[Ensemble]:
         """The ensembles of a run folder, or of one that an ensemble was saved in; without those that were refused."""
-        _require_cpu(device)
         require_rdkit()
         from tiltflow.molecules.run import ensembles_of
 
@@ -130,7 +123,7 @@ class ConformersJob(ConformersConfig):
         from tiltflow.molecules.run import make_all
         from tiltflow.molecules.write import write_conformers, write_rejects
 
-        made = make_all(self.molecules, self.anchored, self.seed, self.cover, work.path, work.tell)
+        made = make_all(self.molecules, self.anchored, self.seed, self.cover, work.path, work.tell, self.device)
         if self.alone and made.refused:
             raise TiltflowError(f"{self.input}: {made.refused[0].reason}.")
         write_conformers(work.path, made.found)
@@ -203,17 +196,15 @@ class ConformerTrainingJob(ConformerTrainingConfig):
         return from_json(cls, fields, str(folder / "config.json"))
 
     def check(self) -> None:
-        """Find misuse: the device, the input, the energy."""
-        _require_cpu(self.device)
+        """Find misuse: the input, the energy."""
         _require_energies(self.chosen, self.settings.energy)
 
     def load(self, folder: Path, device: str = "cpu") -> Amortised:
         """The model of a finished run folder."""
-        _require_cpu(device)
         require_rdkit()
         from tiltflow.molecules.amortised import load_amortised
 
-        return load_amortised(folder / MODEL)
+        return load_amortised(folder / MODEL, device)
 
     def perform(self, work: Work) -> Outcome:
         """Train, with checkpoints, and write the model."""
@@ -227,7 +218,7 @@ class ConformerTrainingJob(ConformerTrainingConfig):
             work.round(row, "training", rounds, f"energy {row['energy']:.1f} kT, ESS {row['ess']:.3f}")
 
         resume = work.resume and work.checkpoint.is_file()
-        model = train_amortised(prepared, self.settings, self.seed, work.checkpoint, resume, report)
+        model = train_amortised(prepared, self.settings, self.seed, work.checkpoint, resume, report, self.device)
         save_amortised(work.path / MODEL, model)
         last = model.history[-RECENT:]
         summary = {

@@ -45,15 +45,18 @@ def silent(done: int, total: int, said: str) -> None:
 
 
 def make(
-    molecule: Molecule, settings: ConformerSettings, seed: int, cover: bool = False, progress: Progress = silent
-) -> Ensemble:
+    molecule: Molecule, settings: ConformerSettings, seed: int, cover: bool = False, progress: Progress = silent,
+    device: str = "cpu",
+) -> Ensemble:  # fmt: skip
     """All samples of one molecule, and where they come from; or, with ``cover``, conformers that cover its minima.
+
+    The networks are on the ``device``.
 
     Raises:
         UnsupportedMolecule: the energy does not take it.
         TiltflowError: no geometry, a missing package, divergence.
     """
-    e = (covering_ensemble if cover else generate)(molecule, settings, seed, progress)
+    e = (covering_ensemble if cover else generate)(molecule, settings, seed, progress, device)
     said = {"tiltflow_version": __version__, "energy_model": settings.energy, "seed": str(seed)}
     return replace(e, provenance={**said, "sampling_temperature": f"{e.sampling_temperature:g} K", **e.provenance})
 
@@ -73,7 +76,9 @@ def sound(ensemble: Ensemble) -> tuple[Ensemble, list[str | None]]:
     return ensemble.keep(torch.tensor([fault is None for fault in faults], dtype=torch.bool)), faults
 
 
-def make_all(read: Read, settings: ConformerSettings, seed: int, cover: bool, folder: Path, tell: Tell) -> Made:
+def make_all(
+    read: Read, settings: ConformerSettings, seed: int, cover: bool, folder: Path, tell: Tell, device: str = "cpu"
+) -> Made:
     """Ensembles of all molecules; molecule i has seed ``seed + i``.
 
     A conformer with a fault (:func:`~tiltflow.molecules.audit.audit`), or without a finite energy or a weight, is left out
@@ -83,7 +88,8 @@ def make_all(read: Read, settings: ConformerSettings, seed: int, cover: bool, fo
     faulty: list[Reject] = []
     paths = [folder / state_file(i) for i in range(len(read.molecules))]
     jobs = [(path, m, settings, seed + i, cover) for i, (path, m) in enumerate(zip(paths, read.molecules))]
-    _generate_all([job for job in jobs if not (job[0].is_file() and load_state(job[0]).get("of") == _of(*job[2:]))], tell)
+    left = [job for job in jobs if not (job[0].is_file() and load_state(job[0]).get("of") == _of(*job[2:]))]
+    _generate_all(left, tell, device)
     for path, molecule, line in zip(paths, read.molecules, read.lines):
         ensemble, state = read_ensemble(path), load_state(path)
         if ensemble is None:
@@ -112,26 +118,27 @@ def _of(settings: ConformerSettings, seed: int, cover: bool) -> str:
     return json.dumps([as_json(settings), seed, cover])
 
 
-def _generate_all(jobs: list[tuple[Path, Molecule, ConformerSettings, int, bool]], tell: Tell) -> None:
-    """One process per core and molecule; a lone molecule, or a lone core, stays in this process and shows more."""
-    workers = min(len(jobs), torch.get_num_threads())
+def _generate_all(jobs: list[tuple[Path, Molecule, ConformerSettings, int, bool]], tell: Tell, device: str) -> None:
+    """One process per core and molecule; a lone molecule, core or accelerator stays in this process and shows more."""
+    workers = min(len(jobs), torch.get_num_threads()) if device == "cpu" else 1
     if workers <= 1:
         for k, job in enumerate(jobs, 1):
-            _keep(*job, partial(tell, f"{k}/{len(jobs)} {job[1].name}"))
+            _keep(*job, device, partial(tell, f"{k}/{len(jobs)} {job[1].name}"))
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        running = {pool.submit(_keep, *job): job[1].name for job in jobs}
+        running = {pool.submit(_keep, *job, device): job[1].name for job in jobs}
         for done, future in enumerate(as_completed(running), 1):
             future.result()
             tell("molecules", done, len(jobs), running[future])
 
 
 def _keep(
-    path: Path, molecule: Molecule, settings: ConformerSettings, seed: int, cover: bool, progress: Progress = silent
-) -> None:
+    path: Path, molecule: Molecule, settings: ConformerSettings, seed: int, cover: bool, device: str,
+    progress: Progress = silent,
+) -> None:  # fmt: skip
     started, of = time.perf_counter(), _of(settings, seed, cover)
     try:
-        ensemble = make(molecule, settings, seed, cover, progress)
+        ensemble = make(molecule, settings, seed, cover, progress, device)
     except UnsupportedMolecule as error:
         save_state(path, {"refused": error.reason, "of": of})
         return
