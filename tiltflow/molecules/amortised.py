@@ -112,7 +112,7 @@ def train_amortised(
     callback: Callback | None = None,
     device: str = "cpu",
 ) -> Amortised:
-    """Train on all templates of all molecules, the network on a device; the three before it as in :func:`~tiltflow.train.fit.fit`.
+    """Train on all templates of all molecules, the network on a device; the rest as in :func:`~tiltflow.train.fit.fit`.
 
     Raises:
         TiltflowError: divergence, an energy that is not finite on most draws.

@@ -79,7 +79,7 @@ def chosen(molecule: Molecule, drawn: Tensor, n: int) -> Covering:
 
 
 def covering_ensemble(
-    molecule: Molecule, settings: ConformerSettings, seed: int, progress: Callable[[int, int, str], None], device: str = "cpu"
+    molecule: Molecule, settings: ConformerSettings, seed: int, progress: Callable[[int, int, str], None], device: str
 ) -> Ensemble:
     """:func:`covering`, relaxed, with MMFF94 energies and without weights: they were chosen, not drawn."""
     made = covering(molecule, settings.n, seed, settings.model, progress, device)
