@@ -169,7 +169,7 @@ def accelerator(kind="cuda"):
     before, _now = (torch.Generator, _now), Accelerator(kind)
     torch.Generator = Generator
     try:
-        with _now:
+        with _now, torch.autograd.set_multithreading_enabled(False):  # a thread of the device would not know the rules
             yield _now
     finally:
         torch.Generator, _now = before

@@ -29,16 +29,17 @@ def single_precision():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture(params=["cuda", "mps"])
-def device(request):
-    with pretend.accelerator(request.param) as made:
+@pytest.fixture
+def device():
+    """As MPS, which refuses all that CUDA refuses, and float64 besides."""
+    with pretend.accelerator("mps") as made:
         yield made
 
 
 def agree(here, there):
     """The last rounds of two histories, without their clocks."""
     for name, value in there[-1].items():
-        if "seconds" not in name and not isinstance(value, list):
+        if isinstance(value, float) and "seconds" not in name:
             assert here[-1][name] == pytest.approx(value, rel=2e-3, abs=1e-5, nan_ok=True), name
 
 
@@ -212,49 +213,41 @@ def finetune_command(out, *more):
 
 
 def test_a_run_is_resumed_and_opened_elsewhere(tmp_path, device):
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert finetune_command(whole, "--rounds", "4").returncode in (0, 3)
-    assert finetune_command(halves, "--rounds", "2").returncode in (0, 3)
-    done = finetune_command(halves, "--rounds", "4", "--resume")
-    assert done.returncode in (0, 3), done.stderr
-    first, second = (tf.load(folder).sample(5) for folder in (whole, halves))  # on the CPU
-    assert first.device.type == "cpu" and torch.equal(first, second)
+    whole = tmp_path / "whole"
+    for more in (("--rounds", "2"), ("--rounds", "3", "--resume")):
+        done = finetune_command(whole, *more)
+        assert done.returncode in (0, 3), done.stderr
+    first = tf.load(whole).sample(5)
+    assert first.device.type == "cpu"
     assert torch.allclose(tf.load(whole, device="pretend").sample(5).cpu(), first, atol=1e-4)
     assert json.loads((whole / "config.json").read_text())["device"] == "pretend"
-    assert tiltflow("sample", whole, "-n", 5, "--device", "pretend", "--out", tmp_path / "x.safetensors").returncode == 0
-    assert tiltflow("sample", whole, "-n", 5, "--exact", "--device", "pretend", "--out", tmp_path / "y.safetensors").returncode == 0
+    for name, more in (("x", ()), ("y", ("--exact",))):
+        drawn = tmp_path / f"{name}.safetensors"
+        assert tiltflow("sample", whole, "-n", 5, "--device", "pretend", "--out", drawn, *more).returncode == 0
 
 
-@pytest.mark.parametrize("forgotten", ["generator", "optimiser", "average", "weights", "buffer", "iteration"])
-def test_a_resume_that_forgets_something_is_found(tmp_path, monkeypatch, forgotten):
-    """The test above can fail: of each part of a checkpoint."""
+def test_a_resume_that_forgets_something_is_found(tmp_path, monkeypatch, device):
+    """Stopped after two rounds of four and resumed, a run is the whole one, but not if a part of the checkpoint is lost."""
+    file, load = tmp_path / "c.safetensors", checkpoints.load_state
+    settings = FinetuneSettings(
+        **FEW | {"rounds": 4, "buffer_rounds": 3, "checkpoint_every": 1, "variance_samples": 16, "tolerance": None}
+    )
 
-    def trained(rounds, resume=False):
+    def trained(stop=4, **how):
         base = models.process()
         base.model.to("pretend")
-        settings = FinetuneSettings(
-            **FEW | {"rounds": rounds, "buffer_rounds": 3, "checkpoint_every": 1, "variance_samples": 16, "tolerance": None}
-        )
-        return tf.finetune(
-            base, models.right, 1.0, settings=settings, device="pretend", checkpoint=tmp_path / "c.safetensors", resume=resume
-        )
+        how["callback"] = lambda row: row["iteration"] + 1 == stop
+        model = tf.finetune(base, models.right, 1.0, settings=settings, device="pretend", checkpoint=file, **how)
+        return torch.cat([p.detach().flatten().cpu() for p in model.module.parameters()])
 
-    def left(path):
-        fresh = {"generator": torch.Generator().get_state(), "buffer": {}, "iteration": 0}
-        saved = whole_of(path)
-        saved[forgotten] = fresh.get(forgotten, start[forgotten])
-        return saved
-
-    whole_of = checkpoints.load_state
-    with pretend.accelerator():
-        expected = trained(4).sample(5).cpu()
-        trained(1)
-        start = whole_of(tmp_path / "c.safetensors")
-        trained(2)
-        assert torch.equal(trained(4, resume=True).sample(5).cpu(), expected)
-        trained(2)
-        monkeypatch.setattr(checkpoints, "load_state", left)
-        assert not torch.equal(trained(4, resume=True).sample(5).cpu(), expected)
+    whole, _ = trained(), trained(1)
+    start, _ = load(file) | {"generator": torch.Generator().get_state(), "buffer": {}, "iteration": 0}, trained(2)
+    saved = load(file)
+    monkeypatch.setattr(checkpoints, "load_state", lambda path: saved)
+    assert torch.equal(trained(resume=True), whole)
+    for forgotten in ("generator", "optimiser", "average", "weights", "buffer", "iteration"):
+        monkeypatch.setattr(checkpoints, "load_state", lambda path, part=forgotten: saved | {part: start[part]})
+        assert not torch.equal(trained(resume=True), whole), forgotten
 
 
 # --- planted faults, each in one round of training
@@ -278,7 +271,8 @@ def numpy_at_once(x):
 
 @pytest.mark.parametrize("fault", [cpu_constant, cpu_generator, double_precision, numpy_at_once])
 def test_planted_faults_are_found(fault):
-    with pretend.accelerator("mps"), pytest.raises((RuntimeError, TiltflowError, TypeError), match="device|generator|MPS|numpy"):
+    said = pytest.raises((RuntimeError, TiltflowError, TypeError), match="device|generator|MPS|numpy")
+    with pretend.accelerator("mps"), said:
         tuned("pretend", reward=fault)
 
 
@@ -303,7 +297,7 @@ def test_every_energy_is_sampled_and_judged(name, device):
     problem = ENERGY_PROBLEMS[name]()
     here, there = (trained_sampler(place, problem, "weighted_adjoint_sampling") for place in (device, "cpu"))
     agree(here.history, there.history)
-    found, expected = (sampler.verdict(64, 16) for sampler in (here, there))
+    found, expected = (sampler.verdict(32, 8) for sampler in (here, there))
     assert [line.name for line in found.lines] == [line.name for line in expected.lines]
 
 
@@ -316,13 +310,12 @@ class OnHost:
 
 
 def test_energies_of_the_host(tmp_path, device):
-    (tmp_path / "host.py").write_text("from test_device import OnHost\n")
-    (tmp_path / "weights.txt").write_text("")
     space = ("--shape", "2", "--scale", "2", "--finest", "0.1", "--device", "pretend")
     small = ("--rounds", "2", "--batch", "16", "--steps", "4", "--draw-steps", "4", "--hidden", "8", "--samples", "64")
     done = tiltflow("train-sampler", "test_device:OnHost", *space, *small, "--out", tmp_path / "run", cwd=HERE)
     assert done.returncode in (0, 3), done.stderr
-    assert tf.load(tmp_path / "run", problem=ENERGY_PROBLEMS["gaussian2d"](), device="pretend").sample(3).x.device == pretend.DEVICE
+    again = tf.load(tmp_path / "run", problem=ENERGY_PROBLEMS["gaussian2d"](), device="pretend")
+    assert again.sample(3).x.device == pretend.DEVICE
     checked = tiltflow("check-energy", "gmm9", "--samples", "64", "--device", "pretend")
     assert checked.returncode in (0, 3), checked.stderr
 
