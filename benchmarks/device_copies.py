@@ -1,8 +1,8 @@
 """Copies and waits per round: ``python benchmarks/device_copies.py --out benchmarks/results/device-copies.json``
 
-A round of training on the pretend device of the tests, which counts copies between host and device, and the times that the
-host waits for the device. ``copies`` and ``waits`` are those of one round; ``each_step`` is how many of both one more step of
-the simulation costs, from runs of two lengths: what a step loop asks of the host. The claim: nothing.
+A round of training on the pretend device of the tests, which counts copies between host and device, and how often the host
+waits for the device. ``copies`` and ``waits`` are those of one round; ``each_step`` is how many of both one more step of the
+simulation costs, from runs of two lengths: what a step loop asks of the host. The claim: nothing.
 """
 
 from __future__ import annotations

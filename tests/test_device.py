@@ -126,7 +126,7 @@ def test_auto(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
         assert check_device("auto") == found
-    with pytest.raises(TiltflowError, match="'warp' is not usable here"):
+    with pytest.raises(TiltflowError, match=r"device 'warp' is not usable here"):
         check_device("warp")
 
 
@@ -271,7 +271,7 @@ def numpy_at_once(x):
 
 @pytest.mark.parametrize("fault", [cpu_constant, cpu_generator, double_precision, numpy_at_once])
 def test_planted_faults_are_found(fault):
-    said = pytest.raises((RuntimeError, TiltflowError, TypeError), match="device|generator|MPS|numpy")
+    said = pytest.raises((RuntimeError, TiltflowError, TypeError), match=r"device|generator|MPS|numpy")
     with pretend.accelerator("mps"), said:
         tuned("pretend", reward=fault)
 
