@@ -152,24 +152,6 @@ def test_every_method_fine_tunes(method, device):
         assert torch.allclose(x.cpu(), there.sample(8), atol=1e-4)
 
 
-def predicting(predicts):
-    def base():
-        network = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.SiLU(), torch.nn.Linear(8, 2))
-
-        class Timed(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.net = network
-
-            def forward(self, x, t):
-                return 0.5 * x + self.net(torch.cat([x, t[:, None]], 1))
-
-        torch.manual_seed(0)
-        return tf.Process(tf.Linear(), Timed(), predicts, (2,))
-
-    return base
-
-
 @pytest.mark.parametrize(
     "changes",
     [
