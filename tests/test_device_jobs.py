@@ -72,8 +72,8 @@ def test_molecules(device, tmp_path):  # noqa: F811
         done = tiltflow("train-conformers", tmp_path / "two.smi", *more, *there, "--out", tmp_path / "model")
         assert done.returncode == 0, done.stderr
     model = tmp_path / "model" / "model.safetensors"
-    alone = tiltflow("conformers", "CCCO", "--n", "8", *quick, *there, "--out", tmp_path / "alone")
-    drawn = tiltflow("conformers", tmp_path / "two.smi", "--n", "8", "--model", model, *there, "--out", tmp_path / "drawn")
+    alone = tiltflow("conformers", "CCCO", "-n", "8", *quick, *there, "--out", tmp_path / "alone")
+    drawn = tiltflow("conformers", tmp_path / "two.smi", "-n", "8", "--model", model, *there, "--out", tmp_path / "drawn")
     assert alone.returncode in (0, 3) and drawn.returncode in (0, 3), alone.stderr + drawn.stderr
     assert [len(e) for e in tf.load(tmp_path / "drawn")] == [8, 8]
 
