@@ -274,7 +274,14 @@ def test_every_method_samples(method, device):
         assert here.sample(8).x.device == pretend.DEVICE
 
 
-@pytest.mark.parametrize("name", [name for name in ENERGY_PROBLEMS if name != "alanine"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("lj13", "lj55", "gmm40-50d", "many-well") else [])
+        for name in ENERGY_PROBLEMS
+        if name != "alanine"
+    ],
+)
 def test_every_energy_is_sampled_and_judged(name, device):
     problem = ENERGY_PROBLEMS[name]()
     here, there = (trained_sampler(place, problem, "weighted_adjoint_sampling") for place in (device, "cpu"))
