@@ -80,7 +80,7 @@ def conditional() -> Process:
 
 
 def means(n: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return {"mean": torch.randn(n, 2, generator=generator)}
+    return {"mean": torch.randn(n, 2, generator=generator, device=generator.device)}
 
 
 def near(x: Tensor, mean: Tensor) -> Tensor:

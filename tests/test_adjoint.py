@@ -3,9 +3,9 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pretend
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tiltflow.core.adjoint import full_adjoint, lean_adjoint
 from tiltflow.core.chain import DriftChain, at, euler_maruyama, memoryless_chain, residual_variance, uniform_grid
@@ -62,16 +62,13 @@ def future_cost(chain, control, cost, path, k, lean):
 
 
 def test_paths_may_be_kept_on_another_device():
-    """On fake tensors, which know their devices and refuse to mix them: kept on the CPU, all work elsewhere."""
+    """Kept on the CPU, all work elsewhere."""
 
     class Doubling:
-        t, geometry, controlled = uniform_grid(3), Euclidean(), torch.arange(3)
-
-        def __init__(self, std):
-            self.std = std
+        t, std, geometry, controlled = uniform_grid(3), torch.full((3,), 0.5), Euclidean(), torch.arange(3)
 
         def base_mean(self, k, x):
-            assert x.device == gpu
+            assert x.device == pretend.DEVICE
             return 2 * x
 
         def mean(self, chain, k, x, base_mean=None):
@@ -80,18 +77,16 @@ def test_paths_may_be_kept_on_another_device():
         def ratios(self, chain):
             return None
 
-    cpu, gpu, cost = torch.device("cpu"), torch.device("meta"), SimpleNamespace(grad=lambda x: -x, running=None)
-    method = AdjointMatching(Doubling(torch.full((3,), 0.5)), cost)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        chain = Doubling([torch.tensor(0.5) for _ in range(3)])
-        x0 = torch.ones(4, 2, device=gpu)
-        path = simulate(chain, chain, x0, torch.Generator(), cpu)
+    cpu, chain, cost = torch.device("cpu"), Doubling(), SimpleNamespace(grad=lambda x: -x, running=None)
+    with pretend.accelerator() as device:
+        x0, generator = torch.ones(4, 2, device=str(device)), torch.Generator(str(device))
+        path = simulate(chain, chain, x0, generator, cpu)
         adjoint = lean_adjoint(chain, path, cost, x0.device)
-        near = simulate(chain, chain, x0, torch.Generator())
+        near = simulate(chain, chain, x0, generator)
         rows = dict.fromkeys(("x", "a_next", "base_mean"), torch.ones(5, 2)) | {"weight": torch.ones(5)}
-        loss = method.loss(chain, rows | {"k": torch.zeros(5, dtype=torch.long)}, SimpleNamespace(device=gpu))
+        loss = AdjointMatching(chain, cost).loss(chain, rows | {"k": torch.zeros(5, dtype=torch.long)}, generator)
     assert [v.device for v in (*path, *adjoint)] == [cpu] * 4 and path.x.shape == (4, 4, 2) == adjoint.a.shape
-    assert near.x.device == loss.device == gpu
+    assert near.x.device == loss.device == pretend.DEVICE
 
 
 def test_where_paths_are_kept_changes_nothing():

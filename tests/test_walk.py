@@ -512,8 +512,8 @@ def test_samples_and_their_weights(name, own_variance):
     if drawn.log_kernel_ratio is not None:
         exact = -log_normal(path[0], 0.0, 1.0, 2)
         for k, rho in enumerate(rho_of(c.chain, c.control)):
-            shrink, variance = c.chain.noising_kernel(k)
-            exact += log_normal(path[k], float(shrink) * path[k + 1], float(variance) ** 0.5, 2)
+            shrink, spread = (float(v[k]) for v in c.chain.noising_kernel)
+            exact += log_normal(path[k], shrink * path[k + 1], spread, 2)
             exact -= log_normal(path[k + 1], c.control.mean(c.chain, k, path[k]), rho * float(c.chain.std[k]), 2).detach()
         assert torch.allclose(drawn.log_kernel_ratio, exact, rtol=1e-8)
     cost = replace(c.cost, running=lambda x, t: t * torch.cos(x).flatten(1).sum(1))

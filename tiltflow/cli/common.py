@@ -21,7 +21,8 @@ SCORES = ("base", "reference", "reached", "ode", "exact")
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """--seed, --device and --json, which every measuring command has."""
     command = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output")(command)
-    command = click.option("--device", default="cpu", help="torch device  [default: cpu]")(command)
+    places = "cpu, cuda, cuda:1, mps, or auto for the fastest there is  [default: cpu]"
+    command = click.option("--device", default="cpu", help=places)(command)
     return click.option("--seed", type=_seed(), default=0, help="Seed of every random number  [default: 0]")(command)
 
 

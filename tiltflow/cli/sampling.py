@@ -90,21 +90,22 @@ def check_energy_command(problem: str, samples: int, seed: int, device: str, as_
     SamplerConfig(**fields)
     import torch
 
+    from tiltflow.core.device import companion
     from tiltflow.core.geometry import Torus
     from tiltflow.energies.problem import base_draws
+    from tiltflow.run.device import check_device
     from tiltflow.sampling.assess import reference_samples
     from tiltflow.sampling.job import SamplerJob, symmetries
     from tiltflow.verdict.check_energy import check_energy
 
-    if device != "cpu":
-        raise TiltflowError(f"--device {device}: energies are checked on the CPU; leave --device out.")
-    loaded = SamplerJob(**fields).load_problem()
+    device, loaded = check_device(device), SamplerJob(**fields).load_problem()
     generator = torch.Generator().manual_seed(seed)
     x = reference_samples(loaded, samples, generator)
     where = "base" if x is None else "reference"
     x = base_draws(loaded, samples, generator) if x is None else x
+    generator = companion(generator, torch.device(device))
     found = check_energy(
-        loaded.energy, x, geometry=loaded.geometry, generator=generator, **symmetries(loaded),
+        loaded.energy, x.to(device), geometry=loaded.geometry, generator=generator, **symmetries(loaded),
         equilibrium=where == "reference" and not isinstance(loaded.geometry, Torus),
     )  # fmt: skip
     lines = [{"kind": "check", "where": where, **line._asdict()} for line in found.lines]

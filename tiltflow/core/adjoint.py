@@ -117,12 +117,13 @@ def _by_jacobians(
     chain: Chain, path: Path, cost: Cost, kept: Adjoint, steps: Tensor, condition: dict[str, Tensor]
 ) -> None:
     """The adjoint at consecutive ``steps`` (n,), given the next: the states are known, so no evaluation waits for one."""
-    many, d, k = slice(int(steps[0]), int(steps[-1]) + 1), path.x[0, 0].numel(), steps.repeat_interleave(path.x.shape[1])
+    many, d = slice(int(steps[0]), int(steps[-1]) + 1), path.x[0, 0].numel()
+    k = steps.to(path.x.device).repeat_interleave(path.x.shape[1])
     rows = {name: v.repeat(len(steps), *(1,) * (v.ndim - 1)) for name, v in condition.items()}
     with torch.enable_grad():
         x = path.x[many].flatten(0, 1).detach().requires_grad_(True)
         mean = chain.base_mean(k, x, **rows)
-        units = (e.expand(len(x), d).reshape(x.shape) for e in torch.eye(d).to(x))
+        units = (e.expand(len(x), d).reshape(x.shape) for e in torch.eye(d, dtype=x.dtype, device=x.device))
         jacobian = torch.stack([torch.autograd.grad(mean, x, e, retain_graph=True)[0].flatten(1) for e in units], 1)
     kept.base_mean[many] = mean.detach().unflatten(0, (len(steps), -1))
     running = _running_grad(chain, cost, k, x).reshape(len(steps), -1, 1, d)

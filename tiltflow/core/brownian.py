@@ -25,6 +25,14 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Geometry, noise
 
 
+def _cached_left(chain: Any, finest: float) -> Tensor:
+    """√(remaining + finest²), one tensor for one ``finest``: on an accelerator it is sent once."""
+    known = chain._lefts
+    if finest not in known:
+        known[finest] = (chain.remaining + finest**2).sqrt()
+    return known[finest]
+
+
 class NoiseChain(Chain, Protocol):
     """A chain over pure noise, whose end law from its source is N(0, h²(1)) unless ``initial`` makes it something else."""
 
@@ -36,6 +44,8 @@ class NoiseChain(Chain, Protocol):
 
     @property
     def remaining(self) -> Tensor: ...
+
+    def left(self, finest: float) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,14 @@ class BrownianChain:
     def remaining(self) -> Tensor:
         """h²(1) − h²(t_k), (K+1,)."""
         return self.variance[-1] - self.variance
+
+    @cached_property
+    def _lefts(self) -> dict[float, Tensor]:
+        return {}
+
+    def left(self, finest: float) -> Tensor:
+        """√(h²(1) − h²(t_k) + finest²), (K+1,)."""
+        return _cached_left(self, finest)
 
     @cached_property
     def zeta(self) -> Tensor:
@@ -152,7 +170,7 @@ class OrnsteinUhlenbeckChain:
     initial: ClassVar[None] = None
     memoryless: ClassVar[bool] = True
 
-    @property
+    @cached_property
     def t(self) -> Tensor:
         """Uniform times, (K+1,)."""
         return uniform_grid(self.steps)
@@ -182,9 +200,22 @@ class OrnsteinUhlenbeckChain:
         """σ²(1 − ᾱ_k), (K+1,)."""
         return self.scale**2 * (1 - self._signal)
 
+    @cached_property
+    def _lefts(self) -> dict[float, Tensor]:
+        return {}
+
+    def left(self, finest: float) -> Tensor:
+        """√(σ²(1 − ᾱ_k) + finest²), (K+1,)."""
+        return _cached_left(self, finest)
+
+    @cached_property
+    def _shrink(self) -> Tensor:
+        """√(1−a_k), (K,)."""
+        return (self._signal[:-1] / self._signal[1:]).sqrt()
+
     def base_mean(self, k: Index, x: Tensor, **condition: Any) -> Tensor:
         """√(1−a_k) x."""
-        return at((self._signal[:-1] / self._signal[1:]).sqrt(), k, x) * x
+        return at(self._shrink, k, x) * x
 
     def source(self, n: int, generator: torch.Generator) -> Tensor:
         """N(0, σ²) on the tangent space."""

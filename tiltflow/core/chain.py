@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from tiltflow.core.device import beside, double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Euclidean, Geometry
 from tiltflow.core.noise import NoiseSchedule
@@ -85,7 +86,11 @@ def one_start(chain: Chain) -> bool:
 
 
 def at(values: Tensor, k: Index, x: Tensor) -> Tensor:
-    """Entry k of per-step ``values`` (K, …), broadcastable against ``x`` (B, *event); k an int or a LongTensor (B,)."""
+    """Entry k of per-step ``values`` (K, …), broadcastable against ``x`` (B, *event); k an int or a LongTensor (B,).
+
+    On an accelerator ``values`` are sent once, so they should be a chain's own tensor, not one made at every step.
+    """
+    values = beside(values, x)
     if not isinstance(k, Tensor):
         return values[k].to(x)
     v = values[k.to(values.device)].to(x)
@@ -94,13 +99,14 @@ def at(values: Tensor, k: Index, x: Tensor) -> Tensor:
 
 def times(chain: Chain, k: Index, x: Tensor) -> Tensor:
     """t_k as a (B,) tensor of the dtype of x."""
-    t = chain.t[k.to(chain.t.device) if isinstance(k, Tensor) else k].to(x)
+    grid = beside(chain.t, x)
+    t = grid[k.to(grid.device) if isinstance(k, Tensor) else k].to(x)
     return t if isinstance(k, Tensor) else t.expand(x.shape[0])
 
 
 def cast(chain: Chain, x: Tensor) -> Chain:
-    """The chain; over an interpolant, with coefficients in the dtype and on the device of ``x``, once for a whole walk."""
-    if not isinstance(chain, InterpolantChain):
+    """The chain; over an interpolant, with coefficients in the dtype of ``x``, once for a whole walk; see :func:`at`."""
+    if not isinstance(chain, InterpolantChain) or chain.t.device != x.device:
         return chain
     return replace(chain, t=chain.t.to(x), a=chain.a.to(x), b=chain.b.to(x), std=chain.std.to(x))
 
@@ -132,6 +138,11 @@ class InterpolantChain:
         a, b = (c.reshape(-1, *(1,) * (self.a.ndim - 1)) for c in self.base.interpolant.from_velocity(self.t[:-1]))
         return self.a + self.b * a, self.b * b
 
+    @cached_property
+    def _inside(self) -> list[bool]:
+        """Whether α > 0 at the start of each step."""
+        return (self.base.interpolant.alpha(self.t[:-1]) > 0).tolist()
+
     def mean(self, k: Index, x: Tensor, x1: Tensor) -> Tensor:
         """A_k x + B_k x1."""
         return torch.addcmul(at(self.a, k, x) * x, at(self.b, k, x), x1)
@@ -140,7 +151,8 @@ class InterpolantChain:
         """A_k x + B_k X̂_1(x) of the base, or of a process along the base's interpolant."""
         t = times(self, k, x)
         if process.predicts != "velocity":
-            return self.mean(k, x, process.x1(x, t, **condition))
+            inside = all(self._inside) if isinstance(k, Tensor) else self._inside[k]
+            return self.mean(k, x, (process.x1_inside if inside else process.x1)(x, t, **condition))
         a, b = (at(c, k, x) for c in self._of_velocity)
         return torch.addcmul(a * x, b, process.velocity(x, t, **condition))
 
@@ -152,16 +164,21 @@ class InterpolantChain:
         """n draws of x_0 in the default dtype of torch."""
         return self.base.source(n, generator, dtype=torch.get_default_dtype(), device=generator.device)
 
-    def noising_kernel(self, k: int) -> tuple[Tensor, Tensor]:
-        """(ρ, variance) of q(x_k | x_{k+1}) = N(ρ x_{k+1}, variance I). Raises TiltflowError if not memoryless."""
+    @cached_property
+    def noising_kernel(self) -> tuple[Tensor, Tensor]:
+        """ρ and the standard deviation, each (K,), of q(x_k | x_{k+1}) = N(ρ_k x_{k+1}, std_k² I).
+
+        Raises:
+            TiltflowError: the chain is not memoryless.
+        """
         if not self.memoryless:
             raise TiltflowError(
                 "the noising kernel is independent of the data only for a memoryless chain with chi = 0; "
                 "build the chain with memoryless_chain(...)."
             )
         alpha, beta2 = self.base.interpolant.alpha(self.t), self.base.interpolant.beta(self.t) ** 2
-        rho = alpha[k] / alpha[k + 1]
-        return rho, beta2[k] - rho**2 * beta2[k + 1]
+        rho = alpha[:-1] / alpha[1:]
+        return rho, (beta2[:-1] - rho**2 * beta2[1:]).clamp_min(0).sqrt()
 
 
 def check_grid(t: Tensor) -> Tensor:
@@ -259,9 +276,13 @@ class DriftChain:
         """Whether all paths start at one point; nothing more is known of a general drift."""
         return one_start(self)
 
+    @cached_property
+    def _h(self) -> Tensor:
+        return self.t.diff()
+
     def base_mean(self, k: Index, x: Tensor, **condition: Any) -> Tensor:
         """x + h b(x, t_k)."""
-        return x + at(self.t.diff(), k, x) * self.drift(x, times(self, k, x), **condition)
+        return x + at(self._h, k, x) * self.drift(x, times(self, k, x), **condition)
 
     def source(self, n: int, generator: torch.Generator) -> Tensor:
         """n draws of x_0."""
@@ -297,8 +318,8 @@ def residual_variance(
             x = x1[i : i + batch]
             rows = {name: value[i : i + batch] for name, value in condition.items()}
             noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            error = x - base.x1(alpha * x + beta * noise, s.to(x.dtype).expand(len(x)).to(x.device), **rows)
-            total += error.double().square().sum(0).cpu()
+            error = x - base.x1(alpha * x + beta * noise, s.to(x).expand(len(x)), **rows)
+            total += double(error).square().sum(0)
         out.append(total / len(x1))
         tell(len(out))
     v = torch.stack(out).clamp_min(1e-12)

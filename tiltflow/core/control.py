@@ -9,13 +9,14 @@ r"""Controls: what is learned. A control shifts the mean of a chain, mean_u = me
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from tiltflow.core.brownian import NoiseChain
 from tiltflow.core.chain import Chain, Index, InterpolantChain, at, times
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process, expand
 
@@ -114,9 +115,14 @@ class StepVariance(nn.Module):
         self.net = net
         self.register_buffer("share", torch.ones(steps, dtype=torch.float64))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """The network moves; the shares stay in float64 on the CPU, where steps are prepared."""
+        self.net._apply(fn)
+        return self
+
     def share_at(self, t: Tensor) -> Tensor:
         """v/R at times t in [0, 1), linear between the grid's."""
-        place = (t.double() * len(self.share)).clamp_max(len(self.share) - 1).to(self.share.device)
+        place = (double(t) * len(self.share)).clamp_max(len(self.share) - 1)
         low = place.floor().long()
         high = (low + 1).clamp_max(len(self.share) - 1)
         return torch.lerp(self.share[low], self.share[high], place - low)
@@ -152,7 +158,7 @@ class DriftControl:
     def drift(self, chain: NoiseChain, k: Index, x: Tensor, **condition: Any) -> Tensor:
         """b(x, t_k)."""
         out = self.module(x / self.input_scale, times(chain, k, x), **condition)
-        return chain.geometry.project(out / at((chain.remaining + self.finest**2).sqrt(), k, x))
+        return chain.geometry.project(out / at(chain.left(self.finest), k, x))
 
     def mean(self, chain: NoiseChain, k: Index, x: Tensor, base_mean: Tensor | None = None, **condition: Any) -> Tensor:
         """mean_base + s_k² b(x, t_k)."""

@@ -35,19 +35,20 @@ def ode(
     """
     t = uniform_grid(steps) if isinstance(steps, int) else steps
 
-    def velocity(time: Tensor, x: Tensor) -> Tensor:
-        return process.velocity(x, time.to(x.dtype).expand(len(x)), **condition)
+    def velocity(time: Tensor, x: Tensor, inside: bool = False) -> Tensor:
+        field = process.velocity_inside if inside else process.velocity
+        return field(x, time.to(x.dtype).expand(len(x)), **condition)
 
     if method not in ("euler", "heun"):
         x0 = _adaptive(velocity, x0, method, tolerance)
         t = torch.tensor([1 - 1e-4, 1.0], dtype=torch.float64)
         method = "euler"
-    x = x0
-    for k, (s, e) in enumerate(zip(t[:-1].to(x.device), t[1:].to(x.device), strict=True)):
-        h = float(e - s)
-        v = velocity(s, x)
-        if method == "heun" and k < len(t) - 2:
-            v = 0.5 * (v + velocity(e, x + h * v))
+    path, x, t = process.interpolant, x0, t.cpu()
+    inside, widths, node = ((path.alpha(t) > 0) & (path.beta(t) > 0)).tolist(), t.diff().tolist(), t.to(x0)
+    for k, h in enumerate(widths):
+        v = velocity(node[k], x, inside[k])
+        if method == "heun" and k < len(widths) - 1:
+            v = 0.5 * (v + velocity(node[k + 1], x + h * v, inside[k + 1]))
         x = x + h * v
     return x
 

@@ -99,17 +99,27 @@ class Process:
         """Denoised sample X̂_1 = E[X_1 | X_t = x]; where α_t = 0, its limit (:mod:`tiltflow.core.limits`)."""
         path = self.interpolant
         if self.predicts in ("velocity", "x1") or not bool((start := path.alpha(t) == 0).any()):
-            return to_x1(self._predict(x, t, condition), x, t, path, self.predicts)
+            return self.x1_inside(x, t, **condition)
         zero, inside = torch.zeros_like(t), torch.where(start, 0.5, t)
         limit = x1_limit(lambda s: self._predict(x, s, condition), x, zero, path, self.predicts)
         if bool(start.all()):
             return limit
-        regular = to_x1(self._predict(x, inside, condition), x, inside, path, self.predicts)
+        regular = self.x1_inside(x, inside, **condition)
         return torch.where(_rows(start, x), limit, regular)
+
+    def x1_inside(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        """X̂_1 where every α_t > 0 is known, so that no accelerator is asked."""
+        return to_x1(self._predict(x, t, condition), x, t, self.interpolant, self.predicts)
 
     def velocity(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """v(x, t) = E[Ẋ_t | X_t = x]."""
         return self._convert("velocity", x, t, condition)
+
+    def velocity_inside(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        """v where every α_t, β_t > 0 is known."""
+        if self.predicts == "velocity":
+            return self._predict(x, t, condition)
+        return from_x1(self.x1_inside(x, t, **condition), x, t, self.interpolant, "velocity")
 
     def x0(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """Predicted noise X̂_0 = E[X_0 | X_t = x] (the ε of DDPM)."""

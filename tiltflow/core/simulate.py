@@ -120,9 +120,10 @@ def actors(chain: Chain, control: Control | None) -> list[tuple[Control | None, 
     """Who makes each step, with its ρ_k: the control where there is noise, elsewhere (and with None) the base."""
     if control is None:
         return [(None, 1.0)] * len(chain.std)
-    ratios, noisy = control.ratios(chain), set(chain.controlled.tolist())
+    own, noisy = control.ratios(chain), set(chain.controlled.tolist())
+    ratios = None if own is None else own.tolist()
     return [
-        (control, 1.0 if ratios is None else float(ratios[k])) if k in noisy else (None, 1.0)
+        (control, 1.0 if ratios is None else ratios[k]) if k in noisy else (None, 1.0)
         for k in range(len(chain.std))
     ]
 
@@ -193,7 +194,7 @@ def retrace(chain: Chain, control: Control, path: Path, base_mean: Tensor) -> tu
     """log dP_base/dP_u and Σ_k KL of stored paths of ``control``, each (B,), from mean_base(x_k) (K, B, *event)."""
     n, dimension, ratios = path.x.shape[1], chain.geometry.dimension(path.x.shape[2:]), control.ratios(chain)
     found = path.x.new_zeros(2, n)
-    for steps in chain.controlled.split(max(1, ENTRIES // path.x[0].numel())):
+    for steps in chain.controlled.to(found.device).split(max(1, ENTRIES // path.x[0].numel())):
         x_next, mean, base = (v[steps].flatten(0, 1) for v in (path.x[1:], path.mean, base_mean))
         k = steps.repeat_interleave(n)
         std, ratio = at(chain.std, k, mean), 1.0 if ratios is None else at(ratios, k, mean)
@@ -249,9 +250,9 @@ def sample(
         state_cost = state_cost + running_cost(chain, running, s.k, s.x)
         if log_kernel is not None:
             assert isinstance(chain, InterpolantChain)
-            rho, variance = chain.noising_kernel(s.k)
-            if float(variance) > 0:  # a point source (Föllmer) has no density to compare at x_0
-                log_kernel = log_kernel + normal_log_prob(s.x, rho.to(x.dtype) * x, variance.sqrt().to(x.dtype))
+            rho, std = chain.noising_kernel
+            if std[s.k] > 0:  # a point source (Föllmer) has no density to compare at x_0
+                log_kernel = log_kernel + normal_log_prob(s.x, at(rho, s.k, x) * x, at(std, s.k, x))
             else:
                 log_kernel = torch.zeros_like(log_kernel)
             log_kernel = log_kernel - normal_log_prob(x, s.mean, s.ratio * at(chain.std, s.k, x))

@@ -18,6 +18,7 @@ from tiltflow.core.brownian import BrownianChain
 from tiltflow.core.chain import Chain, at
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost, mean_reward
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import noise as tangent_noise
 from tiltflow.core.simulate import Step, actors, running_cost, sample, walk, walk_from
@@ -110,7 +111,7 @@ def value(
     for s in walk_from(k, chain, control, y, generator, True, condition):
         log_w = log_w - running_cost(chain, cost.running, s.k, s.x) + s.log_ratio(dimension)
         y = s.x_next
-    log_w = (log_w - cost.value(y, **condition)).double().reshape(len(x), n)
+    log_w = double(log_w - cost.value(y, **condition)).reshape(len(x), n)
     first, second = torch.logsumexp(log_w, 1), torch.logsumexp(2 * log_w, 1)
     spread = (n * (second - 2 * first).exp() - 1).clamp_min(0.0)  # 1/ESS − 1
     return Estimate(math.log(n) - first, (spread / n).sqrt())
@@ -127,8 +128,8 @@ def objective(
     """
     runs = sample(chain, control, chain.source(n, generator), generator, cost.running, **condition)
     terminal = cost.value(runs.x, **condition)
-    total = (runs.running + terminal - runs.log_ratio).double()
-    parts = (float(v.double().mean()) for v in (runs.kl, runs.running, terminal))
+    total = double(runs.running + terminal - runs.log_ratio)
+    parts = (float(double(v).mean()) for v in (runs.kl, runs.running, terminal))
     return Objective(float(total.mean()), float(total.std()) / math.sqrt(n), *parts)
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tiltflow.core.device import companion, double
 from tiltflow.core.errors import TiltflowError
 
 OVERSAMPLED, MOST = 4, 64
@@ -25,7 +26,7 @@ OVERSAMPLED, MOST = 4, 64
 
 def log_mean_exp(log_w: Tensor) -> float:
     """log Ẑ = log mean w."""
-    return float(torch.logsumexp(log_w.double(), 0)) - math.log(len(log_w))
+    return float(torch.logsumexp(double(log_w), 0)) - math.log(len(log_w))
 
 
 def ess(log_w: Tensor) -> float:
@@ -34,18 +35,18 @@ def ess(log_w: Tensor) -> float:
     >>> round(ess(torch.zeros(10)), 6)
     1.0
     """
-    log_w = log_w.double()
+    log_w = double(log_w)
     return math.exp(float(2 * torch.logsumexp(log_w, 0) - torch.logsumexp(2 * log_w, 0))) / len(log_w)
 
 
 def normalised(log_w: Tensor) -> Tensor:
-    """Weights that sum to 1 (float64)."""
-    return torch.softmax(log_w.double(), 0)
+    """Weights that sum to 1 (float64, on the CPU)."""
+    return torch.softmax(double(log_w), 0)
 
 
 def tempered(log_w: Tensor, minimum_ess: float = 0.5) -> Tensor:
-    """Normalised weights ∝ w^τ with the largest τ ≤ 1 whose ESS fraction is at least ``minimum_ess`` (bisection)."""
-    low, high = 0.0, 1.0
+    """:func:`normalised` weights ∝ w^τ with the largest τ ≤ 1 whose ESS fraction is at least ``minimum_ess`` (bisection)."""
+    low, high, log_w = 0.0, 1.0, log_w.cpu()
     if ess(log_w) < minimum_ess:
         for _ in range(30):
             middle = 0.5 * (low + high)
@@ -67,15 +68,15 @@ def evidence(log_w: Tensor) -> Evidence:
     """log Ẑ (delta-method standard error), ESS and ELBO of log weights (N,)."""
     fraction = ess(log_w)
     error = math.sqrt(max(1 / fraction - 1, 0.0) / len(log_w))
-    return Evidence(log_mean_exp(log_w), error, fraction, float(log_w.double().mean()))
+    return Evidence(log_mean_exp(log_w), error, fraction, float(double(log_w).mean()))
 
 
 def systematic(log_w: Tensor, generator: torch.Generator, n: int | None = None) -> Tensor:
-    """Rows of n (None: N) draws ∝ w by systematic resampling: a row of weight w is drawn ⌊nw⌋ or ⌈nw⌉ times, in order."""
+    """Rows (on the CPU) of n (None: N) draws ∝ w, systematic: a row of weight w is drawn ⌊nw⌋ or ⌈nw⌉ times, in order."""
     n = len(log_w) if n is None else n
-    start = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device).to(log_w.device)
-    points = (torch.arange(n, dtype=torch.float64, device=log_w.device) + start) / n
-    return torch.searchsorted(torch.softmax(log_w.double(), 0).cumsum(0), points).clamp_max(len(log_w) - 1)
+    start = torch.rand((), generator=companion(generator, torch.device("cpu")), dtype=torch.float64)
+    points = (torch.arange(n, dtype=torch.float64) + start) / n
+    return torch.searchsorted(normalised(log_w).cumsum(0), points).clamp_max(len(log_w) - 1)
 
 
 def exact_draws(
@@ -100,7 +101,7 @@ def exact_draws(
         weights = torch.cat(log_w)
         if (size := ess(weights) * len(weights)) >= wanted:
             x, picked = torch.cat(rows), systematic(weights, generator, n)
-            order = torch.randperm(n, generator=generator, device=generator.device).to(picked.device)
+            order = torch.randperm(n, generator=generator, device=generator.device).cpu()
             return x[picked[order].to(x.device)]
     raise TiltflowError(
         f"{len(weights)} paths are worth {size:.0f} exact draws, and {wanted} are needed: the model is too far from the "

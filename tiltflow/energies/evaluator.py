@@ -21,10 +21,10 @@ MANY = 8  # from this many rows on, more than half of them rejected is an error
 
 @runtime_checkable
 class ForceProvider(Protocol):
-    """An energy that comes with its forces: a molecular mechanics engine, a quantum chemistry code."""
+    """An energy that comes with its forces: a molecular mechanics engine, a quantum chemistry code. It lives on the CPU."""
 
     def energy_and_forces(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """E (B,), in kT, and −∇E (B, *event), in kT per unit of x. No graph is needed."""
+        """E (B,), in kT, and −∇E (B, *event), in kT per unit of x, of x on the CPU. No graph is needed."""
         ...
 
 
@@ -73,7 +73,7 @@ def _evaluate(energy: Energy, x: Tensor, with_grad: bool) -> tuple[Tensor, Tenso
     """E and, if wanted or free, ∇E, in the dtype and on the device of x, as the energy gives them."""
     name = f"energy {getattr(energy, '__name__', type(energy).__name__)!r}"
     if isinstance(energy, ForceProvider):
-        e, forces = energy.energy_and_forces(x)
+        e, forces = energy.energy_and_forces(x.cpu())
         return _shaped(e, x.shape[:1], name).to(x), -_shaped(forces, x.shape, f"forces of {name}").to(x)
     if not with_grad:
         with torch.no_grad():

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tiltflow.core.device import beside
 from tiltflow.energies.problem import EnergyProblem, Modes
 from tiltflow.energies.tempering import Tempering
 from tiltflow.problems.tilt import GaussianMixture
@@ -34,9 +35,9 @@ class IsotropicMixture:
 
     def __call__(self, x: Tensor) -> Tensor:
         """E(x), (B,), of x (B, d)."""
-        squared = (x[:, None] - self.means.to(x)).square().sum(-1)
+        squared = (x[:, None] - beside(self.means, x).to(x)).square().sum(-1)
         normaliser = 0.5 * self.means.shape[1] * math.log(2 * math.pi * self.std**2)
-        return normaliser - torch.logsumexp(self.weights.log().to(x) - squared / (2 * self.std**2), 1)
+        return normaliser - torch.logsumexp(beside(self.weights, x).log().to(x) - squared / (2 * self.std**2), 1)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """n exact draws (n, d) in the default dtype."""

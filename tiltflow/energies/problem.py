@@ -65,5 +65,5 @@ class EnergyProblem:
 
 def base_draws(problem: EnergyProblem, n: int, generator: torch.Generator, scale: float | None = None) -> Tensor:
     """n draws of N(0, scale²) on the problem's space (None: its own scale): where an untrained sampler goes."""
-    zeros = torch.zeros(n, *problem.event_shape)
+    zeros = torch.zeros(n, *problem.event_shape, device=generator.device)
     return problem.geometry.wrap((scale or problem.scale) * noise(problem.geometry, zeros, generator))

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.energies.evaluator import Energy, Evaluator
 
@@ -56,12 +57,12 @@ def virial(energy: Energy, samples: Tensor) -> Virial:
     if len(samples) < 2:
         raise TiltflowError(f"a mean with its error needs at least 2 samples, got {len(samples)}.")
     evaluator = Evaluator(energy, batch=1000)
-    x = samples.double()
+    x = samples.double() if samples.device.type == "cpu" else samples
     _, grad = evaluator.value_and_grad(x)
     if evaluator.rejected:
         raise TiltflowError(
             f"the energy or its gradient is not finite at {evaluator.rejected} of {len(x)} samples: they cannot be "
             "samples of it."
         )
-    terms = (x * grad).flatten(1).sum(1)
+    terms = double(x * grad).flatten(1).sum(1)
     return Virial(float(terms.mean()), float(terms.std()) / len(x) ** 0.5)

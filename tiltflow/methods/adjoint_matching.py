@@ -21,6 +21,7 @@ from tiltflow.core.adjoint import full_adjoint, lean_adjoint
 from tiltflow.core.chain import Chain, InterpolantChain, at
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost, mean_reward
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import event_sum, retrace, running_cost, simulate
 from tiltflow.core.weights import ess, normalised, tempered
@@ -112,7 +113,7 @@ class AdjointMatching(Method):
             adjoint = lean_adjoint(self.chain, path, self.cost, x0.device, self.micro_batch, **condition)
         else:
             adjoint = full_adjoint(self.chain, state.control, path, self.cost, x0.device, self.micro_batch, **condition)
-        steps = torch.tensor(self._steps(generator))
+        steps = torch.tensor(self._steps(generator), device=path.x.device)
         n = len(steps) * self.batch
         log_ratio, kl = retrace(self.chain, policy, path, adjoint.base_mean)
         cost = self.cost.value(path.x[-1].to(x0.device), **condition).detach().to(path.x.device)
@@ -121,10 +122,10 @@ class AdjointMatching(Method):
             for k, x in enumerate(path.x[:-1]):
                 log_w = log_w - running_cost(self.chain, self.cost.running, k, x)
         log_w, cost = everyone(log_w), everyone(cost)
-        weight = own((tempered(log_w) * len(log_w)).to(path.x.dtype)) if self.importance else torch.ones_like(kl)
+        weight = own((tempered(log_w) * len(log_w)).to(path.x)) if self.importance else torch.ones_like(kl)
         rows = weight.repeat(len(steps))
         if self.time_weight is not None:
-            rows = rows * self.time_weight(self.chain.t[steps]).to(rows).repeat_interleave(self.batch)
+            rows = rows * self.time_weight(self.chain.t[steps.cpu()]).to(rows).repeat_interleave(self.batch)
 
         def pick(v: Tensor) -> Tensor:
             return v[steps].reshape(n, *v.shape[2:])
@@ -140,9 +141,9 @@ class AdjointMatching(Method):
         if self.endpoint_share is not None:
             self._renoise(material, path.x[-1].repeat(len(steps), *(1,) * (path.x[-1].ndim - 1)), generator)
         norms = adjoint.a.reshape(len(adjoint.a), self.batch, -1).norm(dim=2).mean(1)
-        weighted = float(-normalised(log_w) @ cost.double()) / (self.cost.strength or 1.0)
+        weighted = float(-normalised(log_w) @ double(cost)) / (self.cost.strength or 1.0)
         metrics = {"reward": mean_reward(self.cost, cost), "reward_weighted": weighted, "kl": float(kl.mean())}
-        metrics |= {"elbo": float(log_w.double().mean()), "path_ess": ess(log_w)}
+        metrics |= {"elbo": float(double(log_w).mean()), "path_ess": ess(log_w)}
         return Round(material, metrics, {"adjoint_norm": norms.tolist()})
 
     def _renoise(self, material: Material, ends: Tensor, generator: torch.Generator) -> None:
@@ -150,7 +151,7 @@ class AdjointMatching(Method):
         chain, k = require_memoryless(self.chain), material["k"]
         assert self.endpoint_share is not None
         draw = torch.rand(len(k), generator=generator, device=generator.device).cpu()
-        picked = torch.nonzero(draw < self.endpoint_share[k])[:, 0]
+        picked = torch.nonzero(draw < self.endpoint_share[k.cpu()])[:, 0].to(k.device)
         condition = {name: v[picked] for name, v in conditions_of(material).items()}
         anew = renoise(chain, k[picked], ends[picked], generator, **condition)
         material["x"][picked] = anew.x
@@ -160,7 +161,8 @@ class AdjointMatching(Method):
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """The matching loss of a batch of rows."""
         x, a_next, base_mean, weight = (material[n].to(generator.device) for n in ("x", "a_next", "base_mean", "weight"))
-        terms = matching_terms(control, self.chain, x, material["k"], a_next, base_mean, **conditions_of(material))
+        k = material["k"].to(generator.device)
+        terms = matching_terms(control, self.chain, x, k, a_next, base_mean, **conditions_of(material))
         return reduce_terms(terms, weight, self.clip, self.mask)
 
 
@@ -181,6 +183,6 @@ def endpoint_share(chain: InterpolantChain, cost: Cost, paths: int, generator: t
             continue
         std = at(chain.std, k, a)
         end = std * toward(chain, k, path.x[k], path.x[-1], path.mean[k])
-        spread, other = (float((event_sum(z**2).double() ** 2).mean().sqrt()) for z in (std * a, end))
+        spread, other = (float((double(event_sum(z**2)) ** 2).mean().sqrt()) for z in (std * a, end))
         shares.append(spread / (spread + other))
     return torch.tensor(shares, dtype=torch.float64)

@@ -117,7 +117,7 @@ class AdjointSampling(Method):
     def project(self, material: Material, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """(x_k, k, target drift) of every row, at a step drawn uniformly."""
         chain, x1 = self.chain, material["x1"]
-        k = torch.randint(len(chain.std), (len(x1),), generator=generator, device=generator.device).cpu()
+        k = torch.randint(len(chain.std), (len(x1),), generator=generator, device=generator.device)
         ambient = chain.geometry.lift(x1, chain.end_variance, generator)
         x, eps = chain.bridge(k, torch.zeros_like(x1), ambient, generator)
         zeta, h2 = at(chain.zeta, k, x1), chain.end_variance

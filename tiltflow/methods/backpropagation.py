@@ -87,31 +87,32 @@ class Backpropagation(Method):
         condition: dict[str, Any] = self.conditions(self.batch, generator) if self.conditions else {}
         x = self.chain.source(self.batch, generator)
         first = self._first(control, generator)
-        start, kl, noise = x, 0.0, []
+        start, spent, noise, makers = x, [], [], actors(self.chain, control)
         with torch.no_grad(), parametrize.cached():
             for k in range(len(self.chain.std) if self.stop is None else first):
                 start = x if k == first else start
                 noise.append(tangent_noise(self.chain.geometry, x, generator))
-                x, energy = self._step(control, k, x, noise[k], True, condition)
-                kl += float(energy.mean())
+                x, energy = self._step(control, makers[k], k, x, noise[k], True, condition)
+                spent.append(energy.mean())
             material = condition_rows(condition)
             if self.stop is None:
                 material |= {"x": start, "noise": torch.stack(noise[first:], 1)}
             else:
-                material |= {"x": x, "k": torch.full((self.batch,), first)}
+                material |= {"x": x, "k": torch.full((self.batch,), first, device=x.device)}
                 x = self._predict(control, x, material["k"], condition)
             reward = mean_reward(self.cost, self.cost.value(x, **condition))
+        kl = sum(torch.stack(spent).tolist()) if spent else 0.0
         return Round(material, {"reward": reward, "kl": kl}, {})
 
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """The objective of the rows, differentiable through every stored step."""
         condition = conditions_of(material)
-        x = material["x"]
+        x, makers = material["x"], actors(self.chain, control)
         if self.stop is not None:
             return self._terminal(self._predict(control, x, material["k"], condition), condition).mean()
 
         def step(k: int, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            x_next, cost = self._step(control, k, x, noise, self.kl, condition)
+            x_next, cost = self._step(control, makers[k], k, x, noise, self.kl, condition)
             return x_next, cost + running_cost(self.chain, self.cost.running, k, x) if self.kl else cost
 
         total = torch.zeros_like(event_sum(x))
@@ -143,10 +144,11 @@ class Backpropagation(Method):
         return 0 if self.last is None else acting[-self.last]
 
     def _step(
-        self, control: Control, k: int, x: Tensor, noise: Tensor, with_base: bool, condition: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+        self, control: Control, maker: tuple[Control | None, float], k: int, x: Tensor, noise: Tensor, with_base: bool,
+        condition: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """x_{k+1} and KL(p_u ‖ p_base) (B,): zero without the base's mean, and for a noiseless step."""
-        actor, ratio = actors(self.chain, control)[k]
+        actor, ratio = maker
         base_mean = self.chain.base_mean(k, x, **condition) if with_base else None
         made = control if self._acts(control, k) else None
         s = transition(self.chain, made, k, x, noise, ratio, condition, with_base and actor is not None, base_mean)

@@ -67,7 +67,7 @@ def _collect(chain: BrownianChain, cost: EnergyCost, batch: int, state: State) -
 
 
 def _steps(chain: BrownianChain, n: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(len(chain.std), (n,), generator=generator, device=generator.device).cpu()
+    return torch.randint(len(chain.std), (n,), generator=generator, device=generator.device)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class DeterministicAdjointMatching(Method):
             reward = mean_reward(self.cost, self.cost.value(states[-1], **condition))
         path = Path(torch.stack(states), torch.stack(means))
         adjoint = lean_adjoint(flow, path, self.cost, **condition)
-        steps = self.chain.controlled
+        steps = self.chain.controlled.to(x.device)
 
         def rows(v: Tensor) -> Tensor:
             return v[steps].reshape(len(steps) * self.batch, *v.shape[2:])

@@ -93,8 +93,8 @@ def project(
 ) -> tuple[Material, Projected]:
     """Each row of end points ``draws`` times over, each re-noised to a controlled step drawn uniformly."""
     rows = repeat_rows(material, draws)
-    steps = chain.controlled
-    pick = torch.randint(len(steps), (len(rows["x1"]),), generator=generator, device=generator.device).cpu()
+    steps = chain.controlled.to(generator.device)
+    pick = torch.randint(len(steps), (len(rows["x1"]),), generator=generator, device=generator.device)
     return rows, renoise(chain, steps[pick], rows["x1"], generator, **conditions_of(rows))
 
 

@@ -76,7 +76,7 @@ class IteratedDenoising(Method):
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """½ s_k²‖b − score‖² at freshly noised end points."""
         chain, x1 = self.chain, material["x1"]
-        k = torch.randint(len(chain.std), (len(x1),), generator=generator, device=generator.device).cpu()
+        k = torch.randint(len(chain.std), (len(x1),), generator=generator, device=generator.device)
         tau = at((chain.remaining + self.finest**2).sqrt(), k, x1)
         x = x1 + tau * noise(chain.geometry, x1, generator)
         return matching_terms(control, chain, x, k, -self.score(x, tau, generator), x).mean()

@@ -82,7 +82,7 @@ class LogVariance(Method):
         with parametrize.cached():
             policy = state.control if self.policy == "control" else None
             paths = weighted_paths(self.chain, policy, self.cost, x0, generator, **condition)
-        numbers = torch.arange(starts).repeat_interleave(copies) + state.iteration * starts
+        numbers = torch.arange(starts, device=x0.device).repeat_interleave(copies) + state.iteration * starts
         material: Material = {
             "x": paths.x.transpose(0, 1),
             "base_mean": paths.base_mean.transpose(0, 1),
@@ -96,7 +96,6 @@ class LogVariance(Method):
         """Sample variance of log dP^θ/dP* among paths of the same start, pooled over the starts."""
         gap = path_log_ratio(control, self.chain, material) + material["cost"]
         number, row = material["start"].unique(return_inverse=True)
-        row = row.to(gap.device)
         count = torch.bincount(row, minlength=len(number)).to(gap)
         mean = torch.zeros_like(count).index_add(0, row, gap) / count
         return (gap - mean[row]).square().sum() / (count - 1).sum().clamp_min(1.0)
@@ -105,7 +104,7 @@ class LogVariance(Method):
 def path_log_ratio(control: Control, chain: Chain, material: Material) -> Tensor:
     """log dP^θ/dP_base of stored paths, (B,), differentiable in the control's weights."""
     x, base_mean = material["x"], material["base_mean"]
-    noisy, ratios = chain.controlled, control.ratios(chain)
+    noisy, ratios = chain.controlled.to(x.device), control.ratios(chain)
     paths, steps = len(x), len(noisy)
 
     def flat(v: Tensor, k: Tensor) -> Tensor:  # step by step, as the paths were drawn

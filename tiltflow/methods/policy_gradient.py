@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 from tiltflow.core.chain import Chain, at
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost, mean_reward
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import energy, log_ratio, running_cost, walk
 from tiltflow.train.buffer import Material, condition_rows, conditions_of, repeat_rows
@@ -90,21 +91,24 @@ class PolicyGradient(Method):
         x0 = chain.source(self.batch, generator)
         with parametrize.cached():
             steps = list(walk(chain, state.control, x0, generator, with_base=True, **condition))
-        cost = self.cost.value(steps[-1].x_next, **condition).double()
+        cost = double(self.cost.value(steps[-1].x_next, **condition))
         kl, dimension, noisy = torch.zeros_like(cost), chain.geometry.dimension(x0.shape[1:]), set(chain.controlled.tolist())
         to_go, columns = cost, []
+        spent = double(torch.stack([s.kl(dimension) for s in steps]))
+        ran = double(torch.stack([running_cost(chain, self.cost.running, s.k, s.x) for s in steps]))
         for s in reversed(steps):
             assert s.u is not None
             if s.k in noisy:
                 base_mean = s.mean - at(chain.std, s.k, s.x) * s.u
                 row = {"x": s.x, "x_next": s.x_next, "mean": s.mean, "base_mean": base_mean}
-                columns.append(row | {"k": torch.full((self.batch,), s.k), "advantage": self._advantage(to_go)})
-            spent = s.kl(dimension).double()
-            kl = kl + spent
+                k = torch.full((self.batch,), s.k, device=x0.device)
+                columns.append(row | {"k": k, "advantage": self._advantage(to_go)})
+            kl = kl + spent[s.k]
             if self.future_kl:
-                to_go = to_go + self.kl * spent
-            to_go = to_go + running_cost(chain, self.cost.running, s.k, s.x).double()
+                to_go = to_go + self.kl * spent[s.k]
+            to_go = to_go + ran[s.k]
         material = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
+        material["advantage"] = material["advantage"].to(x0)
         material |= repeat_rows(condition_rows(condition), len(columns))
         return Round(material, {"reward": mean_reward(self.cost, cost), "kl": float(kl.mean())}, {})
 

@@ -82,7 +82,7 @@ class PreferencePairs(Method):
         cost = self.cost.value(drawn.x, **both).detach()
         lead = cost[n:] - cost[:n]  # λ (r(first) − r(second))
         if self.labels == "bradley-terry":
-            draw = torch.rand(n, generator=generator, dtype=cost.dtype, device=generator.device).to(cost.device)
+            draw = torch.rand(n, generator=generator, dtype=cost.dtype, device=cost.device)
             first = draw < torch.sigmoid(lead)
         else:
             first = lead > 0
@@ -99,9 +99,9 @@ class PreferencePairs(Method):
         condition = conditions_of(material)
         winner, loser = material["winner"], material["loser"]
         chain = require_memoryless(self.chain)
-        controlled = chain.controlled
-        k = controlled[torch.randint(len(controlled), (len(winner),), generator=generator, device=generator.device).cpu()]
-        noise = torch.randn(winner.shape, generator=generator, dtype=winner.dtype, device=generator.device).to(winner.device)
+        controlled = chain.controlled.to(winner.device)
+        k = controlled[torch.randint(len(controlled), (len(winner),), generator=generator, device=generator.device)]
+        noise = torch.randn(winner.shape, generator=generator, dtype=winner.dtype, device=winner.device)
         path = chain.base.interpolant
         rho = path.alpha(chain.t) / path.alpha(chain.t[-1])
         spread = (path.beta(chain.t) ** 2 - rho**2 * path.beta(chain.t[-1]) ** 2).clamp_min(0).sqrt()

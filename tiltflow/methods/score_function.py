@@ -83,10 +83,10 @@ class ReinforceAdjointMatching(Method):
         ends = draw_ends(chain, self.cost, state.control, self.batch, generator, self.conditions)
         values = ends.cost - ends.samples.log_ratio if self.adjoint == "full" else ends.cost
         centred = advantage(values, self.group)
-        steps = chain.controlled
+        steps = chain.controlled.to(ends.samples.x.device)
         if self.steps is not None:
-            order = torch.randperm(len(steps), generator=generator, device=generator.device).cpu()
-            steps = steps[order[: self.steps]]
+            order = torch.randperm(len(steps), generator=generator, device=generator.device)
+            steps = steps.to(order.device)[order[: self.steps]]
         rounds = []
         for step in steps:
             k = step.expand(self.batch)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tiltflow.core.control import Control
+from tiltflow.core.device import beside
 from tiltflow.methods.adjoint_sampling import AdjointSampling
 from tiltflow.train.buffer import Material, conditions_of
 from tiltflow.train.loss import matching_terms, reduce_terms
@@ -50,8 +51,10 @@ class SeveralAdjointSampling(Method):
 
     def collect(self, state: State) -> Round:
         """End points of ``visited`` targets, padded."""
-        order = torch.randperm(len(self.samplers), generator=state.generator)[: self.visited].tolist()
-        rounds = [self.samplers[i].collect(state, system=torch.full((self.samplers[i].batch,), i)) for i in order]
+        device = state.generator.device
+        order = torch.randperm(len(self.samplers), generator=state.generator, device=device)[: self.visited].tolist()
+        batches = {i: torch.full((self.samplers[i].batch,), i, device=device) for i in order}
+        rounds = [self.samplers[i].collect(state, system=system) for i, system in batches.items()]
         width = int(self._sizes.max())
         rows = [
             {name: pad(v, (0, width - v.shape[1])) if v.ndim == 2 else v for name, v in one.material.items()}
@@ -64,8 +67,8 @@ class SeveralAdjointSampling(Method):
     def loss(self, control: Control, material: Material, generator: torch.Generator) -> Tensor:
         """The matching loss of rows of any targets; each term is divided by its own D_i."""
         x, k, drift = self._widest.project(material, generator)
-        sizes = self._sizes[material["condition.system"]]
-        real = torch.arange(x.shape[1]) < sizes[:, None]
+        sizes = beside(self._sizes, x)[material["condition.system"]]
+        real = torch.arange(x.shape[1], device=x.device) < sizes[:, None]
         x, drift = x * real, drift * real
         terms = matching_terms(control, self._widest.chain, x, k, -drift, x, **conditions_of(material))
         return reduce_terms(terms / sizes, material["weight"])

@@ -24,6 +24,7 @@ from torch import Tensor
 from tiltflow.core.chain import Chain, at
 from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import noise
 from tiltflow.core.simulate import actors, running_cost, transition
@@ -71,32 +72,32 @@ class PathSMC(TrainingFree):
                 )
         chain, x = self.chain, self.chain.source(n, generator)
         dimension, noisy = chain.geometry.dimension(x.shape[1:]), set(chain.controlled.tolist())
-        log_w = torch.zeros(n, dtype=torch.float64, device=x.device)
+        log_w = torch.zeros(n, dtype=torch.float64)
         counted = torch.zeros_like(log_w)  # L_k, already in log_w
         for k, (actor, ratio) in enumerate(actors(chain, control)):
             guide = self.cost if self.guided and control is None and k in noisy else None
             x1, base_mean, ascent = look_ahead(chain, k, x, guide, **condition)
             with torch.no_grad():
                 if self.potential is not None:
-                    potential = self.potential(k, x, x1, **condition).double()
+                    potential = double(self.potential(k, x, x1, **condition))
                     log_w, counted = log_w + potential - counted, potential
                 shift = None if ascent is None else at(chain.std, k, x) ** 2 * ascent
                 if ess(log_w) < self.threshold:
-                    keep = systematic(log_w, generator)
-                    log_w = torch.full_like(log_w, log_mean_exp(log_w))
-                    x, base_mean, counted = x[keep], base_mean[keep], counted[keep]
+                    rows = systematic(log_w, generator)
+                    log_w, counted, keep = torch.full_like(log_w, log_mean_exp(log_w)), counted[rows], rows.to(x.device)
+                    x, base_mean = x[keep], base_mean[keep]
                     shift = None if shift is None else shift[keep]
-                log_w = log_w - running_cost(chain, self.cost.running, k, x).double()
+                log_w = log_w - double(running_cost(chain, self.cost.running, k, x))
                 e = noise(chain.geometry, x, generator)
                 step = transition(chain, actor, k, x, e, ratio, condition, True, base_mean, shift)
-                log_w, x = log_w + step.log_ratio(dimension).double(), step.x_next
+                log_w, x = log_w + double(step.log_ratio(dimension)), step.x_next
         with torch.no_grad():
             log_w = log_w + self.correction(x, counted, **condition)
-        return Weighted(x, log_w.to(x.dtype), log_mean_exp(log_w))
+        return Weighted(x, log_w.to(x), log_mean_exp(log_w))
 
     def correction(self, x: Tensor, counted: Tensor, **condition: Any) -> Tensor:
         """−g(x_K) − L_{K−1}: what the last potential got wrong, (n,)."""
-        return -self.cost.value(x, **condition).double() - counted
+        return -double(self.cost.value(x, **condition)) - counted
 
 
 def reward_ahead(cost: Cost) -> Potential:

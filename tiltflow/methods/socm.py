@@ -49,7 +49,7 @@ class LearnedMatrices(nn.Module):
         n, like = len(t) - 1, self.net.last.weight
         early, late = (v.reshape(-1).to(like) for v in torch.meshgrid(t[1:], t[1:], indexing="ij"))
         stay = (-self.log_gamma.exp() * (late - early).clamp_min(0.0)).exp()[:, None, None]
-        eye = torch.eye(self.dim).to(like)
+        eye = torch.eye(self.dim, dtype=like.dtype, device=like.device)
         net = self.net(late[:, None], early).reshape(-1, self.dim, self.dim)
         return (stay * eye + (1 - stay) * net).reshape(n, n, self.dim, self.dim)
 
@@ -142,7 +142,7 @@ class SOCM(Method):
             "base_mean": paths.base_mean[: len(c)].transpose(0, 1),
             "c": c.transpose(0, 1),
             "y": y.transpose(0, 1),
-            "weight": own((normalised(log_w) * len(log_w)).to(x0.dtype)),
+            "weight": own((normalised(log_w) * len(log_w)).to(x0)),
             **condition_rows(condition),
         }
         return Round(material, {**paths.metrics(self.cost), "ess": ess(log_w)}, {})
@@ -156,7 +156,7 @@ class SOCM(Method):
             control,
             self.chain,
             material["x"].flatten(0, 1),
-            torch.arange(steps).repeat(paths),
+            torch.arange(steps, device=a_next.device).repeat(paths),
             a_next.flatten(0, 1),
             material["base_mean"].flatten(0, 1),
             **condition,

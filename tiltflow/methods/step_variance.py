@@ -8,6 +8,7 @@ from torch import Tensor
 from tiltflow.core.brownian import BrownianChain
 from tiltflow.core.chain import Chain, at
 from tiltflow.core.control import Control, DriftControl, StepVariance
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.simulate import event_sum
 from tiltflow.train.buffer import Material
@@ -46,11 +47,11 @@ def update_step_variance(
     steps, dimension = len(chain.std), chain.geometry.dimension(chain.event_shape)
     rows = max(len(x1) // 8, min(len(x1), 64, -(-2048 // dimension)))
     pick = torch.multinomial(weight, rows * steps, replacement=True, generator=generator)
-    k = torch.arange(steps).repeat_interleave(rows)
+    k = torch.arange(steps, device=x1.device).repeat_interleave(rows)
     ends, starts = x1[pick], torch.zeros_like(x1[pick]) if x0 is None else x0[pick]
     with once():
         x, _ = chain.bridge(k, starts, ends, generator)
     rows_of = {name: v[pick] for name, v in rows_of.items()}
     error = event_sum((ends - x - at(chain.remaining, k, x) * control.drift(chain, k, x, **rows_of)) ** 2)
-    found = error.reshape(steps, rows).double().mean(1) / dimension
+    found = double(error).reshape(steps, rows).mean(1) / dimension
     control.module.share.lerp_((found / chain.remaining[:-1]).clamp_max(1.0).to(control.module.share), 0.2)

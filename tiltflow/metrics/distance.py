@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 
 
@@ -22,7 +23,7 @@ def w2(x: Tensor, y: Tensor) -> float:
     except ImportError as error:
         raise TiltflowError("w2 needs SciPy: pip install 'tiltflow[report]'.") from error
     exact = "donot_use_mm_for_euclid_dist"
-    cost = torch.cdist(x.flatten(1).double(), y.flatten(1).double(), compute_mode=exact).square().numpy()
+    cost = torch.cdist(double(x.flatten(1)), double(y.flatten(1)), compute_mode=exact).square().numpy()
     reduced = cost - cost.min(1, keepdims=True)  # the same optimal assignment, found in less than half the time
     rows, columns = linear_sum_assignment(reduced - reduced.min(0, keepdims=True))
     return float(cost[rows, columns].mean() ** 0.5)
@@ -44,7 +45,7 @@ def pairwise_mean(x: Tensor, identity: Tensor | None = None) -> tuple[float, flo
 
     ``identity`` (n,) marks rows that are copies of one draw; pairs of copies do not count.
     """
-    distance = torch.cdist(x.flatten(1).double(), x.flatten(1).double())
+    distance = torch.cdist(double(x.flatten(1)), double(x.flatten(1)))
     who = torch.arange(len(x)) if identity is None else identity
     pair = (who[:, None] != who).double()
     mean = float((pair * distance).sum() / pair.sum())
@@ -54,4 +55,4 @@ def pairwise_mean(x: Tensor, identity: Tensor | None = None) -> tuple[float, flo
 
 def total_variation(p: Tensor, q: Tensor) -> float:
     """½ Σ|p_i − q_i| of two weight vectors."""
-    return 0.5 * float((p.double() - q.double()).abs().sum())
+    return 0.5 * float((double(p) - double(q)).abs().sum())

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.metrics.sampling import wasserstein_1d
 
@@ -40,7 +41,7 @@ def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         bad = int((~torch.isfinite(v).flatten(1).all(1)).sum())
         if bad:
             raise TiltflowError(f"{bad} of {len(v)} configurations of {name} are not finite; drop and count them.")
-    x, y = x.detach().double().cpu(), y.detach().double().cpu()
+    x, y = double(x.detach()), double(y.detach())
     return x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
 
 

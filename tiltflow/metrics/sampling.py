@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 
 
@@ -21,7 +22,7 @@ def _finite(name: str, values: Tensor) -> Tensor:
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise TiltflowError(f"{bad} of {len(values)} {name} are not finite; drop those samples, and report their number.")
-    return values.detach().double()
+    return double(values.detach())
 
 
 def wasserstein_1d(a: Tensor, b: Tensor, p: int = 2) -> float:
@@ -74,7 +75,7 @@ def _to_centres(x: Tensor, centres: Tensor) -> Tensor:
     if x.shape[1:] != centres.shape[1:] or len(x) == 0 or len(centres) == 0:
         raise TiltflowError(f"samples {tuple(x.shape)} and centres {tuple(centres.shape)} must be points of one shape.")
     exact = "donot_use_mm_for_euclid_dist"
-    return torch.cdist(x.flatten(1).double(), centres.flatten(1).double(), compute_mode=exact)
+    return torch.cdist(double(x.flatten(1)), double(centres.flatten(1)), compute_mode=exact)
 
 
 def mode_weights(x: Tensor, centres: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tiltflow.core.control import DriftControl, StepVariance
+from tiltflow.core.device import seeded
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import as_json, from_json
 from tiltflow.methods.several import SeveralAdjointSampling
@@ -110,8 +111,9 @@ def train_amortised(
     checkpoint: Path | None = None,
     resume: bool = False,
     callback: Callback | None = None,
+    device: str = "cpu",
 ) -> Amortised:
-    """Train on all templates of all molecules; the last three as in :func:`~tiltflow.train.fit.fit`.
+    """Train on all templates of all molecules, the network on a device; the rest as in :func:`~tiltflow.train.fit.fit`.
 
     Raises:
         TiltflowError: divergence, an energy that is not finite on most draws.
@@ -122,11 +124,10 @@ def train_amortised(
         _, evaluators = torsion_energies(one.energy, settings.kelvin, one.templates, one.torsions)
         samplers += [target(e, len(one.torsions.atoms), s) for e in evaluators]
     table = systems([(one.molecule, one.torsions, x) for one in prepared for x in one.templates])
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        control = _control(TorsionNet(table, s.hidden, s.layers, noise=_noise(s)), s)
+    with seeded(seed):
+        control = _control(TorsionNet(table, s.hidden, s.layers, noise=_noise(s)).to(device), s)
     method = SeveralAdjointSampling(samplers, min(settings.visited, len(samplers)))
-    state = State(control, torch.Generator().manual_seed(seed))
+    state = State(control, torch.Generator(device).manual_seed(seed))
     history = fit(method, state, s, checkpoint, resume, callback)
     return Amortised(control, settings, [one.molecule.smiles for one in prepared], history)
 
@@ -145,8 +146,8 @@ def save_amortised(path: Path, model: Amortised) -> None:
     save_weights(path, model.control.module, said)
 
 
-def load_amortised(path: Path) -> Amortised:
-    """What :func:`save_amortised` wrote. Raises TiltflowError if it is no such file."""
+def load_amortised(path: Path, device: str = "cpu") -> Amortised:
+    """What :func:`save_amortised` wrote, on a device. Raises TiltflowError if it is no such file."""
     try:
         with safe_open(path, framework="pt") as f:
             said = f.metadata() or {}
@@ -155,6 +156,6 @@ def load_amortised(path: Path) -> Amortised:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise TiltflowError(f"{path}: not a conformer model of `tiltflow train-conformers` ({error}).") from error
     s = settings.sampler
-    control = _control(TorsionNet(None, s.hidden, s.layers, noise=_noise(s)), s)
+    control = _control(TorsionNet(None, s.hidden, s.layers, noise=_noise(s)).to(device), s)
     load_weights(path, control.module)
     return Amortised(control, settings, smiles, [])

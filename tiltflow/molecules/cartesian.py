@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tiltflow.core.brownian import BrownianChain, geometric_chain
 from tiltflow.core.control import DriftControl, StepVariance
+from tiltflow.core.device import beside, seeded
 from tiltflow.core.geometry import Centred
 from tiltflow.energies import Evaluator
 from tiltflow.energies.cost import EnergyCost
@@ -83,8 +84,8 @@ def harmonic_source(bonds: Tensor, lengths: Tensor, atoms: int) -> Callable[[int
     modes = vector[:, 1:] * value[1:].rsqrt()
 
     def source(n: int, generator: torch.Generator) -> Tensor:
-        white = torch.randn(n, atoms - 1, 3, generator=generator)
-        return modes.to(white) @ white
+        white = torch.randn(n, atoms - 1, 3, generator=generator, device=generator.device)
+        return beside(modes, white).to(white) @ white
 
     return source
 
@@ -111,8 +112,9 @@ def train_cartesian(
     settings: CartesianSettings | None = None,
     seed: int = 0,
     callback: Callback | None = None,
+    device: str = "cpu",
 ) -> CartesianSampler:
-    """Train a sampler of e^{−E/kT − U} over all atoms of a molecule.
+    """Train a sampler of e^{−E/kT − U} over all atoms of a molecule, with its network on a device.
 
     Raises:
         TiltflowError: RDKit cannot embed the molecule, an energy that is mostly not finite, or divergence.
@@ -124,9 +126,8 @@ def train_cartesian(
     regular = regulariser(molecule, reference)
     evaluator = Evaluator(CartesianEnergy(Reduced(energy, kelvin, zero), regular))
     noise = partial(noise_left, "geometric", s.sigma_max, s.sigma_min)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = MoleculeNet(molecule, reference, noise, s.hidden, s.layers)
+    with seeded(seed):
+        net = MoleculeNet(molecule, reference, noise, s.hidden, s.layers).to(device)
         corrector = MoleculeNet(molecule, reference, noise, s.hidden // 2, 1)  # smooth, and of t = 1 only
     control = DriftControl(StepVariance(net, s.steps), s.sigma_min)
     chain = cartesian_chain(s, regular, atoms, s.steps)
@@ -137,10 +138,11 @@ def train_cartesian(
 
     def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x0 = chain.source(n, generator)
-        x1 = conformers[torch.randint(len(conformers), (n,), generator=generator)].to(x0)
+        rows = torch.randint(len(conformers), (n,), generator=generator, device=generator.device)
+        x1 = beside(conformers, x0)[rows].to(x0)
         return x0, aligned(x1, x0)
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     pretraining = replace(s, rounds=s.pretrain_rounds if s.pretrain else 0, buffer_rounds=1)
     refining = replace(s, rounds=s.fine_rounds, learning_rate=s.learning_rate * s.fine_rate)
     stages: list[tuple[Method, CartesianSettings]] = [

@@ -22,6 +22,7 @@ def conformers(
     temperature: float | str = 300.0,
     *,
     seed: int = 0,
+    device: str = "cpu",
     cover: bool = False,
     max_atoms: int = 200,
     **settings: Any,
@@ -33,6 +34,7 @@ def conformers(
         n: How many.
         temperature: Of the ensemble, in K; or a text such as "300K".
         seed: Of the embeddings, the training and the draws.
+        device: Of the networks; energies of other packages stay on the CPU.
         cover: Choose conformers that cover the minima instead, without weights.
         max_atoms: Most atoms, with hydrogens.
         settings: Other fields of :class:`~tiltflow.molecules.settings.ConformerSettings`: energy, rescore, model, ….
@@ -51,5 +53,6 @@ def conformers(
     require_rdkit()
     from tiltflow.molecules.read import one_molecule
     from tiltflow.molecules.run import make, sound
+    from tiltflow.run.device import check_device
 
-    return sound(make(one_molecule(molecule, max_atoms), wanted, seed, cover))[0]
+    return sound(make(one_molecule(molecule, max_atoms), wanted, seed, cover, device=check_device(device)))[0]

@@ -43,6 +43,7 @@ def covering(
     seed: int,
     model: str | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, said: None,
+    device: str = "cpu",
 ) -> Covering:
     """Of n + 512 draws of a hot torsional sampler the n that best cover what all of them relax to, the most useful first.
 
@@ -61,7 +62,7 @@ def covering(
     settings = ConformerSettings(
         temperature=HOT, n=n + EXTRA, templates=8, conjugated=model is None, sampler=sampler, model=model
     )
-    made = generate(molecule, settings, seed, progress)
+    made = generate(molecule, settings, seed, progress, device)
     torsions = rotatable_torsions(molecule, conjugated=True)
     angles = dihedrals(made.positions[torch.isfinite(made.energy)], torsions.atoms)
     rigid = embed(molecule, n, seed)
@@ -78,10 +79,10 @@ def chosen(molecule: Molecule, drawn: Tensor, n: int) -> Covering:
 
 
 def covering_ensemble(
-    molecule: Molecule, settings: ConformerSettings, seed: int, progress: Callable[[int, int, str], None]
+    molecule: Molecule, settings: ConformerSettings, seed: int, progress: Callable[[int, int, str], None], device: str
 ) -> Ensemble:
     """:func:`covering`, relaxed, with MMFF94 energies and without weights: they were chosen, not drawn."""
-    made = covering(molecule, settings.n, seed, settings.model, progress)
+    made = covering(molecule, settings.n, seed, settings.model, progress, device)
     energy = open_energy("mmff94", molecule)
     value = energy.energy_and_forces(made.relaxed)[0].double()
     said = {"coordinates": "all, relaxed by MMFF94", "energy_evaluations": str(made.energy_calls)}

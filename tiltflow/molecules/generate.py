@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.amortised import load_amortised
 from tiltflow.molecules.energies import MolecularEnergy, kt_per, open_energy
@@ -56,6 +57,7 @@ def generate(
     settings: ConformerSettings,
     seed: int,
     progress: Callable[[int, int, str], None] = lambda done, total, said: None,
+    device: str = "cpu",
 ) -> Ensemble:
     """n conformers with their log path weights at the settings' temperature, of each template as its share among embeddings.
 
@@ -65,8 +67,8 @@ def generate(
     energy = open_energy(settings.energy, molecule)
     if settings.rescore is not None:
         judge = open_energy(settings.rescore, molecule)
-        return rescored(generate(molecule, replace(settings, rescore=None), seed, progress), energy, judge)
-    model = None if settings.model is None else load_amortised(Path(settings.model))
+        return rescored(generate(molecule, replace(settings, rescore=None), seed, progress, device), energy, judge)
+    model = None if settings.model is None else load_amortised(Path(settings.model), device)
     hot = settings.training_kelvin if model is None else model.settings.kelvin
     torsions = rotatable_torsions(molecule, settings.conjugated if model is None else model.settings.conjugated)
     rigid, share = templates(molecule, torsions, min(settings.templates, settings.n), seed)
@@ -80,14 +82,14 @@ def generate(
         progress(row["iteration"] + 1, rounds, said)
 
     if model is None:
-        trained = train_torsional(energy, hot, rigid, torsions, sampler, seed, report)
+        trained = train_torsional(energy, hot, rigid, torsions, sampler, seed, report, device)
     else:
         trained = model.of(molecule, energy, torsions, rigid, hot, sampler.draw_steps)
     counts = allot(settings.n, share)
-    drawn = trained.draw(counts, torch.Generator().manual_seed(seed))
-    x = torch.cat([place(template, torsions, one.x.double()) for template, one in zip(rigid, drawn)])
-    reduced = torch.cat([one.energy.double() for one in drawn])
-    per_draw = [one.log_weights - math.log(n) for n, one in zip(counts, drawn) if one.log_weights is not None]
+    drawn = trained.draw(counts, torch.Generator(device).manual_seed(seed))
+    x = torch.cat([place(template, torsions, double(one.x)) for template, one in zip(rigid, drawn)])
+    reduced = torch.cat([double(one.energy) for one in drawn])
+    per_draw = [(one.log_weights - math.log(n)).cpu() for n, one in zip(counts, drawn) if one.log_weights is not None]
     log_w = torch.cat(per_draw).double() + reduced * (1 - hot / settings.kelvin)  # E/kT for that of training
     value = reduced / kt_per(energy.unit, hot) + trained.zero
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))

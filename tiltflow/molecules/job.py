@@ -43,11 +43,6 @@ RECENT = 20
 FILES = (".smi", ".sdf")
 
 
-def _require_cpu(device: str) -> None:
-    if device != "cpu":
-        raise TiltflowError(f"device {device!r}: conformers are computed on the CPU; leave --device out.")
-
-
 def _require_energies(molecules: list[Molecule], *energies: str | None) -> None:
     """Open the energies for the first molecule that they take, or not at all; of a lone molecule it must be taken.
 
@@ -111,12 +106,11 @@ class ConformersJob(ConformersConfig):
         return from_json(cls, fields, str(folder / "config.json"))
 
     def check(self) -> None:
-        """Find misuse: the device, the input, the energies, the model.
+        """Find misuse: the input, the energies, the model.
 
         Raises:
             TiltflowError: of these; of a SMILES also why it is refused.
         """
-        _require_cpu(self.device)
         if world().size > 1:
             raise TiltflowError("conformers starts processes of its own, one per core: run it in one process.")
         if self.ray is not None:
@@ -132,7 +126,6 @@ class ConformersJob(ConformersConfig):
 
     def load(self, folder: Path, device: str = "cpu") -> list[Ensemble]:
         """The ensembles of a run folder, or of one that an ensemble was saved in; without those that were refused."""
-        _require_cpu(device)
         require_rdkit()
         from tiltflow.molecules.run import ensembles_of
 
@@ -142,7 +135,7 @@ class ConformersJob(ConformersConfig):
         """Make, audit and cluster conformers of every molecule."""
         from tiltflow.molecules.run import make_all
 
-        return make_all(self.molecules, self.anchored, self.seed, self.cover, work.path, work.tell, self.ray)
+        return make_all(self.molecules, self.anchored, self.seed, self.cover, work.path, work.tell, self.ray, self.device)
 
     def judge(self, model: Made, work: Work) -> Outcome:
         """Write the conformers."""
@@ -233,17 +226,15 @@ class ConformerTrainingJob(ConformerTrainingConfig):
         return replace(self, molecules=round(share * self.molecules), settings=settings), share
 
     def check(self) -> None:
-        """Find misuse: the device, the input, the energy."""
-        _require_cpu(self.device)
+        """Find misuse: the input, the energy."""
         _require_energies(self.chosen, self.settings.energy)
 
     def load(self, folder: Path, device: str = "cpu") -> Amortised:
         """The model of a finished run folder."""
-        _require_cpu(device)
         require_rdkit()
         from tiltflow.molecules.amortised import load_amortised
 
-        return load_amortised(folder / MODEL)
+        return load_amortised(folder / MODEL, device)
 
     def train(self, work: Work) -> tuple[Amortised, int]:
         """Train, with checkpoints; returns the model and the number of its templates."""
@@ -257,7 +248,7 @@ class ConformerTrainingJob(ConformerTrainingConfig):
             work.round(row, "training", rounds, f"energy {row['energy']:.1f} kT, ESS {row['ess']:.3f}")
 
         resume = work.resume and work.checkpoint.is_file()
-        model = train_amortised(prepared, self.settings, self.seed, work.checkpoint, resume, report)
+        model = train_amortised(prepared, self.settings, self.seed, work.checkpoint, resume, report, self.device)
         return model, sum(len(one.templates) for one in prepared)
 
     def judge(self, model: tuple[Amortised, int], work: Work) -> Outcome:

@@ -47,15 +47,18 @@ def silent(done: int, total: int, said: str) -> None:
 
 
 def make(
-    molecule: Molecule, settings: ConformerSettings, seed: int, cover: bool = False, progress: Progress = silent
-) -> Ensemble:
+    molecule: Molecule, settings: ConformerSettings, seed: int, cover: bool = False, progress: Progress = silent,
+    device: str = "cpu",
+) -> Ensemble:  # fmt: skip
     """All samples of one molecule, and where they come from; or, with ``cover``, conformers that cover its minima.
+
+    The networks are on the ``device``.
 
     Raises:
         UnsupportedMolecule: the energy does not take it.
         TiltflowError: no geometry, a missing package, divergence.
     """
-    e = (covering_ensemble if cover else generate)(molecule, settings, seed, progress)
+    e = (covering_ensemble if cover else generate)(molecule, settings, seed, progress, device)
     said = {"tiltflow_version": __version__, "energy_model": settings.energy, "seed": str(seed)}
     return replace(e, provenance={**said, "sampling_temperature": f"{e.sampling_temperature:g} K", **e.provenance})
 
@@ -76,8 +79,9 @@ def sound(ensemble: Ensemble) -> tuple[Ensemble, list[str | None]]:
 
 
 def make_all(
-    read: Read, settings: ConformerSettings, seed: int, cover: bool, folder: Path, tell: Tell, ray: str | None = None
-) -> Made:
+    read: Read, settings: ConformerSettings, seed: int, cover: bool, folder: Path, tell: Tell, ray: str | None = None,
+    device: str = "cpu",
+) -> Made:  # fmt: skip
     """Ensembles of all molecules; molecule i has seed ``seed + i``. ``ray``: on this cluster.
 
     A conformer with a fault (:func:`~tiltflow.molecules.audit.audit`), or without a finite energy or a weight, is left out
@@ -89,9 +93,9 @@ def make_all(
     jobs = [(path, m, settings, seed + i, cover) for i, (path, m) in enumerate(zip(paths, read.molecules))]
     left = [job for job in jobs if not (job[0].is_file() and load_state(job[0]).get("of") == _of(*job[2:]))]
     if ray is None:
-        _generate_all(left, tell)
+        _generate_all(left, tell, device)
     elif left:
-        _generate_on(Cluster(ray), left, tell)
+        _generate_on(Cluster(ray), left, tell, device)
     for path, molecule, line in zip(paths, read.molecules, read.lines):
         ensemble, state = read_ensemble(path), load_state(path)
         if ensemble is None:
@@ -120,21 +124,23 @@ def _of(settings: ConformerSettings, seed: int, cover: bool) -> str:
     return json.dumps([as_json(settings), seed, cover])
 
 
-def _generate_all(jobs: list[tuple[Path, Molecule, ConformerSettings, int, bool]], tell: Tell) -> None:
-    """One process per core and molecule; a lone molecule, or a lone core, stays in this process and shows more."""
-    workers = min(len(jobs), torch.get_num_threads())
+def _generate_all(jobs: list[tuple[Path, Molecule, ConformerSettings, int, bool]], tell: Tell, device: str) -> None:
+    """One process per core and molecule; a lone molecule, core or accelerator stays in this process and shows more."""
+    workers = min(len(jobs), torch.get_num_threads()) if device == "cpu" else 1
     if workers <= 1:
         for k, job in enumerate(jobs, 1):
-            _keep(*job, partial(tell, f"{k}/{len(jobs)} {job[1].name}"))
+            _keep(*job, device, partial(tell, f"{k}/{len(jobs)} {job[1].name}"))
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        running = {pool.submit(_keep, *job): job[1].name for job in jobs}
+        running = {pool.submit(_keep, *job, device): job[1].name for job in jobs}
         for done, future in enumerate(as_completed(running), 1):
             future.result()
             tell("molecules", done, len(jobs), running[future])
 
 
-def _generate_on(cluster: Cluster, jobs: list[tuple[Path, Molecule, ConformerSettings, int, bool]], tell: Tell) -> None:
+def _generate_on(
+    cluster: Cluster, jobs: list[tuple[Path, Molecule, ConformerSettings, int, bool]], tell: Tell, device: str
+) -> None:
     """One worker of a cluster per molecule; the files are written here."""
     count = iter(range(1, len(jobs) + 1))
 
@@ -143,7 +149,7 @@ def _generate_on(cluster: Cluster, jobs: list[tuple[Path, Molecule, ConformerSet
         tell("molecules", next(count), len(jobs), jobs[i][1].name)
 
     try:
-        cluster.map(_kept, [job[1:] for job in jobs], keep)
+        cluster.map(_kept, [(*job[1:], device) for job in jobs], keep)
     finally:
         cluster.close()
 
@@ -157,11 +163,12 @@ def _kept(*job: Any) -> bytes:
 
 
 def _keep(
-    path: Path, molecule: Molecule, settings: ConformerSettings, seed: int, cover: bool, progress: Progress = silent
-) -> None:
+    path: Path, molecule: Molecule, settings: ConformerSettings, seed: int, cover: bool, device: str,
+    progress: Progress = silent,
+) -> None:  # fmt: skip
     started, of = time.perf_counter(), _of(settings, seed, cover)
     try:
-        ensemble = make(molecule, settings, seed, cover, progress)
+        ensemble = make(molecule, settings, seed, cover, progress, device)
     except UnsupportedMolecule as error:
         save_state(path, {"refused": error.reason, "of": of})
         return

@@ -261,7 +261,8 @@ class ConformersConfig:
         cover: Conformers that cover the minima instead, without weights.
         max_atoms: Most atoms of a molecule, with hydrogens.
         seed: Seed of every random number; molecule i has seed + i.
-        device: torch device.
+        device: Device of the networks: cpu, cuda, cuda:1, mps, or auto for the fastest there is; energies of other packages
+            stay on the CPU.
         ray: Address of a Ray cluster that the molecules are shared by, or local; none: the processors of this machine.
         settings: Of each ensemble.
     """
@@ -291,7 +292,8 @@ class ConformerTrainingConfig:
         molecules: How many of them are drawn at random.
         max_atoms: Most atoms of a molecule, with hydrogens.
         seed: Seed of every random number.
-        device: torch device.
+        device: Device of the networks: cpu, cuda, cuda:1, mps, or auto for the fastest there is; energies of other packages
+            stay on the CPU.
         settings: Of the training.
     """
 

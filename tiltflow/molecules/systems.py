@@ -45,9 +45,14 @@ class Systems(NamedTuple):
     axes: Tensor
     moving: Tensor
 
-    def rows(self, system: Tensor) -> Self:
-        """The rows of some systems, cut to the widest of them."""
-        n, d = int(self.sites[system].max()), int(self.torsions[system].max())
+    def rows(self, system: Tensor, most: int) -> Self:
+        """The rows of some systems of at most ``most`` torsions, cut to the widest of them.
+
+        On an accelerator to the widest of all: no step waits for the host.
+        """
+        n, d = self.atoms.shape[1], min(most, self.angles.shape[1])
+        if system.device.type == "cpu":
+            n, d = int(self.sites[system].max()), int(self.torsions[system].max())
         return type(self)(
             self.atoms[system, :n],
             self.relations[system, :n, :n],

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tiltflow.core.brownian import BrownianChain, geometric_chain
 from tiltflow.core.control import DriftControl, StepVariance
+from tiltflow.core.device import double, seeded
 from tiltflow.core.geometry import Torus
 from tiltflow.energies import Evaluator
 from tiltflow.energies.cost import EnergyCost
@@ -42,7 +43,7 @@ class TorsionEnergy:
     torsions: Torsions
 
     def __call__(self, angles: Tensor) -> Tensor:
-        return differentiable(self.energy, place(self.template, self.torsions, angles.double())).to(angles)
+        return differentiable(self.energy, place(self.template, self.torsions, double(angles))).to(angles)
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ class TorsionalSampler:
     def draw(self, counts: list[int], generator: torch.Generator) -> list[Drawn]:
         """So many angles of each template, with their path weights."""
         chain = torsion_chain(self.settings, self.dim, self.settings.draw_steps)
-        systems = [partial(_rows_of_system, i) for i in range(len(self.energies))]
+        systems = [partial(_rows_of_system, i, generator.device) for i in range(len(self.energies))]
         work = zip(counts, self.energies, systems)
         return [draw(chain, self.control, e, n, generator, condition=c) for n, e, c in work]
 
 
-def _rows_of_system(system: int, rows: int) -> dict[str, Tensor]:
-    return {"system": torch.full((rows,), system)}
+def _rows_of_system(system: int, device: torch.device, rows: int) -> dict[str, Tensor]:
+    return {"system": torch.full((rows,), system, device=device)}
 
 
 def torsion_chain(settings: TorsionalSettings, dim: int, steps: int) -> BrownianChain:
@@ -101,8 +102,9 @@ def train_torsional(
     settings: TorsionalSettings | None = None,
     seed: int = 0,
     callback: Callback | None = None,
+    device: str = "cpu",
 ) -> TorsionalSampler:
-    """Train a sampler of e^{−E/kT} over the torsions of J templates (J, N, 3), D ≥ 1 torsions.
+    """Train a sampler of e^{−E/kT} over the torsions of J templates (J, N, 3), D ≥ 1 torsions, with its network on a device.
 
     Raises:
         TiltflowError: an energy that is not finite on most of the base's draws, or divergence.
@@ -111,10 +113,10 @@ def train_torsional(
     s = (settings or TorsionalSettings()).of(dim)
     zero, evaluators = torsion_energies(energy, kelvin, templates, torsions)
     samplers = [target(e, dim, s) for e in evaluators]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        control = DriftControl(StepVariance(SystemMLP(len(templates), dim, s.hidden, s.layers), s.steps), s.sigma_min)
+    with seeded(seed):
+        net = SystemMLP(len(templates), dim, s.hidden, s.layers).to(device)
+    control = DriftControl(StepVariance(net, s.steps), s.sigma_min)
     method = SeveralAdjointSampling(samplers, len(samplers))
-    state = State(control, torch.Generator().manual_seed(seed))
+    state = State(control, torch.Generator(device).manual_seed(seed))
     history = fit(method, state, s, callback=callback)
     return TorsionalSampler(s, dim, zero, control, evaluators, history)

@@ -41,7 +41,7 @@ def add_adapter(pipe: Any, rank: int, generator: torch.Generator, targets: tuple
     freeze(pipe)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
     try:
-        with torch.random.fork_rng():  # peft draws from the global generator
+        with torch.random.fork_rng([] if generator.device.type == "cpu" else [generator.device]):  # peft draws from these
             inject_adapter_in_model(config, network, NAME)
     except ValueError as error:
         raise TiltflowError(f"{type(network).__name__} has no layer named {', '.join(targets)}.") from error

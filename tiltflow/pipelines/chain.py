@@ -83,7 +83,7 @@ class PipelineChain:
 
     def x1(self, k: Index, x: Tensor, prompt: Tensor, guidance: float, adapted: bool) -> Tensor:
         """X̂_1 at node k, with the adapter on or off; it stays so."""
-        every = k if isinstance(k, Tensor) else torch.full((len(x),), k)
+        every = k if isinstance(k, Tensor) else torch.full((len(x),), k, device=x.device)
 
         def part(x: Tensor, k: Tensor, prompt: Tensor) -> Tensor:
             network = switched(self.network, adapted)  # in here, since a checkpoint computes it again later

@@ -116,7 +116,7 @@ class PipelineConfig:
         samples: Samples to judge, before and after.
         monitor: Rounds between looks at the judges, which end a training that one of them loses by; 0: no looks.
         seed: Seed of every random number.
-        device: torch device.
+        device: Device of torch: cpu, cuda, cuda:1, mps, or auto for the fastest there is.
         dtype: Of the frozen weights; trained ones are float32.
         settings: Of the training.
     """

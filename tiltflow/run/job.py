@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -146,7 +146,8 @@ def run(
     started = time.perf_counter()
     require_report()
     require_logger(log)
-    check_device(job.device)
+    if (device := check_device(job.device)) != job.device:
+        job = replace(job, device=device)  # type: ignore[type-var]  # every job is a dataclass
     job.check()
     if world().rank > 0:
         help_with(job, out, resume)

@@ -46,7 +46,9 @@ def load(folder: Path | str, device: str = "cpu", **given: Any) -> Any:
     Raises:
         TiltflowError: no such run, one that is not finished, or something that has to be given.
     """
-    return open_run(folder).load(Path(folder), device, **given)
+    from tiltflow.run.device import check_device
+
+    return open_run(folder).load(Path(folder), check_device(device), **given)
 
 
 def save_model(folder: Path | str, job: str, method: str, write: Callable[[Path], None], **fields: Any) -> Path:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from tiltflow.core.brownian import BrownianChain, NoiseChain
 from tiltflow.core.control import DriftControl
+from tiltflow.core.device import companion, double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Centred, Torus
 from tiltflow.core.value import reversed_log_ratio
-from tiltflow.core.weights import ess, evidence
+from tiltflow.core.weights import ess, evidence, normalised
 from tiltflow.energies import EnergyProblem, virial
 from tiltflow.metrics.distance import total_variation, w2
 from tiltflow.metrics.particles import distance_wasserstein, particle_w2
@@ -92,12 +93,12 @@ def from_both_sides(
         return {}
     x1 = reference[:2_000]
     base = chain.geometry.log_normal(x1, chain.end_variance)
-    log_w = reversed_log_ratio(chain, control, x1, generator) - problem.energy(x1) - base
+    log_w = reversed_log_ratio(chain, control, x1, companion(generator, x1.device)) - problem.energy(x1) - base
     fraction = ess(-log_w)
     return {
         "log_z_forward": -evidence(-log_w).log_z,
         "log_z_forward_std": math.sqrt(max(1 / fraction - 1, 0.0) / len(x1)),
-        "eubo": float(log_w.double().mean()),
+        "eubo": float(double(log_w).mean()),
         "forward_ess": fraction,
     }
 
@@ -108,8 +109,8 @@ def polished(
     """Distances after resampling by path weights: reported apart, never mixed in."""
     if drawn.log_weights is None:
         return {}
-    pick = torch.multinomial(torch.softmax(drawn.log_weights.double(), 0), n, replacement=True, generator=generator)
-    return distances(problem, drawn.x[pick], reference[:n], "_resampled")
+    pick = torch.multinomial(normalised(drawn.log_weights), n, replacement=True, generator=generator)
+    return distances(problem, drawn.x[pick.to(drawn.x.device)], reference[:n], "_resampled")
 
 
 class Assessed(NamedTuple):

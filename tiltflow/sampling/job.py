@@ -85,20 +85,16 @@ class SamplerJob(Named, SamplerConfig):
             TiltflowError: naming the setting, or the question of ``check_energy`` that the energy fails.
         """
         row, problem = require_trained(self.method), self.load_problem()
-        if self.device != "cpu":
-            raise TiltflowError(f"device {self.device!r}: samplers are trained on the CPU; leave --device out.")
         row.require_training(self.settings.buffer_rounds, self.settings.accumulate, self.settings.batch)
         if self.ray is not None:
             Cluster(self.ray)  # is one there?
         sampler, _ = untrained(problem, row, self.settings, self.seed)
-        require_energy(problem, sampler.chain.end_variance**0.5, torch.Generator().manual_seed(self.seed))
+        require_energy(problem, sampler.chain.end_variance**0.5, torch.Generator(self.device).manual_seed(self.seed))
 
     def load(self, folder: Path, device: str = "cpu", problem: EnergyProblem | None = None) -> Sampler:
         """The sampler of a finished run folder; ``problem`` replaces the one that it names."""
-        if device != "cpu":
-            raise TiltflowError(f"device {device!r}: samplers run on the CPU; leave --device out.")
         row = require_trained(self.method)
-        sampler, _ = untrained(problem or self.load_problem(), row, self.settings, self.seed)
+        sampler, _ = untrained(problem or self.load_problem(), row, self.settings, self.seed, device=device)
         load_weights(folder / WEIGHTS, sampler.control.module)
         return sampler
 
@@ -126,6 +122,7 @@ class SamplerJob(Named, SamplerConfig):
             self.settings,
             seed=self.seed,
             energy=Evaluator(energy),
+            device=self.device,
             checkpoint=work.checkpoint,
             resume=work.resume,
             callback=lambda row: work.round(row, "training", self.settings.rounds, live(row)),

@@ -47,7 +47,12 @@ class Sampler:
 
     def sample(self, n: int, seed: int = 0, batch: int = 2_000) -> Drawn:
         """n samples with energies, and with log path weights where the source is a point, or the base stationary."""
-        return draw(self.chain, self.control, self.energy, n, torch.Generator().manual_seed(seed), batch)
+        return draw(self.chain, self.control, self.energy, n, torch.Generator(self.device).manual_seed(seed), batch)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its network lives."""
+        return next(self.control.module.parameters()).device
 
     def verdict(self, samples: int = 10_000, compared: int = 2_000, seed: int = 0) -> Verdict:
         """The verdict on so many samples, of which so many are compared with the problem's reference, if it has one."""

@@ -101,7 +101,7 @@ class EnergyConfig:
         scale: Spread of the target of a plain energy.
         finest: Its finest detail.
         seed: Seed of every random number.
-        device: Device of torch; samplers run on the CPU.
+        device: Device of torch: cpu, cuda, cuda:1, mps, or auto for the fastest there is.
         samples: Samples that are drawn from the result.
         compared: Of them those that distances to the reference are computed on.
     """

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tiltflow.core.brownian import NoiseChain, OrnsteinUhlenbeckChain, constant_chain, geometric_chain
 from tiltflow.core.control import DriftControl, StepVariance
+from tiltflow.core.device import seeded
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Centred, Torus, noise
 from tiltflow.energies import EnergyProblem, Evaluator
@@ -27,6 +28,7 @@ from tiltflow.energies.cost import EnergyCost
 from tiltflow.methods.registry import Row, row_of
 from tiltflow.nn.mlp import MLP, EventMLP
 from tiltflow.nn.particles import ParticleNet
+from tiltflow.run.device import check_device
 from tiltflow.sampling.model import Sampler
 from tiltflow.sampling.settings import DEFAULT_METHOD, SamplerSettings
 from tiltflow.train.fit import Callback, fit
@@ -104,14 +106,14 @@ def untrained(
     seed: int = 0,
     energy: Evaluator | None = None,
     net: nn.Module | None = None,
+    device: str = "cpu",
 ) -> tuple[Sampler, Method]:
-    """The sampler with its initial weights, and the method that trains it; no energy is evaluated."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    """The sampler with its initial weights on a device, and the method that trains it; no energy is evaluated."""
+    with seeded(seed):
         net, input_scale = network(problem, settings) if net is None else (net, 1.0)
         if row.step_variance:
             net = StepVariance(net, settings.steps)
-        control = DriftControl(net, _noise(problem, settings)[1], input_scale)
+        control = DriftControl(net.to(device), _noise(problem, settings)[1], input_scale)
         evaluator = energy or Evaluator(problem.energy)
         method = build(problem, row, settings, evaluator, control)
     chain = base_chain(problem, row, settings, settings.draw_steps)
@@ -132,6 +134,7 @@ def train_sampler(
     settings: SamplerSettings | None = None,
     *,
     seed: int = 0,
+    device: str = "cpu",
     energy: Evaluator | None = None,
     net: nn.Module | None = None,
     checkpoint: Path | None = None,
@@ -145,6 +148,7 @@ def train_sampler(
         method: A name of the table (``tiltflow list methods``), or a method class of your own.
         settings: How to train; None: what suits the problem and the method.
         seed: Of the weights and of every draw.
+        device: Where to simulate and train; the energy is given x there, or on the CPU if it is a ForceProvider.
         energy: The evaluator to use; None: a new one, with neither budget nor cache.
         net: A network (x (B, *event), t (B,)) → (B, *event) of your own, e.g. :class:`~tiltflow.nn.informed.Informed` around
             another; it sees x itself, and its output of order one is divided by √(R_t + σ_min²).
@@ -155,10 +159,10 @@ def train_sampler(
     Raises:
         TiltflowError: an unknown method, an energy that fails (see :class:`~tiltflow.energies.Evaluator`), or divergence.
     """
-    row = require_trained(method)
+    row, device = require_trained(method), check_device(device)
     s = settings or SamplerSettings.of(method, problem.settings)
     row.require_training(s.buffer_rounds, s.accumulate, s.batch)
-    sampler, trainer = untrained(problem, row, s, seed, energy, net)
-    state = State(sampler.control, torch.Generator().manual_seed(seed))
+    sampler, trainer = untrained(problem, row, s, seed, energy, net, device)
+    state = State(sampler.control, torch.Generator(device).manual_seed(seed))
     sampler.history.extend(fit(trainer, state, s, checkpoint, resume, callback))
     return sampler

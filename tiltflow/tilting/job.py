@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.cost import RewardCost
+from tiltflow.core.device import seeded
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process
 from tiltflow.core.settings import as_json, from_json, settings
@@ -160,8 +161,7 @@ def starting(job: TiltJob, base: Process, spec: RewardSpec, rank: int | None = N
     """The base as the reward needs it, and the process to train, which starts there (the base, if nothing is trained)."""
     if not row_of(job.method, "finetune").trained:
         return base, base
-    with torch.random.fork_rng():
-        torch.manual_seed(job.seed)  # initial weights of adapters
+    with seeded(job.seed):  # initial weights of adapters
         net = trainable_copy(base, rank, torch.Generator(job.device).manual_seed(job.seed))
         if spec.adapt is not None:
             base, net = ignoring_conditions(base), spec.adapt(net).to(job.device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tiltflow.core.chain import InterpolantChain
 from tiltflow.core.control import FineTuned
 from tiltflow.core.cost import RewardCost
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process
 from tiltflow.core.progress import Tell, silent
@@ -133,12 +134,13 @@ class TiltedModel:
         generator = self._generator(seed)
         if self.row.trained:
             return draw_paths(self.chain, FineTuned(self.process), n, generator, tell, **condition)
-        rows = {name: v.expand(n, *v.shape[1:]) for name, v in condition.items()}
-        drawn = self.row.made(chain=self.chain, cost=self.cost).sample(None, n, generator, **rows)
-        order = torch.randperm(n, generator=generator, device=generator.device).to(drawn.x.device)
+        alike = {name: v.expand(n, *v.shape[1:]) for name, v in condition.items()}
+        drawn = self.row.made(chain=self.chain, cost=self.cost).sample(None, n, generator, **alike)
+        order = torch.randperm(n, generator=generator, device=generator.device).cpu()
         zeros = drawn.x.new_zeros(n)
         tell(n)
-        return Samples(drawn.x[systematic(drawn.log_weights.double(), generator)[order]], zeros, zeros, zeros, None)
+        rows = systematic(drawn.log_weights, generator)[order].to(drawn.x.device)
+        return Samples(drawn.x[rows], zeros, zeros, zeros, None)
 
     def log_weights(self, drawn: Samples, **condition: Any) -> Tensor:
         """log w = λr + log dP_base/dP_u of paths, (n,)."""
@@ -264,7 +266,7 @@ class TiltedModel:
 
 def _alike(condition: Mapping[str, Tensor], n: int) -> list[Tensor]:
     """The numbers of rows that have the same condition, one tensor for each condition."""
-    rows = [v.expand(n, *v.shape[1:]).reshape(n, -1).double().cpu() for v in condition.values()]
+    rows = [double(v.expand(n, *v.shape[1:]).reshape(n, -1)) for v in condition.values()]
     if not rows:
         return [torch.arange(n)]
     group = torch.cat(rows, 1).unique(dim=0, return_inverse=True)[1]

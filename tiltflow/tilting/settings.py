@@ -85,7 +85,7 @@ class TiltConfig:
         guidance: Classifier-free guidance scale.
         method: The method; see tiltflow list methods.
         seed: Seed of every random number.
-        device: Device of torch: cpu, cuda, cuda:1, ….
+        device: Device of torch: cpu, cuda, cuda:1, mps, or auto for the fastest there is.
         reference_samples: Base samples that, weighted by e^{λr}, stand for the exact tilt.
         samples: Samples of the model that are judged.
         settings: Of the training.

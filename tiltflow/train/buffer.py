@@ -57,7 +57,7 @@ class Buffer:
             )
         kept, self.newest = self.state_dict(), lengths.pop()
         rows = self.rounds * self.newest
-        self.items = {name: torch.cat([kept[name], v])[-rows:] if kept else v for name, v in material.items()}
+        self.items = {name: torch.cat([kept[name].to(v.device), v])[-rows:] if kept else v for name, v in material.items()}
 
     def batches(
         self, size: int | None, count: int, generator: torch.Generator, most: int | None = None
@@ -69,14 +69,13 @@ class Buffer:
         n = len(self) * world().size
         whole = size is None or size >= n
         picks = [
-            None if whole else torch.randperm(n, generator=generator, device=generator.device)[:size].cpu()
-            for _ in range(count)
+            None if whole else torch.randperm(n, generator=generator, device=generator.device)[:size] for _ in range(count)
         ]
         for picked in picks:
             rows = n if picked is None else len(picked)
             starts = range(0, rows, most or rows)
             parts = [part_of(picked, i, min(i + (most or rows), rows), rows) for i in starts]
-            yield [({name: v[part.rows] for name, v in self.items.items()}, part) for part in parts]
+            yield [({name: v[_there(part.rows, v)] for name, v in self.items.items()}, part) for part in parts]
 
     def state_dict(self) -> Material:
         """What the next round leaves of the items, to be saved."""
@@ -87,3 +86,8 @@ class Buffer:
         """Replace the items."""
         self.items = dict(state)
         self.newest = len(self)
+
+
+def _there(rows: Tensor | slice, v: Tensor) -> Tensor | slice:
+    """Numbers of rows on the device of v."""
+    return rows.to(v.device) if isinstance(rows, Tensor) else rows

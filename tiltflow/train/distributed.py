@@ -143,7 +143,7 @@ def part_of(picked: Tensor | None, start: int, stop: int, total: int) -> Part:
     if size == 1:
         places = torch.arange(stop - start)
         return Part(slice(start, stop) if picked is None else picked[start:stop], places, len(places), len(places) / total)
-    numbers = torch.arange(start, stop) if picked is None else picked[start:stop]
+    numbers = torch.arange(start, stop) if picked is None else picked[start:stop].cpu()
     places = (numbers % size == rank).nonzero()[:, 0]
     if not len(places):
         return Part(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), len(numbers), 0.0)
@@ -246,17 +246,18 @@ def least(value: int) -> int:
     return int(found)
 
 
-def sum_gradients(parameters: Iterable[Tensor], value: float) -> float:
-    """Gradients, and a value beside them, replaced by their sums over the processes; returns that of the value."""
+def sum_gradients(parameters: Iterable[Tensor], values: Tensor) -> Tensor:
+    """Gradients, and values (n,) beside them, replaced by their sums over the processes; returns those of the values."""
     if world().size == 1:
-        return value
+        return values
     trained = list(parameters)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    flat = torch.cat([*(g.flatten() for g in grads), grads[0].new_tensor([value])])
+    flat = torch.cat([*(g.flatten() for g in grads), values.to(grads[0])])
     _meet(lambda: distributed.all_reduce(flat), flat.device)
-    for p, part in zip(trained, flat[:-1].split([p.numel() for p in trained])):
+    *sums, found = flat.split([*(p.numel() for p in trained), len(values)])
+    for p, part in zip(trained, sums, strict=True):
         p.grad = part.view_as(p).to(p)
-    return float(flat[-1])
+    return found
 
 
 # Agreement, and the lack of it

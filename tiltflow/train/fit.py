@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.train.buffer import Buffer
@@ -27,6 +27,8 @@ from tiltflow.train.settings import Training
 
 History = list[dict[str, Any]]
 Callback = Callable[[dict[str, Any]], bool | None]
+FUSED = ("cpu", "cuda", "mps", "xpu")
+"""Devices whose Adam is one kernel."""
 
 
 def fit(
@@ -55,9 +57,13 @@ def fit(
         LostProcess: another process died or hangs (the last checkpoint stays).
     """
     module = state.control.module
+    for item in method.auxiliary.values():
+        if isinstance(item, nn.Module):
+            item.to(state.generator.device)
     others = [p for item in method.auxiliary.values() if isinstance(item, nn.Module) for p in item.parameters()]
     weights = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam([*weights, *others], lr=settings.learning_rate, betas=settings.betas, fused=True)
+    fused = weights[0].device.type in FUSED
+    optimiser = torch.optim.Adam([*weights, *others], lr=settings.learning_rate, betas=settings.betas, fused=fused)
     average = [p.detach().clone() for p in weights]
     now = Progress(method, state, weights, average, optimiser, Buffer(settings.buffer_rounds), [])
     if resume:
@@ -95,32 +101,34 @@ def _round(now: Progress, others: list[nn.Parameter], settings: Training, end: i
     now.buffer.add(collected.material)
     for group in optimiser.param_groups:
         group["lr"] = settings.rate(state.iteration, end)
-    loss_sum = norm_sum = 0.0
+    sums: list[Tensor] = []
+    norms: list[Tensor] = []
     for batch in now.buffer.batches(settings.minibatch, settings.gradient_steps, state.generator, settings.accumulate):
         optimiser.zero_grad(set_to_none=True)
-        value = 0.0
+        losses: list[Tensor] = []
         for rows, part in batch:
             with draws(part):
                 loss = part.share * method.loss(state.control, rows, state.generator)
             loss.backward()
-            value += loss.item()
-        value = sum_gradients([*now.weights, *others], value)
+            losses.append(loss.detach())
+        sums.append(sum_gradients([*now.weights, *others], torch.stack(losses)))
         bound = math.inf if settings.gradient_clip is None else settings.gradient_clip
-        norm = float(torch.nn.utils.clip_grad_norm_([*now.weights, *others], bound))
-        if not math.isfinite(value) or not math.isfinite(norm):
-            raise TiltflowError(
-                f"loss {value} and gradient norm {norm} in round {state.iteration}: training diverged. "
-                "Lower the learning rate or the strength, or bound the cost's gradient (max_cost_gradient)."
-            )
+        norms.append(torch.nn.utils.clip_grad_norm_([*now.weights, *others], bound))
         optimiser.step()
-        loss_sum, norm_sum = loss_sum + value, norm_sum + norm
+    parts = torch.stack(sums).tolist()  # the first that the host asks of the device
+    value, norm = (sum(v) / settings.gradient_steps for v in (map(sum, parts), torch.stack(norms).tolist()))
+    if not math.isfinite(value) or not math.isfinite(norm):
+        raise TiltflowError(
+            f"loss {value} and gradient norm {norm} in round {state.iteration}: training diverged. "
+            "Lower the learning rate or the strength, or bound the cost's gradient (max_cost_gradient)."
+        )
     with torch.no_grad():
         decay = min(settings.ema, (1 + state.iteration) / (10 + state.iteration))
         for a, p in zip(now.average, now.weights, strict=True):
             a.lerp_(p, 1 - decay)
     row: dict[str, Any] = {
-        "loss": loss_sum / settings.gradient_steps,
-        "grad_norm": norm_sum / settings.gradient_steps,
+        "loss": value,
+        "grad_norm": norm,
         **collected.metrics,
         **collected.curves,
         "seconds": time.perf_counter() - started,

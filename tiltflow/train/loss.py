@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tiltflow.core.chain import Chain, at
 from tiltflow.core.control import Control
+from tiltflow.core.device import double
 from tiltflow.core.simulate import event_sum
 
 
@@ -39,7 +40,7 @@ class QuantileMask:
 
     def __call__(self, terms: Tensor) -> Tensor:
         """Boolean mask (n,), after updating the average with these terms."""
-        now = torch.quantile(terms.detach().double(), self.quantile)
+        now = torch.quantile(double(terms.detach()), self.quantile)
         old = self.threshold
         self.threshold = now if bool(torch.isinf(old)) else self.decay * old + (1 - self.decay) * now
         return terms.detach() <= self.threshold.to(terms)

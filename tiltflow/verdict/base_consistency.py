@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.chain import memoryless_chain, residual_variance, uniform_grid
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.interpolant import VP, Cosine, Linear
 from tiltflow.core.process import Predicts, Process
@@ -71,7 +72,7 @@ def readings(base: Process) -> Iterator[Reading]:
 
 def inconsistency(p: BaseProbe) -> tuple[float, list[float]]:
     """The number above, and its value at each of ``LEVELS``; infinite where the base explodes or collapses."""
-    ends = p.ends.flatten(1).double()
+    ends = double(p.ends.flatten(1))
     n = len(ends)
     variance = float(ends.var(0).sum())
     size = variance / ends.shape[1]
@@ -80,12 +81,12 @@ def inconsistency(p: BaseProbe) -> tuple[float, list[float]]:
     each = []
     for t in LEVELS:
         x = p.noised(t)
-        guess, x = p.x1(x, t).flatten(1).double(), x.flatten(1).double()
+        guess, x = double(p.x1(x, t).flatten(1)), double(x.flatten(1))
         error = ends - guess
         bias = float((error.mean(0).square() - error.var(0) / n).sum())
         error, x, guess = (v - v.mean(0) for v in (error, x, guess))
-        features = torch.stack([x.flatten(), guess.flatten()], 1).cpu()
-        fit = torch.linalg.lstsq(features, error.reshape(-1, 1).cpu(), driver="gelsd").solution
+        features = torch.stack([x.flatten(), guess.flatten()], 1)
+        fit = torch.linalg.lstsq(features, error.reshape(-1, 1), driver="gelsd").solution
         explained = float((features @ fit).square().sum()) / n - 2 * float(error.square().mean()) / n
         each.append(math.sqrt((max(bias, 0.0) + max(explained, 0.0)) / variance))
     return math.sqrt(sum(e * e for e in each) / len(each)), each
@@ -105,7 +106,7 @@ class Consistency(BaseProbe):
         """Relative change of the network's output at the same x between t = .1 and t = .9."""
         x = self.noised(0.5)[: len(self.few)]
         with torch.no_grad():
-            a, b = (self.call(x, x.new_full((len(x),), t)).double() for t in (0.1, 0.9))
+            a, b = (double(self.call(x, x.new_full((len(x),), t))) for t in (0.1, 0.9))
         scale = max(float(a.square().mean().sqrt()), float(b.square().mean().sqrt()), 1e-30)
         return float((a - b).square().mean().sqrt()) / scale
 
@@ -198,7 +199,7 @@ def timesteps(p: Consistency) -> Answer:
 
 def magnitude(p: BaseProbe) -> Answer:
     """End points of the order of the source."""
-    end, source = (float(x.double().square().mean().sqrt()) for x in (p.ends, p.x0))
+    end, source = (float(double(x).square().mean().sqrt()) for x in (p.ends, p.x0))
     if not math.isfinite(end):
         return None, "fail", "the end points of its ODE are not finite: it explodes on the way"
     ratio = end / max(source, 1e-30) if source else end
@@ -214,9 +215,9 @@ def noise_end(p: Consistency) -> Answer:
     """X̂_1(x, 0) is E[X_1], whatever x is: there is no signal in the noise."""
     if not p.right and p.best:
         return None, "cannot tell", f"see {p.best[1].line!r}"
-    x1 = [p.x1(x, 0.0).flatten(1).double() for x in (p.x0, p.x0.flip(0))]  # the same conditions, another x
+    x1 = [double(p.x1(x, 0.0).flatten(1)) for x in (p.x0, p.x0.flip(0))]  # the same conditions, another x
     varies = float((x1[0] - x1[1]).square().mean()) / 2
-    shift = float((x1[0] - p.ends.flatten(1).double()).mean(0).square().mean())
+    shift = float((x1[0] - double(p.ends.flatten(1))).mean(0).square().mean())
     off, over = math.sqrt(varies + shift) / p.spread, math.sqrt(varies) / p.spread
     text = f"error of X̂_1(x, 0), which must be E[X_1] for every x, in spreads of the data ({over:.2g} over x)"
     if p.base.predicts in ("eps", "score"):
@@ -237,7 +238,7 @@ def noise_output(p: Consistency) -> Answer:
         return None, "cannot tell", f"see {p.best[1].line!r}"
     beta, first = float(path.beta(zero)), float(path.alpha(zero + 1 / p.steps))
     exact = p.few / beta if p.base.predicts == "eps" else -p.few / beta**2
-    error = float((p.call(p.few, p.few.new_zeros(len(p.few))) - exact).double().square().mean().sqrt())
+    error = float(double(p.call(p.few, p.few.new_zeros(len(p.few))) - exact).square().mean().sqrt())
     gain = float(path.beta(zero + 1 / p.steps)) ** (1 if p.base.predicts == "eps" else 2) / first
     reached = error * gain / p.spread
     what = "eps(x, 0) − x" if p.base.predicts == "eps" else "s(x, 0) + x"
@@ -258,7 +259,7 @@ def marginals(p: BaseProbe) -> Answer:
     chain = memoryless_chain(base, t, residual_variance(base, t, p.ends[:n], p.generator, **rows))
     with torch.no_grad():
         states = [p.x0[:n], *(s.x_next for s in walk(chain, None, p.x0[:n], p.generator, **rows))]
-    moments = [(x.flatten(1).double().mean(0), x.flatten(1).double().var(0)) for x in states]
+    moments = [(x.mean(0), x.var(0)) for x in (double(state.flatten(1)) for state in states)]
     mean, variance = moments[-1]
     worst, where = 0.0, 0
     for k, (m, v) in enumerate(moments[1:-1], 1):
@@ -290,7 +291,7 @@ def denoiser(p: BaseProbe) -> Answer:
             back = torch.autograd.grad(out, x, w, create_graph=True)[0]
             forth = torch.autograd.grad(back, w, v, retain_graph=True)[0]
             back = torch.autograd.grad(out, x, v)[0]
-        a, b = (j.flatten(1).double() for j in (forth, back))
+        a, b = (double(j.flatten(1)) for j in (forth, back))
         cosine = float(((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-300)).mean())
         ratio = float((b.norm(dim=1) / a.norm(dim=1).clamp_min(1e-300)).mean())
         worst = min(worst, cosine)
@@ -319,10 +320,10 @@ def conditioned(p: BaseProbe) -> Answer:
     if not p.rows:
         return None, "pass", "no conditions were given"
     x, n = p.few, len(p.few)
-    own = p.call(x, p.mixed_times).double()
+    own = double(p.call(x, p.mixed_times))
     turned = {name: v.roll(1, 0) if isinstance(v, Tensor) else v for name, v in p.few_rows(n).items()}
     other = p.base.model(x, p.mixed_times, **turned)
-    change = float((own - other.double()).square().mean().sqrt() / own.square().mean().sqrt().clamp_min(1e-30))
+    change = float((own - double(other)).square().mean().sqrt() / own.square().mean().sqrt().clamp_min(1e-30))
     text = f"relative change of the output when conditions ({', '.join(p.rows)}) change places"
     return change, "pass" if change > 1e-6 else "warn", text + ("" if change > 1e-6 else ": it ignores them")
 
@@ -330,7 +331,7 @@ def conditioned(p: BaseProbe) -> Answer:
 def starts_at(base: Process, tuned: Process, x: Tensor, t: Tensor, rows: dict[str, Any]) -> float:
     """Largest |X̂_1 of ``tuned`` − X̂_1 of ``base``| at (x, t) over the root mean square of the base's; infinite if NaN."""
     with torch.no_grad():
-        a, b = base.x1(x, t, **rows).double(), tuned.x1(x, t, **rows).double()
+        a, b = double(base.x1(x, t, **rows)), double(tuned.x1(x, t, **rows))
     if a.shape != b.shape:
         raise TiltflowError(f"`tuned` returns {tuple(b.shape)} where the base returns {tuple(a.shape)}.")
     gap = float((a - b).abs().max() / a.square().mean().sqrt().clamp_min(1e-30))

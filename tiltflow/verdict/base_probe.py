@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiltflow.core.device import double
 from tiltflow.core.ode import ode
 from tiltflow.core.process import Process
 from tiltflow.train.method import Conditions
@@ -89,7 +90,7 @@ class BaseProbe:
     @property
     def spread(self) -> float:
         """Standard deviation of an entry of the end points about its own mean, or of their size if they do not vary."""
-        x = self.ends.flatten(1).double()
+        x = double(self.ends.flatten(1))
         return max(float(x.var(0).mean().sqrt()), 1e-6 * float(x.abs().max()), 1e-30)
 
     def noised(self, t: float) -> Tensor:
@@ -206,7 +207,8 @@ def evaluation_mode(p: BaseProbe) -> Answer:
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).abs().max() / a.double().square().mean().sqrt().clamp_min(1e-30))
+    a, b = double(a), double(b)
+    return float((a - b).abs().max() / a.square().mean().sqrt().clamp_min(1e-30))
 
 
 def _same(p: BaseProbe) -> float:

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Centred, Euclidean, Geometry, Torus
 from tiltflow.energies.evaluator import Energy, ForceProvider, differentiable
@@ -177,8 +178,8 @@ def _turn_angles(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def _invariance(move: Move, what: str, advice: str, demanded: bool, p: Probe) -> Answer:
     """Largest |E(moved) − E| over the spread of E and |E|."""
-    before = p.value(p.few).double()
-    after = p.value(move(p.few, p.generator)).double()
+    before = double(p.value(p.few))
+    after = double(p.value(move(p.few, p.generator)))
     gap = float(((after - before).abs() / (_robust_spread(p) + before.abs())).nan_to_num(torch.inf).max())
     text = f"largest relative change of E when {what}"
     if gap <= INVARIANCE:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.cost import Reward
+from tiltflow.core.device import double
 from tiltflow.verdict.line import Status
 from tiltflow.verdict.questions import Answer, Question
 
@@ -63,13 +64,13 @@ class Probe:
     @cached_property
     def values(self) -> Tensor:
         """r at every sample, float64."""
-        return self.value(self.x).double()
+        return double(self.value(self.x))
 
     @cached_property
     def gradients(self) -> Tensor:
         """∇r at the first samples, flattened: (n, d), float64."""
         parts = [self.gradient(part) for part in self.x[:BATCH].split(PROBES)]
-        return torch.cat([part for part in parts if part is not None]).flatten(1).double()
+        return double(torch.cat([part for part in parts if part is not None]).flatten(1))
 
     @property
     def scale(self) -> float:
@@ -190,12 +191,12 @@ def _differences(p: Probe, precision: torch.dtype) -> tuple[Tensor, Tensor, Tens
     g, r = p.gradient(x), p.raw(x)
     if g is None or r.dtype != precision:
         raise TypeError(f"it returns {r.dtype}".replace("torch.", ""))
-    h = torch.finfo(precision).eps ** (1 / 3) * max(float(p.x.double().std()), 1e-30)
+    h = torch.finfo(precision).eps ** (1 / 3) * max(float(double(p.x).std()), 1e-30)
     columns: list[tuple[Tensor, ...]] = []
     for _ in range(DIRECTIONS):
         d = torch.randn(x.shape, generator=p.generator, dtype=precision, device=p.generator.device).to(x.device)
-        steps = ((p.value(x + s * d) - p.value(x - s * d)).double() / (2 * s) for s in (h, h / 2))
-        columns.append(((g * d).flatten(1).sum(1).double(), *steps))
+        steps = (double(p.value(x + s * d) - p.value(x - s * d)) / (2 * s) for s in (h, h / 2))
+        columns.append((double((g * d).flatten(1).sum(1)), *steps))
     exact, whole, half = (torch.stack(c, 1) for c in zip(*columns, strict=True))
     return exact, whole, half
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from tiltflow.core.device import double
 from tiltflow.core.weights import ess, evidence, normalised
 
 
@@ -34,14 +35,14 @@ class StrengthRow(NamedTuple):
 
 def tilted_mean(values: Tensor, log_w: Tensor) -> tuple[float, float]:
     """Σ w f and its standard error √(Σ w²(f − Σwf)²), for values f (N,) and log weights (N,)."""
-    w, f = normalised(log_w), values.double()
+    w, f = normalised(log_w), double(values)
     mean = (w * f).sum()
     return float(mean), float((w * (f - mean)).norm())
 
 
 def predict_tilt(rewards: Tensor, strength: float, judged: Tensor | None = None) -> StrengthRow:
     """One row of the table from r(x_i) (N,) at base samples, and a held-out judge's scores (N,) of the same samples."""
-    log_w = strength * rewards.double()
+    log_w = strength * double(rewards)
     mean, error = tilted_mean(rewards, log_w)
     w, seen = normalised(log_w), evidence(log_w)
     influence = 2 * len(w) * w - w**2 / (w**2).mean()  # of each sample on log ESS, up to a constant
@@ -55,15 +56,15 @@ def largest_strength(rewards: Tensor, min_ess: float = 0.05) -> float | None:
 
     None if every λ does: the reward is constant, or that share of the samples already has its highest value.
     """
-    spread = float(rewards.double().std())
+    spread = float(double(rewards).std())
     if spread == 0.0:
         return None
     low, high = 0.0, 1 / spread
-    while ess(high * rewards.double()) >= min_ess:
+    while ess(high * double(rewards)) >= min_ess:
         low, high = high, 2 * high
         if high * spread > 1e9:
             return None
     while high - low > 1e-6 * high:
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if ess(middle * rewards.double()) >= min_ess else (low, middle)
+        low, high = (middle, high) if ess(middle * double(rewards)) >= min_ess else (low, middle)
     return low

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from tiltflow.core.device import beside
 from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.systems import LEVELS, RELATIONS, Systems
 from tiltflow.molecules.torsions import rotated
@@ -32,7 +33,8 @@ SHORTEST, LONGEST = 1.0, 12.0
 
 def place_sites(rows: Systems, angles: Tensor) -> Tensor:
     """x(θ), (B, N, 3), of the sites of one system per row at angles (B, D)."""
-    x, turn, every = rows.template.to(angles), angles - rows.angles.to(angles), torch.arange(len(angles))
+    x, turn = rows.template.to(angles), angles - rows.angles.to(angles)
+    every = torch.arange(len(angles), device=angles.device)
     for k in range(angles.shape[1]):
         b, c = x[every, rows.axes[:, k, 0]], x[every, rows.axes[:, k, 1]]
         x = torch.where(rows.moving[:, k, :, None], rotated(x, b, c, turn[:, k]), x)
@@ -41,7 +43,7 @@ def place_sites(rows: Systems, angles: Tensor) -> Tensor:
 
 def torques(rows: Systems, x: Tensor, force: Tensor) -> Tensor:
     """τ, (B, D), of forces (B, N, 3) at x (B, N, 3); 0 where a torsion is padding."""
-    every = torch.arange(len(x))[:, None]
+    every = torch.arange(len(x), device=x.device)[:, None]
     b, c = x[every, rows.axes[..., 0]], x[every, rows.axes[..., 1]]
     axis = nn.functional.normalize(c - b, dim=-1, eps=1e-6)[:, :, None]
     lever = torch.linalg.cross(axis.expand(-1, -1, x.shape[1], -1), x[:, None] - c[:, :, None]) * rows.moving[..., None]
@@ -50,8 +52,8 @@ def torques(rows: Systems, x: Tensor, force: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _pairs(sites: int) -> tuple[Tensor, Tensor]:
-    first, second = torch.triu_indices(sites, sites, 1)
+def _pairs(sites: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    first, second = torch.triu_indices(sites, sites, 1, device=device)
     return first.clone(), second.clone()
 
 
@@ -116,7 +118,7 @@ class TorsionNet(nn.Module):
         if self.systems is None:
             raise TiltflowError("this network has been told no molecules yet: set its attribute `systems`.")
         if x.device.type != "cpu":
-            return self._field(self.systems, x, t, system)
+            return self._field(Systems(*(beside(v, x) for v in self.systems)), x, t, system)
         sizes = self.systems.sites[system]
         order = torch.argsort(sizes * len(self.systems.sites) + system)  # alike ones together: little padding
         widest = int(sizes.max())
@@ -126,7 +128,7 @@ class TorsionNet(nn.Module):
 
     def _field(self, systems: Systems, x: Tensor, t: Tensor, system: Tensor) -> Tensor:
         """The field of one block."""
-        rows = systems.rows(system)
+        rows = systems.rows(system, x.shape[1])
         d = rows.angles.shape[1]
         sites = place_sites(rows, x[:, :d])
         field = torques(rows, sites, self._force(rows, sites, t))
@@ -134,7 +136,7 @@ class TorsionNet(nn.Module):
 
     def _force(self, rows: Systems, x: Tensor, t: Tensor) -> Tensor:
         """f (B, N, 3)."""
-        first, second = _pairs(x.shape[1])
+        first, second = _pairs(x.shape[1], x.device)
         features = time_features(t, self.frequencies)
         if self.noise is not None:
             features = torch.cat([features, self.noise(t).log()[:, None]], 1)
