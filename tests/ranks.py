@@ -1,4 +1,4 @@
-"""Several processes at once, as a launcher would start them, but forked from this one."""
+"""Several processes at once, as a launcher would start them, but forked from one that has imported all they need."""
 
 import multiprocessing
 import os
@@ -16,10 +16,15 @@ def free_port():
         return s.getsockname()[1]
 
 
-def _one(work, rank, size, port, seconds, pipe):
+CONTEXT = multiprocessing.get_context("forkserver")  # not from this process, which may have used a device
+CONTEXT.set_forkserver_preload(["torch", "tiltflow.train.fit", "test_distributed"])
+
+
+def _one(work, rank, size, port, seconds, dtype, pipe):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), TIMEOUT: str(seconds)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    torch.set_default_dtype(dtype)
     join()
     try:
         said = work(rank)
@@ -34,11 +39,11 @@ def _one(work, rank, size, port, seconds, pipe):
 
 
 def ranks(work, size=2, seconds=60, survivors=None):
-    """What ``work(rank)`` returned or raised in each of them, or in the first ``survivors``."""
-    context, port = multiprocessing.get_context("fork"), free_port()
-    pipes = [context.Pipe(duplex=False) for _ in range(size)]
-    every = [(work, rank, size, port, seconds, pipe) for rank, (_, pipe) in enumerate(pipes)]
-    started = [context.Process(target=_one, args=one, daemon=True) for one in every]
+    """What ``work(rank)``, a function of a module, returned or raised in each of them, or in the first ``survivors``."""
+    port, dtype = free_port(), torch.get_default_dtype()
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(size)]
+    every = [(work, rank, size, port, seconds, dtype, pipe) for rank, (_, pipe) in enumerate(pipes)]
+    started = [CONTEXT.Process(target=_one, args=one, daemon=True) for one in every]
     for process in started:
         process.start()
     try:

@@ -124,7 +124,7 @@ def test_weighted_draws_of_any_mixtures_have_the_right_log_z(seed):
     """Two proposals, neither of them the target: balanced weights are exact. Weighted by one of them alone they are not."""
     target = ENERGY_PROBLEMS["gaussian2d"]()
     proposals = [ANCHORS["full"], ANCHORS["isotropic, heavy"]]
-    drawn = weigh(proposals, Evaluator(target.energy), (2,), 40_000, generator(seed))
+    drawn = weigh(proposals, lambda x: target.energy(x).double(), 40_000, generator(seed))
     found = evidence(drawn.log_weights)
     assert abs(found.log_z) < 4 * found.log_z_error < 0.1
     wrong = evidence(-drawn.energy - proposals[0].log_prob(drawn.x))

@@ -88,8 +88,12 @@ def draw(n, part=None):
         ]  # fmt: skip
 
 
+def three(rank):
+    return draw(3)
+
+
 def test_a_draw_of_rows_is_that_of_all_processes():
-    alone, apart = draw(6), ranks(lambda rank: draw(3))
+    alone, apart = draw(6), ranks(three)
     for mine in zip(*apart):
         assert mine[0].shape == mine[1].shape
     for whole, first, second in zip(alone[:3], *(a[:3] for a in apart)):
@@ -98,15 +102,15 @@ def test_a_draw_of_rows_is_that_of_all_processes():
         assert torch.equal(whole, first) and torch.equal(whole, second)
 
 
-def test_a_draw_for_rows_of_a_minibatch():
+def parts(rank):
     picked = torch.tensor([5, 0, 3, 8, 1, 7])  # rows 0 and 8 are of the first of two processes
+    found = [d.part_of(picked, 0, 6, 6), d.part_of(picked, 4, 6, 6)]
+    return [(p.rows.tolist(), p.places.tolist(), p.of, p.share, draw(len(p.places), p)[:3]) for p in found]
 
-    def work(rank):
-        parts = [d.part_of(picked, 0, 6, 6), d.part_of(picked, 4, 6, 6)]
-        return [(p.rows.tolist(), p.places.tolist(), p.of, p.share, draw(len(p.places), p)[:3]) for p in parts]
 
+def test_a_draw_for_rows_of_a_minibatch():
     alone = draw(6)
-    (first, none), (second, two) = ranks(work)
+    (first, none), (second, two) = ranks(parts)
     assert first[:4] == ([0, 4], [1, 3], 6, 2 / 6) and second[:4] == ([2, 1, 0, 3], [0, 2, 4, 5], 6, 4 / 6)
     for rows, places in ((first[4], [1, 3]), (second[4], [0, 2, 4, 5])):
         assert torch.equal(rows[0], alone[0][places]) and torch.equal(rows[1], alone[1][places])
@@ -134,6 +138,10 @@ def sample(checkpoint=None, rounds=6, resume=False, stop=None, method="weighted_
     )
     weights = [*model.control.module.parameters(), *model.control.module.buffers()]
     return model.history + [model.energy.report()], weights
+
+
+def trained(train, rank, **given):
+    return train(**given)
 
 
 def alike(one, other):
@@ -167,7 +175,7 @@ MORE = [
 @pytest.mark.parametrize("train", [*TRAININGS, *(pytest.param(t, marks=pytest.mark.slow) for t in MORE)])
 def test_two_processes_train_what_one_does(train):
     alone = train()
-    first, second = ranks(lambda rank: train())
+    first, second = ranks(partial(trained, train))
     assert all(torch.equal(p, q) for p, q in zip(first[1], second[1]))
     alike(first, alone)
 
@@ -178,23 +186,24 @@ def test_fifty_rounds_with_a_buffer_and_a_break(train, tmp_path):
     """On two processes, interrupted: as on one without a break. Its checkpoint is taken up by one process too."""
     train = partial(train, tmp_path / "checkpoint.safetensors", rounds=50, buffer_rounds=5)
     alone = train()
-    ranks(lambda rank: train(stop=20))
+    ranks(partial(trained, train, stop=20))
     copy = (tmp_path / "checkpoint.safetensors").read_bytes()
-    alike(ranks(lambda rank: train(resume=True))[0], alone)
+    alike(ranks(partial(trained, train, resume=True))[0], alone)
     (tmp_path / "checkpoint.safetensors").write_bytes(copy)
     alike(train(resume=True), alone)
 
 
-def test_what_processes_cannot_share():
-    def work(rank):
-        said = []
-        for train in (partial(tilt, batch=15), partial(tilt, method="log_variance", **ONCE), partial(sample, batch=15)):
-            with pytest.raises(TiltflowError) as error:
-                train()
-            said.append(str(error.value))
-        return said
+def refused(rank):
+    said = []
+    for train in (partial(tilt, batch=15), partial(tilt, method="log_variance", **ONCE), partial(sample, batch=15)):
+        with pytest.raises(TiltflowError) as error:
+            train()
+        said.append(str(error.value))
+    return said
 
-    shared, compared, other = ranks(work)[1]
+
+def test_what_processes_cannot_share():
+    shared, compared, other = ranks(refused)[1]
     assert shared == other and shared.startswith("a batch of 15 cannot be shared by 2 processes")
     assert "train it in one process" in compared
 
@@ -228,10 +237,14 @@ def ends(rank):
     return 0.0
 
 
+def hurried(fault, rank):
+    d.GRACE = 0.5
+    return fault(rank)
+
+
 @pytest.mark.parametrize("fault", [dies, hangs, ends])
-def test_a_process_that_is_lost_is_named(fault, monkeypatch):
-    monkeypatch.setattr(d, "GRACE", 0.5)
-    [found] = ranks(fault, seconds=1 if fault is hangs else 60, survivors=1)
+def test_a_process_that_is_lost_is_named(fault):
+    [found] = ranks(partial(hurried, fault), seconds=1 if fault is hangs else 60, survivors=1)
     assert isinstance(found, float) and found < 10, found
 
 

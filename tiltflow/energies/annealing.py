@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.weights import ess, log_mean_exp, systematic
 from tiltflow.energies.evaluator import Energy, Evaluator
@@ -76,7 +77,7 @@ def anneal(
     x = base_draws(problem, islands * size, generator)
     log_step, beta, log_z = math.log(variance), 0.0, torch.zeros(islands, dtype=torch.float64)
     for t in range(MOST):
-        rise = (energy.value(x) + geometry.log_normal(x, variance)).double()
+        rise = double(energy.value(x) + geometry.log_normal(x, variance))
         step = _next(rise, 1 - beta)
         log_w = (-step * rise).view(islands, size)
         log_z += torch.tensor([log_mean_exp(row) for row in log_w])
@@ -85,8 +86,8 @@ def anneal(
                 f"no draw of N(0, {problem.scale:g}²) has a finite energy on one of {islands} islands of {size}: give a "
                 "scale that covers the target, or more particles."
             )
-        x = x[torch.cat([i * size + systematic(row, generator) for i, row in enumerate(log_w)])]
-        beta = min(1.0, beta + step)
+        chosen = torch.cat([i * size + systematic(row, generator) for i, row in enumerate(log_w)])
+        x, beta = x[chosen.to(x.device)], min(1.0, beta + step)
         moved = jittered(_Blend(problem, energy, beta), x, math.exp(log_step), moves, generator, problem)
         x, log_step = moved.x, log_step + 2 * (moved.acceptance - ACCEPTANCE)
         tell(beta)

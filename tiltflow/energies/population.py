@@ -20,12 +20,15 @@ from torch import Tensor
 
 from tiltflow.core.weights import Evidence, evidence, systematic, tempered
 from tiltflow.energies.anchor import Anchor, fitted
-from tiltflow.energies.evaluator import Evaluator
 
 GOOD, ENOUGH, TEMPERED = 0.5, 0.95, 0.3
 """ESS of a family that is kept; at which nothing is left to adapt; that weights are tempered to for a fit."""
 AGAIN, FEW, POINTS = 3, 5, 3_000
 """Rounds between two choices of family; steps of EM in the others; points that a family is chosen on."""
+
+
+Energies = Callable[[Tensor], Tensor]
+"""E of draws (n, d), as (n,), both float64 on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,7 @@ class Weighted:
 
 
 def adapt(
-    energy: Evaluator,
-    event_shape: tuple[int, ...],
+    energy: Energies,
     start: Anchor,
     size: int,
     rounds: int,
@@ -49,8 +51,7 @@ def adapt(
     """Mixtures adapted to e^{−E}: the later half of all rounds', those of them that are worth half of the best.
 
     Args:
-        energy: E of (B, *event_shape).
-        event_shape: Of one x.
+        energy: E of draws.
         start: The first mixture.
         size: Draws of each round.
         rounds: At most; fewer if the ESS says that nothing is left to adapt.
@@ -60,7 +61,7 @@ def adapt(
     now: Anchor = start
     rows: list[tuple[Anchor, Weighted, float]] = []
     for r in range(rounds):
-        drawn = weigh([now], energy, event_shape, size, generator)
+        drawn = weigh([now], energy, size, generator)
         found = evidence(drawn.log_weights)
         rows.append((now, drawn, found.ess))
         tell(r + 1, found)
@@ -75,12 +76,10 @@ def adapt(
     return [row[0] for row in late if row[2] >= best / 2]
 
 
-def weigh(
-    proposals: Sequence[Anchor], energy: Evaluator, event_shape: tuple[int, ...], n: int, generator: torch.Generator
-) -> Weighted:
+def weigh(proposals: Sequence[Anchor], energy: Energies, n: int, generator: torch.Generator) -> Weighted:
     """About n fresh draws, as many of every proposal, weighted as draws of their mixture."""
     x = torch.cat([q.sample(-(-n // len(proposals)), generator) for q in proposals])
-    value = energy.value(x.view(-1, *event_shape).to(torch.get_default_dtype())).double()
+    value = energy(x)
     return Weighted(x, value, -value - log_mixture(proposals, x))
 
 

@@ -22,14 +22,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tiltflow.core.device import companion, double
 from tiltflow.core.geometry import Euclidean
 from tiltflow.core.progress import Tell, silent
 from tiltflow.core.settings import Seed, check_value
-from tiltflow.core.weights import evidence, systematic
+from tiltflow.core.weights import Evidence, evidence, systematic
 from tiltflow.energies import EnergyProblem, Evaluator
 from tiltflow.energies.anchor import Anchor, fitted
 from tiltflow.energies.annealing import Annealed, anneal, jittered, quenched
 from tiltflow.energies.population import Weighted, adapt, weigh
+from tiltflow.run.device import check_device
 from tiltflow.run.job import Outcome, report
 from tiltflow.sampling.assess import assess_all
 from tiltflow.sampling.drawn import Drawn
@@ -113,6 +115,7 @@ def sample(
     settings: AutomaticSettings | None = None,
     *,
     seed: int = 0,
+    device: str = "cpu",
     energy: Evaluator | None = None,
     tell: Tell = silent,
 ) -> Sampled:
@@ -123,6 +126,7 @@ def sample(
         samples: How many.
         settings: Of the stages.
         seed: Of every draw.
+        device: Where energies and moves are computed; mixtures are fitted on the CPU.
         energy: The evaluator to use; None: a new one, with neither budget nor cache.
         tell: Told what is going on: (what, done, total, note).
 
@@ -130,94 +134,99 @@ def sample(
         TiltflowError: an energy that fails (see :class:`~tiltflow.energies.Evaluator`), or that no draw of N(0, scale²) has.
     """
     check_value("seed", seed, Seed)
-    s, started, generator = settings or AutomaticSettings(), time.perf_counter(), torch.Generator().manual_seed(seed)
-    energy = energy or Evaluator(problem.energy)
-
-    def advance(beta: float) -> None:
-        tell("annealing", round(100 * beta), 100, f"β {beta:.2g}")
-
-    start = anneal(problem, energy, s.islands, s.particles, s.moves, generator, advance)
+    device, started = check_device(device), time.perf_counter()
+    s, energy = settings or AutomaticSettings(), energy or Evaluator(problem.energy)
+    work = _Work(problem, energy, s, torch.Generator(device).manual_seed(seed), tell)
+    start = anneal(problem, energy, s.islands, s.particles, s.moves, work.generator, work.advance)
     annealed, history, proposals = LogZ(*start.evidence), list[dict[str, Any]](), list[Anchor]()
     stage, log_z, x = ANNEALED, annealed, None
     if type(problem.geometry) is Euclidean:
-        proposals = _mixtures(problem, energy, start, s, generator, history, tell)
-        weighted = weigh(proposals, energy, problem.event_shape, max(s.draws, samples), generator)
+        proposals = work.mixtures(start, history)
+        weighted = weigh(proposals, work.energies, max(s.draws, samples), work.host)
         found = evidence(weighted.log_weights)
         if found.ess >= s.least_ess:
             stage, log_z = MIXTURE, LogZ(found.log_z, found.log_z_error, found.ess, found.elbo)
-            x = _resampled(problem, energy, proposals, weighted, samples, generator)
-    x = _spread(problem, energy, start, samples, s, generator, tell) if x is None else x
-    x = _moved(problem, energy, x, start.step, s.moves, generator, tell)
+            x = work.resampled(proposals, weighted, samples)
+    x = work.moved(work.spread(start, samples) if x is None else x, start.step)
     seconds = time.perf_counter() - started
     return Sampled(problem, x, energy.value(x), stage, log_z, annealed, proposals, energy, history, seconds)
 
 
-def _mixtures(
-    problem: EnergyProblem, energy: Evaluator, start: Annealed, s: AutomaticSettings, generator: torch.Generator,
-    history: list[dict[str, Any]], tell: Tell,
-) -> list[Anchor]:  # fmt: skip
-    """Mixtures, first fitted to the annealed population and to draws that fell into their nearest modes, then adapted.
+class _Work:
+    """What the stages share; mixtures and resampling are on the host."""
 
-    One half of the islands chooses between mixtures that are fitted to the other: rows of one island are related.
-    """
-    n = s.islands * s.particles // 2
-    tell("quenching", 0, 1, "")
-    fallen = quenched(problem, energy, n, QUENCHED, generator)
-    tell("quenching", 1, 1, "")
-    parts = [[fallen[0::2]], [fallen[1::2]]]
-    x = start.x
-    for _ in range(SNAPSHOTS):
-        x = jittered(energy, x, start.step, s.moves, generator, problem).x
-        half = s.particles * (s.islands // 2)
-        for part, rows in zip(parts, (x[:half], x[half:]), strict=True):
-            part.append(rows[torch.randperm(len(rows), generator=generator)[: max(1, n // 2)]])
-    train, held = (torch.cat(part).flatten(1).double() for part in parts)
-    tell("mixture", 0, s.rounds, "")
-    begun = time.perf_counter()
+    def __init__(
+        self, problem: EnergyProblem, energy: Evaluator, s: AutomaticSettings, generator: torch.Generator, tell: Tell
+    ) -> None:
+        self.problem, self.energy, self.s, self.generator, self.tell = problem, energy, s, generator, tell
+        self.host = companion(generator, torch.device("cpu"))
 
-    def advance(done: int, found: Any) -> None:
-        nonlocal begun
-        now, begun = begun, time.perf_counter()
-        said = {"ess": found.ess, "log_z": found.log_z, "elbo": found.elbo}
-        history.append({"iteration": done - 1, **said, "seconds": begun - now})
-        tell("mixture", done, s.rounds, f"ESS {found.ess:.2g}")
+    def advance(self, beta: float) -> None:
+        """Annealing goes on."""
+        self.tell("annealing", round(100 * beta), 100, f"β {beta:.2g}")
 
-    return adapt(energy, problem.event_shape, fitted(train, held, generator), s.draws, s.rounds, generator, advance)
+    def events(self, x: Tensor) -> Tensor:
+        """Rows (n, d) as what the energy takes."""
+        return x.view(-1, *self.problem.event_shape).to(self.generator.device, torch.get_default_dtype())
 
+    def energies(self, x: Tensor) -> Tensor:
+        """E of rows (n, d), float64."""
+        return double(self.energy.value(self.events(x)))
 
-def _resampled(
-    problem: EnergyProblem, energy: Evaluator, proposals: Sequence[Anchor], first: Weighted, n: int,
-    generator: torch.Generator,
-) -> Tensor:  # fmt: skip
-    """n rows of weighted draws, of as many that they are worth n, or :data:`MOST` n."""
-    parts, log_w = [first.x], first.log_weights
-    missing = min(n / evidence(log_w).ess, MOST * n) - len(log_w)
-    if missing > 0:
-        more = weigh(proposals, energy, problem.event_shape, math.ceil(missing), generator)
-        parts, log_w = [*parts, more.x], torch.cat([log_w, more.log_weights])
-    chosen = systematic(log_w, generator, n)[torch.randperm(n, generator=generator)]
-    return torch.cat(parts)[chosen].view(n, *problem.event_shape).to(torch.get_default_dtype())
+    def some(self, x: Tensor, n: int) -> Tensor:
+        """n rows at most, in random order."""
+        return x[torch.randperm(len(x), generator=self.host)[:n].to(x.device)]
 
+    def mixtures(self, start: Annealed, history: list[dict[str, Any]]) -> list[Anchor]:
+        """Mixtures, first fitted to the annealed population and to draws that fell into their nearest modes, then adapted.
 
-def _spread(
-    problem: EnergyProblem, energy: Evaluator, start: Annealed, n: int, s: AutomaticSettings, generator: torch.Generator,
-    tell: Tell,
-) -> Tensor:  # fmt: skip
-    """n states of the annealed population as it goes on moving."""
-    x, parts, times = start.x, [start.x], -(-n // len(start.x))
-    for i in range(1, times):
-        tell("moves", i, times, "")
-        x = jittered(energy, x, start.step, s.moves, generator, problem).x
-        parts.append(x)
-    rows = torch.cat(parts)
-    return rows[torch.randperm(len(rows), generator=generator)[:n]]
+        One half of the islands chooses between mixtures that are fitted to the other: rows of one island are related.
+        """
+        s, problem, energy = self.s, self.problem, self.energy
+        n, half = s.islands * s.particles // 2, s.particles * (s.islands // 2)
+        self.tell("quenching", 0, 1, "")
+        fallen = quenched(problem, energy, n, QUENCHED, self.generator)
+        self.tell("quenching", 1, 1, "")
+        parts, x = [[fallen[0::2]], [fallen[1::2]]], start.x
+        for _ in range(SNAPSHOTS):
+            x = jittered(energy, x, start.step, s.moves, self.generator, problem).x
+            for part, rows in zip(parts, (x[:half], x[half:]), strict=True):
+                part.append(self.some(rows, max(1, n // 2)))
+        train, held = (double(torch.cat(part).flatten(1)) for part in parts)
+        self.tell("mixture", 0, s.rounds, "")
+        begun = time.perf_counter()
 
+        def advance(done: int, found: Evidence) -> None:
+            nonlocal begun
+            now, begun = begun, time.perf_counter()
+            said = {"ess": found.ess, "log_z": found.log_z, "elbo": found.elbo}
+            history.append({"iteration": done - 1, **said, "seconds": begun - now})
+            self.tell("mixture", done, s.rounds, f"ESS {found.ess:.2g}")
 
-def _moved(
-    problem: EnergyProblem, energy: Evaluator, x: Tensor, step: float, moves: int, generator: torch.Generator, tell: Tell
-) -> Tensor:
-    """After moves of MALA that keep e^{−E}."""
-    tell("last moves", 0, 1, "")
-    x = jittered(energy, x, step, moves, generator, problem).x
-    tell("last moves", 1, 1, "")
-    return x
+        return adapt(self.energies, fitted(train, held, self.host), s.draws, s.rounds, self.host, advance)
+
+    def resampled(self, proposals: Sequence[Anchor], first: Weighted, n: int) -> Tensor:
+        """n rows of weighted draws, of as many that they are worth n, or :data:`MOST` n."""
+        parts, log_w = [first.x], first.log_weights
+        missing = min(n / evidence(log_w).ess, MOST * n) - len(log_w)
+        if missing > 0:
+            more = weigh(proposals, self.energies, math.ceil(missing), self.host)
+            parts, log_w = [*parts, more.x], torch.cat([log_w, more.log_weights])
+        chosen = systematic(log_w, self.host, n)[torch.randperm(n, generator=self.host)]
+        return self.events(torch.cat(parts)[chosen])
+
+    def spread(self, start: Annealed, n: int) -> Tensor:
+        """n states of the annealed population as it goes on moving."""
+        x, parts, times = start.x, [start.x], -(-n // len(start.x))
+        for i in range(1, times):
+            self.tell("moves", i, times, "")
+            x = jittered(self.energy, x, start.step, self.s.moves, self.generator, self.problem).x
+            parts.append(x)
+        return self.some(torch.cat(parts), n)
+
+    def moved(self, x: Tensor, step: float) -> Tensor:
+        """After moves of MALA that keep e^{−E}."""
+        self.tell("last moves", 0, 1, "")
+        x = jittered(self.energy, x, step, self.s.moves, self.generator, self.problem).x
+        self.tell("last moves", 1, 1, "")
+        return x

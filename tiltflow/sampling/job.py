@@ -143,16 +143,15 @@ class AutomaticJob(Named, AutomaticConfig):
 
     def check(self) -> None:
         """Find misuse: what the energy returns where the population starts."""
-        if self.device != "cpu":
-            raise TiltflowError(f"device {self.device!r}: the stages run on the CPU; leave --device out.")
         if world().size > 1:
             raise TiltflowError("sample-energy trains nothing that processes could share: run it in one process.")
         problem = self.load_problem()
-        require_energy(problem, problem.scale, torch.Generator().manual_seed(self.seed))
+        require_energy(problem, problem.scale, torch.Generator(self.device).manual_seed(self.seed))
 
     def train(self, work: Work) -> Sampled:
         """Sample: nothing is trained."""
-        return sample(_present(self.load_problem())[0], self.samples, self.settings, seed=self.seed, tell=work.tell)
+        problem = _present(self.load_problem())[0]
+        return sample(problem, self.samples, self.settings, seed=self.seed, device=self.device, tell=work.tell)
 
     def judge(self, model: Sampled, work: Work) -> Outcome:
         """Assess."""
