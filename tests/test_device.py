@@ -15,7 +15,7 @@ from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import ENERGY_PROBLEMS
 from tiltflow.methods.registry import names
 from tiltflow.run.device import check_device
-from tiltflow.sampling.settings import SamplerSettings
+from tiltflow.sampling.settings import AutomaticSettings, SamplerSettings
 from tiltflow.tilting.settings import FinetuneSettings
 from tiltflow.train import checkpoint as checkpoints
 
@@ -288,6 +288,14 @@ def test_every_energy_is_sampled_and_judged(name, device):
     agree(here.history, there.history)
     found, expected = (sampler.verdict(32, 8) for sampler in (here, there))
     assert [line.name for line in found.lines] == [line.name for line in expected.lines]
+
+
+def test_an_energy_is_sampled_by_stages(device):
+    problem, few = ENERGY_PROBLEMS["unequal2d"](), AutomaticSettings(draws=400, rounds=2, particles=32, islands=2)
+    here, there = (tf.sample(problem, 200, few, device=place) for place in ("pretend", "cpu"))
+    assert here.x.device == pretend.DEVICE and here.stage == there.stage
+    assert here.log_z.value == pytest.approx(there.log_z.value, abs=0.1)
+    assert here.verdict(compared=100).lines
 
 
 class OnHost:

@@ -207,7 +207,7 @@ def test_the_folder_is_refused(finished):
         ({"scale": -1.0}, "scale must be a finite number above 0"),
         ({"samples": 0}, "samples must be a whole number from 2"),
         ({"seed": 99999999999999999999}, "seed must be a whole number"),
-        ({"device": "meta"}, "on the CPU"),
+        ({"device": "meta"}, "device 'meta' is not usable here"),
     ],
 )
 def test_settings_are_checked(changes, message):

@@ -16,6 +16,7 @@ def check_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=device)
+        torch.Generator(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise TiltflowError(f"device {device!r} is not usable here ({str(error).splitlines()[0]}).") from error
     return device

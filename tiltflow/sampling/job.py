@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from tiltflow.core.weights import ess
 from tiltflow.energies import EnergyProblem, Evaluator
 from tiltflow.energies.cluster import Cluster, ClusterEnergy
 from tiltflow.energies.problem import base_draws
+from tiltflow.run.device import check_device
 from tiltflow.run.job import Outcome, Work
 from tiltflow.run.names import anchored
 from tiltflow.sampling.automatic import Sampled, sample
@@ -38,11 +39,12 @@ TRIAL = 64
 class Named:
     """A job on an energy that its config names; see :class:`~tiltflow.sampling.settings.EnergyConfig`."""
 
-    problem: str | None
-    shape: tuple[int, ...] | None
-    space: str
-    scale: float | None
-    finest: float | None
+    if TYPE_CHECKING:  # the kinds that are checked are the config's
+        problem: str | None
+        shape: tuple[int, ...] | None
+        space: str
+        scale: float | None
+        finest: float | None
 
     def config(self) -> dict[str, Any]:
         """The fields as JSON, but for who did the work; a file by its absolute path."""
@@ -89,7 +91,8 @@ class SamplerJob(Named, SamplerConfig):
         if self.ray is not None:
             Cluster(self.ray)  # is one there?
         sampler, _ = untrained(problem, row, self.settings, self.seed)
-        require_energy(problem, sampler.chain.end_variance**0.5, torch.Generator(self.device).manual_seed(self.seed))
+        generator = torch.Generator(check_device(self.device)).manual_seed(self.seed)
+        require_energy(problem, sampler.chain.end_variance**0.5, generator)
 
     def load(self, folder: Path, device: str = "cpu", problem: EnergyProblem | None = None) -> Sampler:
         """The sampler of a finished run folder; ``problem`` replaces the one that it names."""
@@ -146,7 +149,7 @@ class AutomaticJob(Named, AutomaticConfig):
         if world().size > 1:
             raise TiltflowError("sample-energy trains nothing that processes could share: run it in one process.")
         problem = self.load_problem()
-        require_energy(problem, problem.scale, torch.Generator(self.device).manual_seed(self.seed))
+        require_energy(problem, problem.scale, torch.Generator(check_device(self.device)).manual_seed(self.seed))
 
     def train(self, work: Work) -> Sampled:
         """Sample: nothing is trained."""

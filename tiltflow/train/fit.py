@@ -90,6 +90,15 @@ def fit(
     return now.history
 
 
+def _require_finite(losses: list[float], norm: float, iteration: int) -> None:
+    """Raise TiltflowError for a loss, or the norm of its gradient, that is not finite."""
+    if not math.isfinite(sum(losses)) or not math.isfinite(norm):
+        raise TiltflowError(
+            f"loss {sum(losses)} and gradient norm {norm} in round {iteration}: training diverged. "
+            "Lower the learning rate or the strength, or bound the cost's gradient (max_cost_gradient)."
+        )
+
+
 def _round(now: Progress, others: list[nn.Parameter], settings: Training, end: int | None) -> dict[str, Any]:
     """One round: collect, take the gradient steps, move the average. Returns its metrics."""
     started, busy = time.perf_counter(), time.process_time()
@@ -114,14 +123,12 @@ def _round(now: Progress, others: list[nn.Parameter], settings: Training, end: i
         sums.append(sum_gradients([*now.weights, *others], torch.stack(losses)))
         bound = math.inf if settings.gradient_clip is None else settings.gradient_clip
         norms.append(torch.nn.utils.clip_grad_norm_([*now.weights, *others], bound))
+        if norms[-1].device.type == "cpu":  # elsewhere the host would wait, and looks once a round
+            _require_finite(sums[-1].tolist(), float(norms[-1]), state.iteration)
         optimiser.step()
-    parts = torch.stack(sums).tolist()  # the first that the host asks of the device
+    parts = torch.stack(sums).tolist()
     value, norm = (sum(v) / settings.gradient_steps for v in (map(sum, parts), torch.stack(norms).tolist()))
-    if not math.isfinite(value) or not math.isfinite(norm):
-        raise TiltflowError(
-            f"loss {value} and gradient norm {norm} in round {state.iteration}: training diverged. "
-            "Lower the learning rate or the strength, or bound the cost's gradient (max_cost_gradient)."
-        )
+    _require_finite([value], norm, state.iteration)
     with torch.no_grad():
         decay = min(settings.ema, (1 + state.iteration) / (10 + state.iteration))
         for a, p in zip(now.average, now.weights, strict=True):
