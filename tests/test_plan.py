@@ -77,7 +77,7 @@ class Known:
         share = max(share, 0.02)
         return replace(self, samples=round(share * self.samples), training=replace(self.training, **training)), share
 
-    def perform(self, work):
+    def train(self, work):
         WATCH.spend(10.0)
         for i in range(self.training.rounds):
             seconds = 3.0 if i else 5.0
@@ -88,6 +88,8 @@ class Known:
             if (i + 1) % self.training.checkpoint_every == 0 or i + 1 == self.training.rounds:
                 WATCH.spend(0.5)
                 save_state(work.checkpoint, {"weights": [torch.zeros(250)], "buffer": rows})
+
+    def judge(self, model, work):
         WATCH.spend(1 + 0.04 * self.samples)
         work.tell("judging", 1, 1, "")
         summary = {"energy_evaluations": 7 * self.training.rounds}
