@@ -24,6 +24,17 @@ FEW = {"rounds": 2, "batch": 16, "steps": 4}
 SAMPLER = {**FEW, "draw_steps": 4, "hidden": 8, "gradient_steps": 2, "minibatch": 8}
 
 
+USUAL = (
+    "adjoint_matching", "discrete_adjoint", "log_variance", "socm", "draft_1", "reinforce", "path_weighted", "diffusion_dpo",
+    "reinforce_adjoint_matching", "feynman_kac", "gradient_guidance",
+)  # fmt: skip
+
+
+def some(every, usual):
+    """Names as parameters, all but the usual ones slow."""
+    return [name if name in usual else pytest.param(name, marks=pytest.mark.slow) for name in every]
+
+
 @pytest.fixture(autouse=True)
 def single_precision():
     torch.set_default_dtype(torch.float32)
@@ -141,7 +152,7 @@ def tuned(place, method="adjoint_matching", base=models.process, reward=models.r
     return tf.finetune(base, reward, 1.0, method, settings, device=str(place), conditions=conditions)
 
 
-@pytest.mark.parametrize("method", names("finetune"))
+@pytest.mark.parametrize("method", some(names("finetune"), USUAL))
 def test_every_method_fine_tunes(method, device):
     here, there = (tuned(place, method) for place in (device, "cpu"))
     x = here.sample(8)
@@ -266,7 +277,7 @@ def trained_sampler(place, problem, method):
     return tf.train_sampler(problem, method, settings, device=str(place))
 
 
-@pytest.mark.parametrize("method", names("sample", trained=True))
+@pytest.mark.parametrize("method", some(names("sample", trained=True), ("adjoint_sampling", "bridge_matching")))
 def test_every_method_samples(method, device):
     for problem in (ENERGY_PROBLEMS["gmm9"](), ENERGY_PROBLEMS["dw4"]()):
         here, there = (trained_sampler(place, problem, method) for place in (device, "cpu"))
@@ -290,8 +301,9 @@ def test_every_energy_is_sampled_and_judged(name, device):
     assert [line.name for line in found.lines] == [line.name for line in expected.lines]
 
 
-def test_an_energy_is_sampled_by_stages(device):
-    problem, few = ENERGY_PROBLEMS["unequal2d"](), AutomaticSettings(draws=400, rounds=2, particles=32, islands=2)
+def test_an_energy_is_sampled_by_stages(device, monkeypatch):
+    monkeypatch.setattr("tiltflow.sampling.automatic.QUENCHED", 10)
+    problem, few = ENERGY_PROBLEMS["unequal2d"](), AutomaticSettings(draws=400, rounds=2, particles=64, islands=2, moves=2)
     here, there = (tf.sample(problem, 200, few, device=place) for place in ("pretend", "cpu"))
     assert here.x.device == pretend.DEVICE and here.stage == there.stage
     assert here.log_z.value == pytest.approx(there.log_z.value, abs=0.1)
@@ -306,6 +318,7 @@ class OnHost:
         return torch.from_numpy(0.5 * (y**2).sum(1)), torch.from_numpy(-y)
 
 
+@pytest.mark.slow
 def test_energies_of_the_host(tmp_path, device):
     space = ("--shape", "2", "--scale", "2", "--finest", "0.1", "--device", "pretend")
     small = ("--rounds", "2", "--batch", "16", "--steps", "4", "--draw-steps", "4", "--hidden", "8", "--samples", "64")

@@ -35,14 +35,19 @@ def tilted(place, name, **changes):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("stable_diffusion", {}),
-        ("stable_diffusion", {"offload": True, "guidance": 2.0}),
-        ("stable_diffusion", {"rank": None}),
-        ("stable_diffusion_xl", {}),
         ("stable_diffusion_3", {}),
-        ("flux", {}),
-        ("stable_audio", {}),
-        ("audioldm2", {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("stable_diffusion", {}),
+                ("stable_diffusion", {"offload": True, "guidance": 2.0}),
+                ("stable_diffusion", {"rank": None}),
+                ("stable_diffusion_xl", {}),
+                ("flux", {}),
+                ("stable_audio", {}),
+                ("audioldm2", {}),
+            )
+        ),
     ],
 )
 def test_every_family(name, changes, tmp_path):
@@ -62,6 +67,7 @@ def test_every_family(name, changes, tmp_path):
             here.save(tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_molecules(device, tmp_path):  # noqa: F811
     """MMFF94 on the CPU beside networks that are not: conformers, one sampler for several, and what it draws."""
     pytest.importorskip("rdkit")

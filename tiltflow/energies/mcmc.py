@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Euclidean, Geometry, noise
 from tiltflow.energies.evaluator import Energy, Evaluator
@@ -115,7 +116,7 @@ def mala(
     ones, moved = torch.ones(len(x), dtype=x.dtype, device=x.device), 0.0
     for _ in range(n):
         state, accepted, _ = _move(evaluator, state, steps, ones, generator, geometry)
-        moved += float(accepted.double().mean())
+        moved += float(double(accepted).mean())
     return Polished(state.x, moved / max(n, 1), evaluator.evaluations)
 
 
