@@ -301,9 +301,10 @@ def test_every_energy_is_sampled_and_judged(name, device):
     assert [line.name for line in found.lines] == [line.name for line in expected.lines]
 
 
+@pytest.mark.slow
 def test_an_energy_is_sampled_by_stages(device, monkeypatch):
-    monkeypatch.setattr("tiltflow.sampling.automatic.QUENCHED", 10)
-    problem, few = ENERGY_PROBLEMS["unequal2d"](), AutomaticSettings(draws=400, rounds=2, particles=64, islands=2, moves=2)
+    monkeypatch.setattr("tiltflow.sampling.automatic.QUENCHED", 2)
+    problem, few = ENERGY_PROBLEMS["unequal2d"](), AutomaticSettings(draws=400, rounds=2, particles=64, islands=2, moves=1)
     here, there = (tf.sample(problem, 200, few, device=place) for place in ("pretend", "cpu"))
     assert here.x.device == pretend.DEVICE and here.stage == there.stage
     assert here.log_z.value == pytest.approx(there.log_z.value, abs=0.1)

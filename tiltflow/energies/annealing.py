@@ -102,7 +102,7 @@ def quenched(
     """n draws of N(0, scale²) after so many moves at β = 1, in ``parts``: each falls into a mode near it, heavy or light."""
     x, log_step = base_draws(problem, n, generator), 2 * math.log(problem.finest)
     x = x[energy.value(x).isfinite()]
-    for _ in range(parts):
+    for _ in range(min(parts, moves)):
         moved = jittered(energy, x, math.exp(log_step), max(1, moves // parts), generator, problem)
         x, log_step = moved.x, log_step + 2 * (moved.acceptance - ACCEPTANCE)
     return x
