@@ -80,6 +80,7 @@ def test_a_run_leaves_everything(here):
     assert tiltflow("export", run, "--out", here / "merged").returncode == 2
 
 
+@pytest.mark.slow
 def test_all_weights_leave_a_pipeline(here):
     """It is one that stock diffusers loads, with its card; its unet alone has moved, and there is nothing to merge."""
     done = tiltflow(*arguments(here, "--json", rank="none", **{"learning-rate": 0.002}))
@@ -220,6 +221,7 @@ def test_a_hacked_reward_is_stopped(here):
     assert "stopped after round 4" in line["explanation"] and line["value"] < 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed(here, monkeypatch):
     import tiltflow.pipelines.watch as module
 

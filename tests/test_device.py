@@ -205,6 +205,7 @@ def finetune_command(out, *more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_and_opened_elsewhere(tmp_path, device):
     whole = tmp_path / "whole"
     for more in (("--rounds", "2"), ("--rounds", "3", "--resume")):
@@ -288,7 +289,7 @@ def test_every_method_samples(method, device):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("lj13", "lj55", "gmm40-50d", "many-well") else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("dw4", "lj13", "lj55", "gmm40-50d", "many-well") else [])
         for name in ENERGY_PROBLEMS
         if name != "alanine"
     ],

@@ -218,6 +218,7 @@ def test_the_best_of_four_is_the_best_of_four():
         assert expected - float(x.mean()) > 4 * error  # a draw of the base's would fail
 
 
+@pytest.mark.slow
 def test_exact_samples_are_those_of_the_tilt_whatever_was_trained():
     """A model that learned the opposite, under its path weights, has the base's mean reward under e^{λr}."""
     model = replace(tilt("adjoint_matching_plain", lambda x, texts: -brightness(x, texts), steps=3), reward=brightness)

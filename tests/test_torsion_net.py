@@ -36,7 +36,7 @@ def test_sites_are_where_the_molecule_puts_them(generator):
     for s, (mol, torsions, template) in enumerate(pairs):
         d, n = len(torsions.atoms), int(table.sites[s])
         angles = 2 * math.pi * torch.rand(4, d, generator=generator, dtype=torch.float64)
-        sites = place_sites(table.rows(torch.full((4,), s)), angles)
+        sites = place_sites(table.rows(torch.full((4,), s), d), angles)
         atoms = [a.GetIdx() for a in mol.mol.GetAtoms() if a.GetAtomicNum() != 1 or a.GetNeighbors()[0].GetAtomicNum() != 6]
         x = place(template, torsions, angles)[:, atoms]
         torch.testing.assert_close(sites[:, :n], x, atol=1e-5, rtol=0)
@@ -46,7 +46,7 @@ def test_sites_are_where_the_molecule_puts_them(generator):
 def test_torques_are_the_gradient_in_the_angles(generator):
     """τ_k ‖lever‖ = Σ_i f_i·∂x_i/∂θ_k, by autograd; a flipped sign is told apart."""
     _, table = table_of()
-    rows = table.rows(torch.tensor([0, 1, 2]))
+    rows = table.rows(torch.tensor([0, 1, 2]), table.angles.shape[1])
     angles = torch.randn(3, table.angles.shape[1], generator=generator).double().requires_grad_()
     force = torch.randn(3, rows.template.shape[1], 3, generator=generator).double()
     force = force * (torch.arange(force.shape[1]) < rows.sites[:, None])[..., None]
