@@ -36,6 +36,7 @@ def test_rounds_are_counts(what, rounds):
         (["sampling", "--problem", "gmm9", "--minutes", "inf"], "--minutes must be"),
         (["sampling", "--problem", "gmm9", "--minutes", "0"], "--minutes must be"),
         (["sampling", "--problem", "gmm9", "--minutes", "1", "--rounds", "1"], "not both"),
+        (["sampling", "--problem", "gmm9", "--methods", "automatic", "--rounds", "1"], "end by themselves"),
         (["conformers", "--molecules", "0"], "--molecules must be"),
         (["digits", "--methods", "socm"], "unknown method 'socm' here"),
         (["control", "--device", "cuda"], "CPU only"),

@@ -174,7 +174,7 @@ def test_benches_take_the_rows_of_the_one_table_that_apply():
         "adjoint_matching", "adjoint_matching_plain", "adjoint_matching_basic", "discrete_adjoint", "log_variance", "socm",
         "reinforce",
     }  # fmt: skip
-    assert names("sample") == benches.SAMPLING and "parallel_tempering" in benches.SAMPLING
+    assert (*names("sample"), "automatic") == benches.SAMPLING and "parallel_tempering" in benches.SAMPLING
     assert METHOD in benches.TILT and chosen("all", benches.TILT) == benches.TILT
 
 

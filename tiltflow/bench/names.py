@@ -12,8 +12,9 @@ CONTROL = tuple(
 """On a chain with no interpolant those that reach its optimum: a method that ends elsewhere has no exact control to miss."""
 VERDICT = ("mixture2d", "mixture32d", "digits")
 """Bases of the benchmark of the verdict."""
-TEMPERING = "parallel_tempering"
-SAMPLING = names("sample")
+TEMPERING, AUTOMATIC = "parallel_tempering", "automatic"
+"""The classical sampler, and the stages of ``tiltflow sample-energy``."""
+SAMPLING = (*names("sample"), AUTOMATIC)
 COLUMNS = (
     "problem", "method", "seed", "w2", "w2_floor", "energy_w2", "energy_w2_floor", "mode_tv", "ess", "log_z_error",
     "energy_calls", "gradient_steps", "seconds", "processor_seconds", "network_evaluations", "energy_evaluations",

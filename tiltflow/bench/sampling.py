@@ -25,12 +25,13 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from tiltflow.bench.names import COLUMNS, SAMPLING, TEMPERING
+from tiltflow.bench.names import AUTOMATIC, COLUMNS, SAMPLING, TEMPERING
 from tiltflow.bench.tilt import run_apart
 from tiltflow.core.errors import TiltflowError
 from tiltflow.energies import EnergyProblem
 from tiltflow.methods.tempering import temper
 from tiltflow.sampling.assess import assess_all
+from tiltflow.sampling.automatic import sample
 from tiltflow.sampling.drawn import Drawn
 from tiltflow.sampling.model import Sampler
 from tiltflow.sampling.names import load_problem
@@ -71,12 +72,15 @@ def bench_sampling(
         reference: a NumPy file (N, *event) to compare with instead of the problem's own samples; one problem only.
 
     Raises:
-        TiltflowError: an unknown problem, a reference that does not fit, rounds and minutes together.
+        TiltflowError: an unknown problem, a reference that does not fit, rounds and minutes together, or for stages that end
+            by themselves.
     """
     if reference is not None and len(problems) != 1:
         raise TiltflowError(f"--reference is for one --problem, got {len(problems)}.")
     if minutes is not None and rounds is not None:
         raise TiltflowError(f"give --rounds or --minutes, not both; got {rounds} and {minutes:g}.")
+    if AUTOMATIC in methods and (rounds is not None or minutes is not None):
+        raise TiltflowError(f"the stages of {AUTOMATIC!r} end by themselves: leave out --rounds and --minutes.")
     for name in problems:
         _problem(name, reference)
     jobs = [(name, method, seed, rounds, minutes, reference) for name in problems for method in methods]
@@ -101,7 +105,14 @@ def bench_one(
     samples, compared = FEWER.get(name, (SAMPLES, COMPARED))
     budget = None if minutes is None else 60 * minutes * torch.get_num_threads()  # of processor seconds
     trained: Sampler | None = None
-    if method == TEMPERING:
+    numbers: Row = {}
+    if method == AUTOMATIC:
+        busy = time.process_time()
+        found = sample(problem, samples, seed=seed)
+        spent = {"seconds": found.seconds, "processor_seconds": time.process_time() - busy, "network_evaluations": 0}
+        spent |= {"energy_calls": found.energy.calls, "energy_evaluations": found.energy.evaluations, "gradient_steps": 0}
+        drawn, numbers = found.drawn, found.numbers
+    elif method == TEMPERING:
         plan = problem.tempering
         if budget is not None:
             *_, pilot = temper(problem, replace(plan, steps=PILOT, burn_in=0), seed, samples)
@@ -132,7 +143,7 @@ def bench_one(
         spent["sample_seconds"] = time.perf_counter() - started
     chain, control = (None, None) if trained is None else (trained.chain, trained.control)
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
-    return row | assess_all(problem, drawn, chain, control, generator, compared).row | spent
+    return row | assess_all(problem, drawn, chain, control, generator, compared).row | numbers | spent
 
 
 @contextmanager

@@ -92,19 +92,28 @@ class Sampled:
         """Write ``folder/report.html``: the verdict, samples beside the reference, the mixture. Returns its path."""
         return report(self.outcome(compared, seed), folder, {"stage": self.stage})
 
+    @property
+    def drawn(self) -> Drawn:
+        """The samples, as what is assessed."""
+        return Drawn(self.x, self.energies, None)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What is known of Z, as the verdict asks for it."""
+        row = {"log_z": self.log_z.value, "log_z_std": self.log_z.error, "ess": self.log_z.ess, "elbo": self.log_z.elbo}
+        exact = self.problem.log_z
+        return row if exact is None else row | {"log_z_error": abs(self.log_z.value - exact)}
+
     def outcome(self, compared: int, seed: int, notes: Sequence[str] = (), tell: Tell = silent) -> Outcome:
         """Compare and judge."""
         tell("distances", 0, 1, "")
-        drawn, generator = Drawn(self.x, self.energies, None), torch.Generator().manual_seed(EVALUATION_SEED + seed)
-        assessed = assess_all(self.problem, drawn, None, None, generator, compared)
+        generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
+        assessed = assess_all(self.problem, self.drawn, None, None, generator, compared)
         tell("distances", 1, 1, "")
-        row = {"log_z": self.log_z.value, "log_z_std": self.log_z.error, "ess": self.log_z.ess, "elbo": self.log_z.elbo}
-        if self.problem.log_z is not None:
-            row["log_z_error"] = abs(self.log_z.value - self.problem.log_z)
         found = f"{self.annealed.value:.4g} ± {self.annealed.error:.2g}"
         notes = [*notes, f"The samples are those of the {self.stage}. The annealed population alone says log Z = {found}."]
         return judged(
-            self.problem, self.stage, drawn, assessed._replace(row=assessed.row | row), self.history,
+            self.problem, self.stage, self.drawn, assessed._replace(row=assessed.row | self.numbers), self.history,
             spent_on(self.energy) | {"sample_seconds": self.seconds}, notes,
         )  # fmt: skip
 
