@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -39,6 +41,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     reset = Path("/proc/self/clear_refs")
     if device.type != "cpu" or not reset.exists():
         raise TiltflowError(f"memory cannot be measured on {device}: give micro_batch as a number.")
+    _release()  # what malloc has kept would hide what the run needs
     reset.write_text("5")  # the peak is forgotten
     before = _kilobytes("/proc/self/status", "VmRSS")
     run()
@@ -51,6 +54,12 @@ def free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return 1024 * _kilobytes("/proc/meminfo", "MemAvailable")
+
+
+def _release() -> None:
+    """Give freed memory back to the system, where the C library can."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _kilobytes(file: str, name: str) -> int:
