@@ -25,8 +25,12 @@ from tiltflow.core.chain import Index, at, noisy_steps, posterior_step
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Euclidean, Geometry
 from tiltflow.pipelines.adapters import switched
+from tiltflow.pipelines.conditions import Sent
 from tiltflow.pipelines.families import Family, Rows, device_of, family_of, on_host
 from tiltflow.pipelines.schedules import Nodes, nodes_of
+
+NEGATIVE = torch.tensor([-1])
+"""The number of the negative prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,22 +88,31 @@ class PipelineChain:
     def x1(self, k: Index, x: Tensor, prompt: Tensor, guidance: float, adapted: bool) -> Tensor:
         """X̂_1 at node k, with the adapter on or off; it stays so."""
         every = k if isinstance(k, Tensor) else torch.full((len(x),), k, device=x.device)
+        network: Any = switched(self.network, adapted)
+        given = self._given(prompt, x.device, network.dtype)
+        dropped = {} if guidance == 1 else self._dropped(NEGATIVE, x.device, network.dtype)
 
-        def part(x: Tensor, k: Tensor, prompt: Tensor) -> Tensor:
+        def part(x: Tensor, k: Tensor, *rows: Tensor) -> Tensor:
             network = switched(self.network, adapted)  # in here, since a checkpoint computes it again later
-            output = self._output(network, x, at(self.nodes.timestep, k, x[:, :1].flatten(1)[:, 0]), prompt, guidance)
+            timestep, named = at(self.nodes.timestep, k, x[:, :1].flatten(1)[:, 0]), dict(zip(given, rows, strict=True))
+            output = self._output(network, x, timestep, named, dropped, guidance)
             return at(self.nodes.p, k, x) * x + at(self.nodes.q, k, x) * output
 
         again = x.requires_grad and bool(getattr(self.network, "is_gradient_checkpointing", False))
-        return in_parts(part, self.micro_batch, x, every, prompt, again=again)
+        return in_parts(part, self.micro_batch, x, every, *given.values(), again=again)
 
-    def _output(self, network: Any, x: Tensor, timestep: Tensor, prompt: Tensor, guidance: float) -> Tensor:
-        prompt = prompt.cpu()
+    @cached_property
+    def _given(self) -> Sent:
+        return Sent(self.rows)
+
+    @cached_property
+    def _dropped(self) -> Sent:
+        return Sent(self.rows)
+
+    def _output(self, network: Any, x: Tensor, timestep: Tensor, rows: Rows, dropped: Rows, guidance: float) -> Tensor:
         if guidance != 1:
+            rows = {name: torch.cat([dropped[name].expand_as(v), v]) for name, v in rows.items()}
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
-            prompt = torch.cat([torch.full_like(prompt, -1), prompt])
-        rows = {name: value[prompt] for name, value in self.rows.items()}
-        rows = {name: v.to(x.device, network.dtype if v.is_floating_point() else v.dtype) for name, v in rows.items()}
         output = self.family.predict(self.pipe, network, x.to(network.dtype), timestep, rows).float()
         if guidance == 1:
             return output

@@ -1,4 +1,4 @@
-"""The drawing of conditions by the number of their prompt."""
+"""Conditions by the number of their prompt: drawn, and sent to where the network is."""
 
 from __future__ import annotations
 
@@ -44,3 +44,27 @@ class DrawnConditions:
             name: torch.where(torch.rand(n, generator=generator, device=device) < p, -1, rows)
             for name, p in self.dropout.items()
         }
+
+
+@dataclass(eq=False)
+class Sent:
+    """Rows of numbered prompts beside the network: sent once for a batch and a type, not at every step of its paths.
+
+    Args:
+        rows: of all prompts, on the host.
+    """
+
+    rows: Mapping[str, Tensor]
+    batch: Tensor | None = field(default=None, init=False)
+    sent: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = field(default_factory=dict, init=False)
+
+    def __call__(self, prompt: Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Those of the prompts with these numbers, (n,); what is no integer in ``dtype``."""
+        if prompt is not self.batch:
+            self.batch, self.sent = prompt, {}
+        if (device, dtype) not in self.sent:
+            numbers = prompt.cpu()
+            found = {name: value[numbers] for name, value in self.rows.items()}
+            typed = {name: dtype if v.is_floating_point() else v.dtype for name, v in found.items()}
+            self.sent[device, dtype] = {name: v.to(device, typed[name]) for name, v in found.items()}
+        return self.sent[device, dtype]
