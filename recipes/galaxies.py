@@ -363,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     rows: list[dict[str, Any]] = []
     verdicts: dict[str, Any] = {}
-    with RunFolder(args.out, config, overwrite=args.overwrite) as folder:
+    with RunFolder(args.out, config, overwrite=args.overwrite, writes=("seed*.safetensors", "seed*.png")) as folder:
         for seed in args.seeds:
             new, verdict = run_seed(base, seed, args, folder.path)
             rows += new

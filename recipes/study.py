@@ -160,6 +160,7 @@ class StudyJob:
     """One seed of a study: fine-tune, judge both lists of texts by the chain and by the ODE."""
 
     name: ClassVar[str] = "study"
+    writes: ClassVar[tuple[str, ...]] = ("model.safetensors",)
     study: Study
     seed: int
     args: argparse.Namespace
@@ -253,7 +254,7 @@ def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
 def finished(one: StudyJob, out: Path) -> dict[str, Any] | None:
     """The document of a seed that is done; None if there is something left to do."""
     config = {"job": one.name, "format": FORMAT, **one.config()}
-    with RunFolder(out, config, resume=True) as folder:
+    with RunFolder(out, config, resume=True, writes=one.writes) as folder:
         found = read_json(out / METRICS) if (out / METRICS).is_file() else {"verdict": None}
         return found if found["verdict"] is not None and len(folder.rounds()) == one.args.rounds else None
 

@@ -41,7 +41,7 @@ def test_finetune_reaches_the_tilt_and_leaves_a_run_folder(run):
 def test_sample_with_any_schedule(run, noise, steps, tmp_path):
     out, _ = run
     target = tmp_path / "drawn.safetensors"
-    done = tiltflow("sample", out, "-n", 4000, "--noise", noise, "--steps", steps, "--out", target, "--json")
+    done = tiltflow("sample", out, "--trust", "-n", 4000, "--noise", noise, "--steps", steps, "--out", target, "--json")
     assert done.returncode == 0, done.stderr
     x = load_file(target)["samples"]
     assert x.shape == (4000, 2)
@@ -55,8 +55,8 @@ def test_sample_with_any_schedule(run, noise, steps, tmp_path):
 def test_samples_have_their_path_weights(run, tmp_path):
     """Those of the run and new ones as drawn: what they say, weighted, is the tilt's. Exact ones need none."""
     out, _ = run
-    assert tiltflow("sample", out, "-n", 4000, "--out", tmp_path / "drawn").returncode == 0
-    assert tiltflow("sample", out, "-n", 400, "--exact", "--out", tmp_path / "exact").returncode == 0
+    assert tiltflow("sample", out, "--trust", "-n", 4000, "--out", tmp_path / "drawn").returncode == 0
+    assert tiltflow("sample", out, "--trust", "-n", 400, "--exact", "--out", tmp_path / "exact").returncode == 0
     for file in (tmp_path / "drawn", out / "samples.safetensors"):
         drawn = load_file(file)
         assert float(torch.softmax(drawn["log_weights"], 0) @ drawn["samples"][:, 0]) == pytest.approx(0.25, abs=0.04)
@@ -121,9 +121,9 @@ def test_chi_is_refused_other_schedules(tmp_path):
     options = [*SMALL, "--chi", "0.5", "--rounds", 2]
     done = tiltflow("finetune", *BASE, "--reward", f"{MODELS}:right", *options, "--out", out)
     assert done.returncode in (0, 3), done.stderr
-    refused = tiltflow("sample", out, "--noise", "ode")
+    refused = tiltflow("sample", out, "--trust", "--noise", "ode")
     assert refused.returncode == 2 and "chi" in refused.stderr
-    assert tiltflow("sample", out, "--noise", "memoryless").returncode == 0
+    assert tiltflow("sample", out, "--trust", "--noise", "memoryless").returncode == 0
 
 
 def test_failing_verdict_exits_3(tmp_path):

@@ -133,13 +133,13 @@ def test_a_run_without_a_gradient_is_opened_again(here):
     kept = config["settings"]
     assert kept["gradient_steps"] == 4 and kept["guidance_in"] == ["rollout", "control", "adjoint"]
     (here / "run").rename(here / "moved")
-    model = tf.load(here / "moved")
+    model = tf.load(here / "moved", trust=True)
     scores = model.verdict(samples=24).scores
     assert scores[0].reached == pytest.approx(summary["reward_reached"], abs=1e-6)
     assert scores[0].base == pytest.approx(summary["reward_base"], abs=1e-6)
-    drawn = tiltflow("sample", here / "moved", "-n", 3, "--json", "--out", here / "drawn.safetensors")
+    drawn = tiltflow("sample", here / "moved", "--trust", "-n", 3, "--json", "--out", here / "drawn.safetensors")
     assert drawn.returncode == 0 and json.loads(drawn.stdout)["rows"][0]["shape"] == [3, 3, 16, 16], drawn.stderr
-    again = tiltflow("sample", here / "moved", "--noise", "ode", "--out", here / "other.safetensors")
+    again = tiltflow("sample", here / "moved", "--trust", "--noise", "ode", "--out", here / "other.safetensors")
     assert again.returncode == 2 and "leave out noise" in again.stderr
     wrong = tiltflow(*arguments(here, reward=here / "mine.py:plain", out=here / "none"))
     assert wrong.returncode == 2 and "flow_grpo" in wrong.stderr and not (here / "none").exists()

@@ -34,13 +34,13 @@ def test_train_sampler_leaves_one_document_and_a_folder(run):
 def test_sample_draws_from_a_sampler(run, tmp_path):
     out, _, _ = run
     target = tmp_path / "drawn.safetensors"
-    done = tiltflow("sample", out, "-n", 50, "--out", target, "--json")
+    done = tiltflow("sample", out, "--trust", "-n", 50, "--out", target, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"][0]["shape"] == [50, 2]
     drawn = load_file(target)
     torch.testing.assert_close(drawn["energy"], 0.5 * drawn["x"].square().sum(1).float())
     assert drawn["log_weights"].shape == (50,)
-    refused = tiltflow("sample", out, "--noise", "ode", "--out", tmp_path / "other")
+    refused = tiltflow("sample", out, "--trust", "--noise", "ode", "--out", tmp_path / "other")
     assert refused.returncode == 2 and "leave out noise" in refused.stderr and not (tmp_path / "other").exists()
 
 

@@ -22,6 +22,7 @@ from tiltflow.run import job as flow
 from tiltflow.sampling.settings import SamplerConfig
 from tiltflow.tilting.job import TiltJob
 from tiltflow.tilting.settings import TiltConfig
+from tiltflow.tilting.weights import load_network
 from tiltflow.train.settings import Training
 
 MODELS = str(Path(__file__).with_name("models.py"))
@@ -65,7 +66,7 @@ def test_every_method_runs_through_the_command_line_or_says_why_not(method, tmp_
     assert code in (0, 3), err
     summary = json.loads(out)["rows"][0]
     assert summary["method"] == method and (summary["path_ess"] is None) == (not METHODS[method].trained)
-    drawn = called("sample", tmp_path / "run", "-n", 5, "--json")
+    drawn = called("sample", tmp_path / "run", "--trust", "-n", 5, "--json")
     assert drawn[0] == 0 and json.loads(drawn[1])["rows"][0]["shape"] == [5, 2], drawn[2]
 
 
@@ -326,9 +327,11 @@ def test_saved_weights_speak_the_convention_of_the_base_or_refuse_to_be_mistaken
     torch.testing.assert_close(model.module(x, t), model.process.x1(x, t))  # what is right in the user's own code
     again = tiltflow.load(tmp_path / "x1", base=base, reward=right)
     assert torch.equal(again.sample(5), model.sample(5))
-    with pytest.raises(TiltflowError, match="does not hold the weights of an x1 network"):
-        shutil.copy(tmp_path / "velocity" / "weights.safetensors", tmp_path / "x1" / "weights.safetensors")
+    shutil.copy(tmp_path / "velocity" / "weights.safetensors", tmp_path / "x1" / "weights.safetensors")
+    with pytest.raises(TiltflowError, match="is not what the run wrote"):
         tiltflow.load(tmp_path / "x1", base=base, reward=right)
+    with pytest.raises(TiltflowError, match="does not hold the weights of an x1 network"):
+        load_network(tmp_path / "x1", model.process)
 
 
 # --- runs
@@ -340,16 +343,16 @@ def test_a_finished_run_is_a_base_moves_and_is_trained_further(tmp_path):
     moved = tmp_path / "deep" / "moved"
     moved.parent.mkdir()
     shutil.copytree(out, moved)
-    assert called("sample", moved, "-n", 3)[0] == 0
+    assert called("sample", moved, "--trust", "-n", 3)[0] == 0
     code, _, err = called("finetune", *few, "--rounds", 5, "--resume", "--out", moved)
     assert code in (0, 3), err
     rows = json.loads((moved / "metrics.json").read_text())["rows"]
     assert [row["iteration"] for row in rows if row["kind"] == "iteration"] == [0, 1, 2, 3, 4]
     code, _, err = called("finetune", *few, "--batch", 16, "--resume", "--out", moved)
     assert code == 2 and "settings.batch: 8 then, 16 now" in err
-    code, _, err = called("finetune", "--base", moved, *NAMED[2:], *FEW, "--out", tmp_path / "next")
+    code, _, err = called("finetune", "--base", moved, "--trust", *NAMED[2:], *FEW, "--out", tmp_path / "next")
     assert code in (0, 3), err
-    first, second = tiltflow.load(moved), tiltflow.load(tmp_path / "next")
+    first, second = tiltflow.load(moved, trust=True), tiltflow.load(tmp_path / "next", trust=True)
     x, t = torch.randn(4, 2), torch.full((4,), 0.5)
     torch.testing.assert_close(second.base.x1(x, t), first.process.x1(x, t))
 
@@ -424,12 +427,17 @@ def test_metrics_grow_and_rounds_are_logged(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "log").exists()
 
 
-def test_a_missing_extra_is_found_before_training(tmp_path, monkeypatch):
+def test_a_verdict_needs_no_picture(tmp_path, monkeypatch):
+    """Without matplotlib: it is said before training, and all but the page is there."""
     from tiltflow.report import page
 
     monkeypatch.setattr(page, "NEEDED", ("matplotlib", "no_such_package"))
-    code, _, err = called("finetune", *NAMED, *FEW, "--out", tmp_path / "run")
-    assert code == 2 and "no_such_package" in err and not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    done = commands.tiltflow("finetune", *NAMED, *FEW, "--out", tmp_path / "run")
+    assert done.returncode in (0, 3) and "verdict:" in done.stdout and "report:  none" in done.stdout
+    assert done.stderr.index("no_such_package") < done.stderr.index("fine-tuning")
+    assert not (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "metrics.json").is_file()
 
 
 def test_a_conditional_model_is_judged_under_conditions_it_has_not_seen(tmp_path):
@@ -446,8 +454,8 @@ def test_a_conditional_model_is_judged_under_conditions_it_has_not_seen(tmp_path
     assert summary["reward_base"] == pytest.approx(0.0, abs=0.05)
     assert summary["reward_reached"] == pytest.approx(0.25, abs=0.05)
     assert summary["reward_ode"] == pytest.approx(0.25, abs=0.06)
-    assert called("sample", tmp_path / "run", "-n", 20, "--exact")[0] == 0
-    model = tiltflow.load(tmp_path / "run")
+    assert called("sample", tmp_path / "run", "--trust", "-n", 20, "--exact")[0] == 0
+    model = tiltflow.load(tmp_path / "run", trust=True)
     assert model.report(tmp_path / "again", samples=200, reference_samples=200).stat().st_size > 10_000
     without = called("finetune", *named[:2], "--reward", f"{MODELS}:right", "--out", tmp_path / "other")
     assert without[0] == 2 and "mean" in without[2]

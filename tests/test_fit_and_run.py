@@ -1,8 +1,10 @@
 """Training that was stopped, killed or diverged; what is on disk; what is never overwritten."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -317,9 +319,9 @@ def test_shared_and_overlapping_tensors_are_saved_apart(tmp_path):
 
 def test_what_is_on_the_host_is_written_without_a_copy(monkeypatch, tmp_path):
     given, written = [torch.ones(3), torch.zeros(2, 2)], []
-    monkeypatch.setattr(store, "save_file", lambda tensors, path, **_: written.append(tensors) or save_file(tensors, path))
+    monkeypatch.setattr(store, "save_file", lambda tensors, *to: written.append(tensors) or save_file(tensors, *to))
     save_state(tmp_path / "s", {"given": given})
-    assert [v.data_ptr() for v in written[0].values()] == [v.data_ptr() for v in given]
+    assert [written[0][name].data_ptr() for name in ("t0", "t1")] == [v.data_ptr() for v in given]
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):
@@ -338,10 +340,17 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(TiltflowError, match="damaged"):
             load_state(path)
-    for header in ("{", '{"tensor": "t9"}', '{"pairs": 3}', '{"x": 3}', '{"pairs": [[1]]}'):
-        save_file({}, path, {"tiltflow_state": header})
+    for text in ("{", '{"tensor": "t9"}', '{"pairs": 3}', '{"x": 3}', '{"pairs": [[1]]}', "3", "[" * 100_000, "\xff"):
+        save_file({store.STATE: torch.tensor(list(text.encode("latin-1")), dtype=torch.uint8)}, path)
         with pytest.raises(TiltflowError, match="damaged"):
             load_state(path)
+    save_state(path, STATE)
+    for place in (-1, -60):  # a bit of a tensor, a bit of the structure
+        flipped = bytearray(path.read_bytes())
+        flipped[place] ^= 4
+        (tmp_path / "flipped").write_bytes(flipped)
+        with pytest.raises(TiltflowError, match="damaged"):
+            load_state(tmp_path / "flipped")
     save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(TiltflowError, match="not a state that tiltflow wrote"):
         load_state(path)
@@ -361,7 +370,12 @@ def test_weights_round_trip_and_misfit(tmp_path):
     with pytest.raises(TiltflowError, match="no weights file"):
         load_weights(tmp_path / "none", net)
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(TiltflowError, match="does not fit"):
+    with pytest.raises(TiltflowError, match="damaged"):
+        load_weights(path, net)
+    with torch.no_grad():
+        next(net.parameters()).fill_(float("nan"))
+    save_weights(path, net)
+    with pytest.raises(TiltflowError, match="is not finite"):
         load_weights(path, net)
 
 
@@ -380,6 +394,9 @@ def test_nothing_is_unpickled():
 
 
 # --- run folders
+
+
+LEFT = {"config.json", "metrics.json", "manifest.json", "checkpoint.safetensors", LOCK}
 
 
 def start(path, config=None, **kw):
@@ -401,9 +418,8 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path):
     assert json.loads((run / "config.json").read_text()) == {**CONFIG, "clip": None}
     refused(run, "already holds a run", {"seed": 1})
     refused(run, "already holds a run")
-    (run / "report.html").write_text("old")
     start(run, {"seed": 1}, overwrite=True)
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.json", "checkpoint.safetensors", LOCK}
+    assert {p.name for p in run.iterdir()} == LEFT
     assert json.loads((run / "config.json").read_text()) == {"seed": 1}
 
 
@@ -418,10 +434,15 @@ def test_only_a_run_is_overwritten(tmp_path):
     refused(model, "not a run's", resume=True)
     run = tmp_path / "run"
     start(run)
-    (run / "samples").mkdir()
-    (run / "samples" / "notes.txt").write_text("mine")
-    refused(run, "notes.txt", overwrite=True)
-    start(run, resume=True)  # but they do not stop a resume
+    mine = {"my-notes.md": "mine", "analysis/table.csv": "mine", "samples.png": "mine", "adapter/README.md": "mine"}
+    for name, text in mine.items():
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text(text)
+    start(run, resume=True)
+    start(run, CONFIG | {"seed": 2}, overwrite=True)
+    assert all((run / name).read_text() == text for name, text in mine.items())
+    refused(run, r"files of others that the run would write \(adapter/README.md\)", overwrite=True, writes=("adapter/*",))
+    assert json.loads((run / "config.json").read_text())["seed"] == 2
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", "is a file")
     assert (tmp_path / "file").read_text() == "x"
@@ -439,10 +460,63 @@ def test_resume_needs_the_same_settings(tmp_path):
     refused(run, "config.json cannot be read", resume=True)
 
 
-def test_a_folder_killed_before_its_config_can_be_used(tmp_path):
+@pytest.mark.parametrize("kw", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_folder_killed_before_its_config_can_be_used(kw, tmp_path):
+    """By any of the three; what was being written when it was killed goes."""
     (tmp_path / LOCK).touch()
-    (tmp_path / "config.json.part").write_text("{")
-    start(tmp_path)
+    (tmp_path / f"{store.UNFINISHED}x").mkdir()
+    (tmp_path / f"{store.UNFINISHED}x" / "config.json").write_text("{")
+    start(tmp_path, **kw)
+    assert {p.name for p in tmp_path.iterdir()} == LEFT
+
+
+def test_a_run_killed_while_it_writes_is_resumed_and_overwritten(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(Stopped), RunFolder(run, CONFIG, writes=("adapter/*",)) as opened:
+        for name in ("checkpoint.safetensors", "checkpoint.older.safetensors", "adapter/weights"):
+            (run / name).parent.mkdir(exist_ok=True)
+            (run / name).write_text("written, and not in the manifest yet")
+        (opened.path / "adapter" / f"{store.UNFINISHED}y").mkdir()
+        raise Stopped
+    (run / "log").mkdir()
+    (run / "log" / "mine.txt").write_text("mine")
+    start(run, resume=True, writes=("adapter/*",))
+    shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns(".*"))
+    (tmp_path / "link").symlink_to(run)
+    for place in (run, tmp_path / "copy", tmp_path / "link"):
+        start(place, resume=True, writes=("adapter/*",))
+        start(place, {"seed": 1}, overwrite=True)
+        left = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
+        assert left == LEFT | {"log/mine.txt"}
+        start(place, CONFIG, overwrite=True, writes=("adapter/*",))
+
+
+def test_links_out_of_a_folder_are_not_followed(tmp_path):
+    start(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.md").write_text("mine")
+    (tmp_path / "run" / "log").symlink_to(tmp_path / "mine")
+    (tmp_path / "run" / LOCK).unlink()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "mine" / "notes.md")
+    with pytest.raises((TiltflowError, OSError)):
+        start(tmp_path / "run", overwrite=True)
+    (tmp_path / "run" / LOCK).unlink()
+    with pytest.raises(TiltflowError, match="files of others that the run would write"):
+        start(tmp_path / "run", overwrite=True)
+    assert (tmp_path / "mine" / "notes.md").read_text() == "mine"
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
+    start(tmp_path / "run")
+    (tmp_path / "mine").write_text("mine")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    for files in ({"../mine": {}}, {str(tmp_path / "mine"): {}}):
+        (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest | {"files": files, "writes": ["../*", "/*"]}))
+        with contextlib.suppress(TiltflowError):
+            start(tmp_path / "run", overwrite=True)
+        assert (tmp_path / "mine").read_text() == "mine"
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"name": "a web app"}))
+    refused(tmp_path / "run", "not a run's", overwrite=True)
 
 
 def test_an_unwritable_config_loses_nothing(tmp_path):

@@ -60,6 +60,7 @@ class Known:
     """A job of known cost: a start, rounds that fill a buffer, samples to judge, and a file of them."""
 
     name: ClassVar[str] = "known"
+    writes: ClassVar[tuple[str, ...]] = ()
     seed: int = 0
     device: str = "cpu"
     samples: int = 1_000
@@ -87,7 +88,7 @@ class Known:
             work.round(row, "training", self.training.rounds)
             if (i + 1) % self.training.checkpoint_every == 0 or i + 1 == self.training.rounds:
                 WATCH.spend(0.5)
-                save_state(work.checkpoint, {"weights": [torch.zeros(250)], "buffer": rows})
+                save_state(work.checkpoint.path, {"weights": [torch.zeros(250)], "buffer": rows})
 
     def judge(self, model, work):
         WATCH.spend(1 + 0.04 * self.samples)

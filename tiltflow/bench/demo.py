@@ -17,8 +17,10 @@ from tiltflow.metrics.distance import mean_w2, total_variation
 from tiltflow.problems.tilt import mixture2d
 from tiltflow.report import plots
 from tiltflow.run.folder import RunFolder, document
+from tiltflow.train.store import write_bytes
 
 STEPS, SAMPLES, SHOWN = 60, 20_000, 1_500
+PICTURE = "memoryless.png"
 
 
 def memoryless_demo(
@@ -31,7 +33,7 @@ def memoryless_demo(
 ) -> dict[str, Any]:
     """Fine-tune `mixture2d` with three noise schedules; the document that metrics.json holds, beside memoryless.png."""
     config = {"command": "demo memoryless", "seed": seed, "rounds": rounds}
-    with RunFolder(out, config, overwrite=overwrite) as folder:
+    with RunFolder(out, config, overwrite=overwrite, writes=(PICTURE,)) as folder:
         problem = mixture2d()
         schedules: dict[str, NoiseSchedule] = {
             "σ = 0.2": Constant(0.2),
@@ -69,5 +71,5 @@ def memoryless_demo(
             )
         result = document(command, seed, "cpu", rows, None)
         folder.write_json("metrics.json", result)
-        (folder.path / "memoryless.png").write_bytes(plots.panels2d(panels))
+        write_bytes(folder.path / PICTURE, plots.panels2d(panels))
     return result

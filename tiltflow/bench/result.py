@@ -28,7 +28,6 @@ def require_result(path: Path | None) -> None:
         return
     try:
         taken = path.exists()
-        path.with_name(path.name + ".part").exists()  # as it is called while it is written
     except (OSError, ValueError) as error:  # a name that is too long
         raise TiltflowError(f"{str(path)!r:.80} cannot be written: {error}.") from error
     if taken and not _is_result(path):

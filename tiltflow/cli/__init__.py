@@ -1,5 +1,5 @@
 """The command line: ``tiltflow COMMAND``. Exit codes: 0 success, 2 misuse, 3 the verdict is FAIL, 1 a defect of ours, or a
-process that trained with this one and is lost.
+process that trained with this one and is lost; 130 and 143 interrupted, by SIGINT and SIGTERM.
 
 Every command that measures prints one JSON document with ``--json`` (on standard output; everything else goes to standard
 error): {"command", "version", "seed", "device", "rows", "verdict"}. Nothing here imports torch before a command works.
@@ -7,7 +7,6 @@ error): {"command", "version", "seed", "device", "rows", "verdict"}. Nothing her
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 from typing import NoReturn
@@ -15,8 +14,7 @@ from typing import NoReturn
 import click
 
 from tiltflow._version import __version__
-from tiltflow.cli.common import EXIT_LOST, EXIT_MISUSE
-from tiltflow.core.errors import LostProcess, TiltflowError
+from tiltflow.cli.boundary import DEBUG, guarded
 
 COMMANDS = {
     "finetune": "finetune:finetune_command",
@@ -57,22 +55,12 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
-def cli() -> None:
+@click.option(DEBUG, is_flag=True, help="Show the traceback of an error; may stand anywhere.")
+def cli(debug: bool) -> None:
     """Tilt a flow or diffusion model towards a reward, sample from an energy or a molecule, and know whether it is right."""
 
 
 def main() -> NoReturn:
     """Entry point: turns errors into exit codes."""
-    try:
-        cli.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (TiltflowError, LostProcess) as error:
-        rank = os.environ.get("RANK", "0")  # of processes that a launcher started
-        click.echo(f"error{'' if rank == '0' else f' of rank {rank}'}: {error}", err=True)
-        sys.exit(EXIT_MISUSE if isinstance(error, TiltflowError) else EXIT_LOST)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; the last checkpoint is in the run folder (--resume continues it)", err=True)
-        sys.exit(130)
-    sys.exit(0)
+    arguments = [word for word in sys.argv[1:] if word != DEBUG]
+    sys.exit(guarded(lambda: cli.main(arguments, standalone_mode=False), DEBUG in sys.argv))

@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from tiltflow.cli.common import Bars, common, document, finish, table
-from tiltflow.cli.options import given, options
+from tiltflow.cli.finetune import named_base
+from tiltflow.cli.options import options, trust_option
 from tiltflow.tilting.settings import TiltConfig
 
 CHECKED = ("base", "conditions", "predicts", "interpolant", "shape", "label", "guidance")
@@ -18,10 +19,11 @@ CHECKED = ("base", "conditions", "predicts", "interpolant", "shape", "label", "g
 @options(TiltConfig, leave=tuple(f for f in TiltConfig.__dataclass_fields__ if f not in CHECKED))
 @click.option("--samples", type=click.IntRange(200, 1_000_000), default=1_000, show_default=True, help="Samples to use.")
 @click.option("--steps", type=click.IntRange(2, 100_000), default=20, show_default=True, help="Simulation steps.")
+@trust_option
 @common
 def check_base_command(samples: int, steps: int, seed: int, device: str, as_json: bool, **values: Any) -> None:
     """Is the base what it is said to be? Shapes, ends of time, direction of time, predictor, path, chain."""
-    fields = given(values, TiltConfig)
+    fields = named_base(values)
     TiltConfig(**fields, seed=seed)
     import torch
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
+from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import Field, Seed
 
-EXIT_LOST, EXIT_MISUSE, EXIT_FAIL = 1, 2, 3
+EXIT_FAIL = 3
+SECRET = re.compile(
+    r"((?:^|[-_])(?:key|token|secret|password|passwd)=).+|(?<=://)[^/@\s]+(?=@)|\b(?:hf_|sk-|ghp_)\w{8,}", re.IGNORECASE
+)
+"""What a command line may hold that is nobody else's business."""
+NAMES_SECRET = re.compile(r"--?(?:.*[-_])?(?:key|token|secret|password|passwd)$", re.IGNORECASE)
+"""Options whose value is a secret."""
 SCORES = ("base", "reference", "reached", "ode", "exact")
 """What is said of a score; see :class:`tiltflow.verdict.line.Score`."""
 
@@ -40,8 +50,10 @@ def check_device(device: str) -> str:
 
 
 def command_line() -> str:
-    """The command as typed, for the record."""
-    return shlex.join(["tiltflow", *sys.argv[1:]])
+    """The command as typed, for the record, with secrets masked."""
+    words = [SECRET.sub(lambda found: f"{found[1] or ''}***", word) for word in sys.argv[1:]]
+    masked = ["***" if i and NAMES_SECRET.match(words[i - 1]) else word for i, word in enumerate(words)]
+    return shlex.join(["tiltflow", *masked]).encode("utf-8", "backslashreplace").decode()
 
 
 def document(seed: int, device: str, rows: list[dict[str, Any]], verdict: str | None) -> dict[str, Any]:
@@ -64,8 +76,11 @@ def run_job(job: Any, out: Path, resume: bool, overwrite: bool, log: str | None)
     from tiltflow.train.distributed import join, last_words
 
     rank, bars = join().rank, Bars()
+    changed = bool(click.get_current_context().params.get("allow_changed"))
     try:
-        result = run(job, out, command=command_line(), resume=resume, overwrite=overwrite, tell=bars, log=log)
+        with resumable(out):
+            how = {"resume": resume, "overwrite": overwrite, "allow_changed": changed}
+            result = run(job, out, command=command_line(), tell=bars, log=log, **how)
     except BaseException as error:
         last_words(error)
         raise
@@ -74,6 +89,42 @@ def run_job(job: Any, out: Path, resume: bool, overwrite: bool, log: str | None)
     if rank > 0:
         sys.exit(0)
     return result
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """An interrupt says what is saved in a run folder, or beside a file, and which command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        number, *_ = *error.args, 2
+        raise KeyboardInterrupt(number, f"{_saved(out)} To go on: {_again()}") from error
+
+
+def _saved(out: Path) -> str:
+    from tiltflow.run.folder import CHECKPOINT
+    from tiltflow.train.checkpoint import Checkpoint
+
+    kept = Checkpoint(out / CHECKPOINT if out.is_dir() else out.with_name(f"{out.name}.checkpoint"))
+    try:
+        return f"interrupted; all is saved up to round {kept.load()['iteration']}."
+    except TiltflowError:
+        return "interrupted; no round is saved."
+
+
+def _again() -> str:
+    words = [word for word in shlex.split(command_line()) if word not in ("--overwrite", "--resume")]
+    return shlex.join([*words, "--resume"])
+
+
+def require_new(out: Path) -> None:
+    """Raise TiltflowError unless ``out`` does not exist yet and can be written, before anything is computed."""
+    if os.path.lexists(out):
+        raise TiltflowError(f"{out} exists; give another place with --out.")
+    if len(os.fsencode(out.name)) > 255:
+        raise TiltflowError(f"{str(out)!r:.80} cannot be written: its name is too long.")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise TiltflowError(f"{out} cannot be written: {out.parent} is no folder that can be written to.")
 
 
 def finish_run(result: dict[str, Any], out: Path, numbers: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tiltflow.cli.common import common, document, finish, table
+from tiltflow.cli.common import common, document, finish, require_new, table
 from tiltflow.core.errors import TiltflowError
 
 
@@ -20,8 +20,8 @@ def compare_command(runs: tuple[Path, ...], out: Path | None, seed: int, device:
 
     Take the largest λ at which the held-out judges still rise and the diversity is still what you need.
     """
-    if out is not None and out.exists():
-        raise TiltflowError(f"{out} exists; give another file for the picture.")
+    if out is not None:
+        require_new(out)
     rows = sorted((read_summary(run) for run in runs), key=lambda row: row["strength"])
     names = [key.removesuffix("_reached") for key in rows[0] if key.endswith("_reached")]
     others = [row["run"] for row in rows if any(f"{name}_reached" not in row for name in names)]

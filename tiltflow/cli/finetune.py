@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tiltflow.cli.common import SCORES, Bars, command_line, common, document, finish, finish_run, run_job, scores_of, table
-from tiltflow.cli.options import given, options, run_options
+from tiltflow.cli.options import given, options, run_options, trust_option
 from tiltflow.core.errors import TiltflowError
+from tiltflow.run.names import Trusted
 from tiltflow.tilting.settings import FinetuneSettings, TiltConfig, suited
 
 if TYPE_CHECKING:
@@ -19,9 +20,15 @@ CHECKED = ("base", "reward", "judges", "conditions", "predicts", "interpolant", 
 """Fields of a fine-tuning that a check of its reward needs too."""
 
 
+def named_base(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a fine-tuning that were given; with --trust, a run folder as a base may bring code."""
+    fields = given(values, TiltConfig)
+    return fields | ({"base": Trusted(fields["base"])} if values["trust"] and "base" in fields else {})
+
+
 def finetune_job(**values: Any) -> TiltJob:
     """The job of the command's options."""
-    fields = given(values, TiltConfig)
+    fields = named_base(values)
     named = TiltConfig(**fields)
     training = FinetuneSettings.of(named.method, suited(named.base), **given(values, FinetuneSettings))
     from tiltflow.tilting.job import TiltJob
@@ -31,6 +38,7 @@ def finetune_job(**values: Any) -> TiltJob:
 
 @click.command("finetune")
 @options(TiltConfig, FinetuneSettings)
+@trust_option
 @run_options
 def finetune_command(out: Path, resume: bool, overwrite: bool, log: str | None, as_json: bool, **values: Any) -> None:
     """Fine-tune a base towards a reward; leave a run folder with weights, samples, metrics, report and verdict."""
@@ -74,12 +82,13 @@ def pretrain_command(
 @click.option("--strength", "strengths", type=float, multiple=True, help="λ to tabulate; may be repeated.")
 @click.option("--samples", type=click.IntRange(100), default=2_000, show_default=True, help="Base samples to use.")
 @click.option("--steps", type=click.IntRange(1, 100_000), default=40, show_default=True, help="Simulation steps.")
+@trust_option
 @common
 def check_reward_command(
     strengths: tuple[float, ...], samples: int, steps: int, seed: int, device: str, as_json: bool, **values: Any
 ) -> None:
     """Is the reward usable, and which λ? From base samples alone, before any training."""
-    fields = given(values, TiltConfig)
+    fields = named_base(values)
     TiltConfig(**fields, seed=seed)
     import torch
 

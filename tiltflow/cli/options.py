@@ -121,7 +121,13 @@ def _emptied(values: dict[str, Any], names: set[str]) -> list[str]:
     return [k for k in names if k in values and values[k] is None and context.get_parameter_source(k) == said]
 
 
-RUN = ("out", "resume", "overwrite", "log")
+def trust_option(command: Command) -> Command:
+    """--trust."""
+    help = "Import code that a run folder names: a folder that is yours"
+    return click.option("--trust", is_flag=True, help=help)(command)
+
+
+RUN = ("out", "resume", "overwrite", "log", "allow_changed")
 """Options of a run that is written down."""
 
 
@@ -132,7 +138,8 @@ def run_options(command: Command) -> Command:
     for one in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output"),
         click.option("--log", help="Also log every round to tensorboard, wandb or trackio"),
-        click.option("--overwrite", is_flag=True, help="Replace the run in the folder"),
+        click.option("--allow-changed", is_flag=True, help="Resume although code, base weights or versions have changed"),
+        click.option("--overwrite", is_flag=True, help="Replace the run in the folder, and no other file"),
         click.option("--resume", is_flag=True, help="Continue an interrupted run exactly, a finished one with more rounds"),
         click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder"),
     ):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tiltflow.cli.common import common, document, finish, finish_run, run_job, scores_of
+from tiltflow.cli.common import common, document, finish, finish_run, require_new, run_job, scores_of
 from tiltflow.cli.options import given, options, run_options
 from tiltflow.core.errors import TiltflowError
 from tiltflow.pipelines.settings import PipelineConfig, PipelineSettings
@@ -53,8 +53,7 @@ def finetune_pipeline_command(
 @common
 def export_command(run: Path, out: Path, seed: int, device: str, as_json: bool) -> None:
     """Merge the adapter of a finished finetune-pipeline RUN into its pipeline: a folder that stock diffusers loads."""
-    if out.exists():
-        raise TiltflowError(f"{out} exists; give another folder.")
+    require_new(out)
     from tiltflow.run.device import check_device
     from tiltflow.run.open import open_run
 

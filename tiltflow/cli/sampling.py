@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tiltflow.cli.common import cell, common, document, finish, finish_run, run_job, table
-from tiltflow.cli.options import given, options, run_options
-from tiltflow.core.errors import TiltflowError
+from tiltflow.cli.common import cell, common, document, finish, finish_run, require_new, run_job, table
+from tiltflow.cli.options import given, options, run_options, trust_option
 from tiltflow.sampling.settings import AutomaticConfig, AutomaticSettings, SamplerConfig, SamplerSettings
 
 if TYPE_CHECKING:
@@ -122,19 +121,28 @@ def check_energy_command(problem: str, samples: int, seed: int, device: str, as_
 @click.option("--ode-method", help="Of a fine-tuned run: euler, heun (default), or torchdiffeq's (dopri5).")
 @click.option("--exact", is_flag=True, help="Of a fine-tuned run: weigh paths by their path weights and resample.")
 @click.option("--out", type=click.Path(path_type=Path), help="FILE.safetensors (default: RUN/drawn.safetensors).")
+@click.option("--base", help="The base, in place of what the run names, as for finetune.")
+@click.option("--reward", help="The reward, in place of what the run names.")
+@click.option("--conditions", help="What draws conditions, in place of what the run names.")
+@click.option("--problem", help="The problem, in place of what the run names, as for train-sampler.")
+@trust_option
 @common
 def sample_command(
     run: Path, count: int, noise: str | None, steps: int | None, ode_method: str | None, exact: bool, out: Path | None,
-    seed: int, device: str, as_json: bool,
+    trust: bool, seed: int, device: str, as_json: bool, **named: str | None,
 ) -> None:  # fmt: skip
-    """Draw from a run folder: of finetune by any noise or exactly, of train-sampler with energies and path weights."""
+    """Draw from a run folder: of finetune by any noise or exactly, of train-sampler with energies and path weights.
+
+    Code that the folder names is imported only if it is given again, or with --trust: a folder may come from anybody.
+    """
     target = out or run / "drawn.safetensors"
-    if target.exists():
-        raise TiltflowError(f"{target} exists; give another file with --out.")
+    require_new(target)
     from tiltflow.run.device import check_device
     from tiltflow.run.draw import draw_from_run
 
     asked = {"noise": noise, "steps": steps, "method": ode_method, "exact": exact or None}
-    row = draw_from_run(run, target, count, {k: v for k, v in asked.items() if v is not None}, seed, check_device(device))
+    how = {k: v for k, v in asked.items() if v is not None}
+    code = {k: v for k, v in named.items() if v is not None}
+    row = draw_from_run(run, target, count, how, seed, check_device(device), trust, code)
     numbers = [f"{name} {cell(row[name])}" for name in ("reward", "median_energy", "ess") if row.get(name) is not None]
     finish(document(seed, device, [row], None), as_json, f"{target}  {row['shape']}  {'  '.join(numbers)}")

@@ -38,6 +38,7 @@ from tiltflow.molecules.templates import templates
 from tiltflow.molecules.torsional import TorsionalSampler, target, torsion_energies
 from tiltflow.molecules.torsions import Torsions, rotatable_torsions
 from tiltflow.sampling.train import noise_left
+from tiltflow.train.checkpoint import Checkpoint
 from tiltflow.train.distributed import share_of
 from tiltflow.train.fit import Callback, History, fit
 from tiltflow.train.method import State
@@ -108,7 +109,7 @@ def train_amortised(
     prepared: Sequence[Prepared],
     settings: AmortisedSettings,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | Path | None = None,
     resume: bool = False,
     callback: Callback | None = None,
     device: str = "cpu",

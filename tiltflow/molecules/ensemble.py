@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
+from tiltflow.core.settings import as_json
 from tiltflow.core.weights import ess, normalised
 from tiltflow.molecules.judge import RELIABLE, judge_conformers
-from tiltflow.molecules.settings import require_rdkit
+from tiltflow.molecules.settings import ConformersConfig, require_rdkit
 from tiltflow.run.folder import FORMAT, RunFolder
 from tiltflow.train.store import load_state, save_state
 from tiltflow.verdict.line import Verdict
@@ -176,7 +177,8 @@ class Ensemble:
             TiltflowError: the folder exists and is not empty.
         """
         target = Path(folder)
-        with RunFolder(target, {"job": "conformers", "format": FORMAT, "input": None}):
+        config = {"job": "conformers", "format": FORMAT, **as_json(ConformersConfig(input=None))}
+        with RunFolder(target, config, writes=(state_file(0),)):
             self.write(target / state_file(0))
         return target
 

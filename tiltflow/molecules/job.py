@@ -66,6 +66,7 @@ class ConformersJob(ConformersConfig):
     """A run that makes conformers."""
 
     name: ClassVar[str] = "conformers"
+    writes: ClassVar[tuple[str, ...]] = ("conformers.sdf", "conformers.csv", "rejects.csv", "molecule-[0-9]*.safetensors")
 
     @property
     def alone(self) -> bool:
@@ -174,6 +175,7 @@ class ConformerTrainingJob(ConformerTrainingConfig):
     """A run that trains one sampler for many molecules."""
 
     name: ClassVar[str] = "train-conformers"
+    writes: ClassVar[tuple[str, ...]] = (MODEL,)
 
     @cached_property
     def chosen(self) -> list[Molecule]:
@@ -247,8 +249,7 @@ class ConformerTrainingJob(ConformerTrainingConfig):
         def report(row: dict[str, Any]) -> None:
             work.round(row, "training", rounds, f"energy {row['energy']:.1f} kT, ESS {row['ess']:.3f}")
 
-        resume = work.resume and work.checkpoint.is_file()
-        model = train_amortised(prepared, self.settings, self.seed, work.checkpoint, resume, report, self.device)
+        model = train_amortised(prepared, self.settings, self.seed, work.checkpoint, work.resume, report, self.device)
         return model, sum(len(one.templates) for one in prepared)
 
     def judge(self, model: tuple[Amortised, int], work: Work) -> Outcome:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.molecule import Molecule, with_positions
+from tiltflow.train.store import replacing
 
 Part = tuple[Molecule, Tensor, Sequence[Mapping[str, str]]]
 
@@ -23,9 +23,7 @@ def write_sdf(path: Path, parts: Iterable[Part]) -> None:
     """
     if not path.parent.is_dir():
         raise TiltflowError(f"no folder {str(path.parent)!r} for {path.name}; create it first.")
-    unfinished = path.with_name(path.name + ".part")
-    writer = Chem.SDWriter(str(unfinished))
-    try:
+    with replacing(path) as part, Chem.SDWriter(str(part)) as writer:
         for molecule, positions, rows in parts:
             mol = with_positions(molecule.mol, positions)
             mol.SetProp("_Name", molecule.name)
@@ -34,6 +32,3 @@ def write_sdf(path: Path, parts: Iterable[Part]) -> None:
                     if key != "name":
                         mol.SetProp(key, value)
                 writer.write(mol, confId=i)
-    finally:
-        writer.close()
-    os.replace(unfinished, path)

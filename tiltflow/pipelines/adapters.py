@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.pipelines.families import family_of
 from tiltflow.pipelines.settings import TARGETS
-from tiltflow.train.store import write_text
+from tiltflow.train.store import write_tensors, write_text
 
 NAME, BASE = "default", "_tiltflow_base"
 STOCK, WEIGHTS, CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
@@ -125,7 +125,7 @@ def save_adapter(pipe: Any, folder: Path) -> Path:
     config = network.peft_config[NAME].to_dict()
     kept = {key: config[key] for key in ("r", "lora_alpha")} | {"target_modules": sorted(config["target_modules"])}
     write_text(folder / CONFIG, json.dumps({"peft_type": "LORA"} | kept, indent=1) + "\n")
-    save_file(state, folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, state)
     return folder / WEIGHTS
 
 

@@ -44,6 +44,7 @@ class PipelineJob(PipelineConfig):
     """A run that fine-tunes a pipeline."""
 
     name: ClassVar[str] = JOB
+    writes: ClassVar[tuple[str, ...]] = (f"{ADAPTER}/*", f"{PIPELINE}/*", "*-[0-9]*.wav")
 
     def config(self) -> dict[str, Any]:
         """The fields as JSON; files and folders by their absolute paths."""
@@ -74,11 +75,11 @@ class PipelineJob(PipelineConfig):
         settings = replace(self.settings, **training)
         return replace(self, samples=round(share * self.samples), monitor=0, settings=settings), share
 
-    def scores(self) -> dict[str, Score]:
-        """The reward and the judges, by name."""
+    def scores(self, judged: bool = True) -> dict[str, Score]:
+        """The reward and, where something is ``judged``, the judges, by name."""
         if self.reward is None:
             raise TiltflowError("this run was saved from Python: give its reward, load(folder, pipe=…, reward=…).")
-        return load_scores(self.reward, self.judges)
+        return load_scores(self.reward, self.judges if judged else ())
 
     def check(self) -> None:
         """Find misuse: the method, λ, the pipeline, and what reward and judges return for what it makes of noise."""
@@ -122,7 +123,7 @@ class PipelineJob(PipelineConfig):
             rows: The prompts encoded, as for :func:`tiltflow.finetune_pipeline`.
         """
         row = row_of(self.method, "finetune")
-        reward = self.scores()[REWARD] if reward is None else reward
+        reward = self.scores(judged=False)[REWARD] if reward is None else reward
         pipe = replace(self, device=device).pipe if pipe is None else pipe
         freeze(pipe)
         rows = encode_prompts(pipe, list(self.prompts), self.negative) if rows is None else rows

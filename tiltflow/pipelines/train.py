@@ -34,6 +34,7 @@ from tiltflow.pipelines.memory import fitting_rows
 from tiltflow.pipelines.model import TiltedPipeline
 from tiltflow.pipelines.settings import CLIP, DEFAULT_METHOD, PipelineSettings, check_prompts
 from tiltflow.rewards.combine import Score
+from tiltflow.train.checkpoint import Checkpoint
 from tiltflow.train.distributed import least, share_of, world
 from tiltflow.train.fit import fit
 from tiltflow.train.method import State
@@ -58,7 +59,7 @@ def finetune_pipeline(
     seed: int = 0,
     negative: str | None = None,
     rows: Rows | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | Path | None = None,
     resume: bool = False,
     callback: Callback | None = None,
 ) -> TiltedPipeline:
@@ -179,7 +180,11 @@ def ask_once(row: Row, cost: RewardCost, x: Tensor, condition: dict[str, Any]) -
 
 
 def _train(
-    tilted: TiltedPipeline, generator: torch.Generator, checkpoint: Path | None, resume: bool, callback: Callback | None
+    tilted: TiltedPipeline,
+    generator: torch.Generator,
+    checkpoint: Checkpoint | Path | None,
+    resume: bool,
+    callback: Callback | None,
 ) -> TiltedPipeline:
     s, row, rollout = tilted.settings, tilted.row, tilted.control
     assert rollout is not None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import importlib.util
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.report.plots import require
+from tiltflow.train.store import write_text
 from tiltflow.verdict.line import STATUSES, Verdict
 
 NEEDED = ("matplotlib", "jinja2", "scipy")
@@ -147,12 +147,7 @@ def write_page(folder: Path, page: Page) -> Path:
     if not folder.is_dir():
         raise TiltflowError(f"no folder {str(folder)!r} to put the report in; create it first.")
     target = folder / "report.html"
-    partial = folder / f".report.{os.getpid()}.tmp"
-    try:
-        partial.write_text(render(page), encoding="utf-8")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(target, render(page))
     return target
 
 

@@ -6,25 +6,33 @@ is found before the folder is touched; a picture that fails never costs the verd
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from tiltflow._version import __version__
+from tiltflow.core.errors import TiltflowError, TiltflowWarning
 from tiltflow.core.progress import Tell, silent
 from tiltflow.report.page import Block, Page, require_report, write_page
 from tiltflow.run.device import check_device
-from tiltflow.run.folder import FORMAT, RunFolder, document
+from tiltflow.run.folder import FORMAT, MORE, SAMPLES, RunFolder, document, finite
 from tiltflow.run.log import Log, require_logger
+from tiltflow.run.names import sources
+from tiltflow.train.checkpoint import Checkpoint, seed_global_generators
 from tiltflow.train.distributed import leave, together, world
+from tiltflow.train.store import write_tensors
 from tiltflow.verdict.line import Score, Verdict
 
-SAMPLES = "samples.safetensors"
+SETTINGS = "the settings"
+"""What of the identity of a run must always be the same."""
 EVERY = 5.0
 """Seconds between two writings of metrics.json while training."""
 Row = dict[str, Any]
@@ -63,17 +71,14 @@ class Work:
     Without a log nothing is written: that of a process that only helps.
     """
 
-    def __init__(self, folder: RunFolder, tell: Tell, log: Log | None, head: Mapping[str, Any]) -> None:
-        self.folder, self.tell, self.log, self.head = folder, tell, log, head
+    def __init__(
+        self, folder: RunFolder, checkpoint: Checkpoint, tell: Tell, log: Log | None, head: Mapping[str, Any]
+    ) -> None:
+        self.folder, self.checkpoint, self.tell, self.log, self.head = folder, checkpoint, tell, log, head
         self.path = folder.path
-        self.resume = folder.resume and folder.checkpoint.is_file()  # without a checkpoint a run starts again
+        self.resume = folder.resume and checkpoint.exists()  # without a checkpoint a run starts again
         self.rounds: list[Row] = folder.rounds() if self.resume else []
         self.written = time.monotonic()
-
-    @property
-    def checkpoint(self) -> Path:
-        """Where training state is kept; to be resumed from if ``resume``."""
-        return self.folder.checkpoint
 
     def round(self, row: Row, what: str, total: int, note: str = "") -> None:
         """A round of training is done: tell, log, and let metrics.json grow."""
@@ -90,9 +95,11 @@ class Work:
 
 
 class Job(Protocol):
-    """Settings of a run (see :mod:`tiltflow.core.settings`); ``name`` is what its config.json calls it."""
+    """Settings of a run (see :mod:`tiltflow.core.settings`); ``name`` is what its config.json calls it, and ``writes`` are
+    the files that it leaves (:class:`~tiltflow.run.folder.RunFolder`)."""
 
     name: ClassVar[str]
+    writes: ClassVar[tuple[str, ...]]
 
     @property
     def seed(self) -> int: ...
@@ -124,12 +131,14 @@ def run(
     command: str = "",
     resume: bool = False,
     overwrite: bool = False,
+    allow_changed: bool = False,
     tell: Tell = silent,
     log: str | None = None,
 ) -> dict[str, Any]:
     """Run a job in the folder ``out``; returns the document that metrics.json holds.
 
-    Several processes train together; only the first claims and writes the folder, judges, and returns something.
+    Several processes train together; only the first claims and writes the folder, judges, and returns something. The global
+    generators of PyTorch, NumPy and Python, which the user's code may draw from, are seeded by the job's seed.
 
     Args:
         job: What to do.
@@ -137,6 +146,7 @@ def run(
         command: The command line, for the record.
         resume: Continue an interrupted run, exactly; or a finished one, with more rounds.
         overwrite: Replace the run that the folder holds.
+        allow_changed: Resume although the user's code, the base's weights, tiltflow or torch have changed.
         tell: Told what is going on: (what, done, total, note).
         log: Where rounds are logged besides: tensorboard, wandb or trackio.
 
@@ -144,7 +154,10 @@ def run(
         TiltflowError: misuse, before anything is written; and whatever the job raises.
     """
     started = time.perf_counter()
-    require_report()
+    try:
+        require_report()
+    except TiltflowError as error:
+        warnings.warn(f"there will be numbers and a verdict, but no report.html: {error}", TiltflowWarning, stacklevel=2)
     require_logger(log)
     if (device := check_device(job.device)) != job.device:
         job = replace(job, device=device)  # type: ignore[type-var]  # every job is a dataclass
@@ -154,15 +167,17 @@ def run(
         return {}
     config = {"job": job.name, "format": FORMAT, **job.config()}
     head: dict[str, Any] = {"command": command, "seed": job.seed, "device": job.device}
-    with RunFolder(out, config, resume, overwrite) as folder, Log(log, folder.path, config) as logged:
-        work = Work(folder, tell, logged, head)
+    with RunFolder(out, config, resume, overwrite, job.writes) as folder, Log(log, folder.path, config) as logged:
+        fixed = frozenset({SETTINGS}) if allow_changed else None
+        work = Work(folder, Checkpoint(folder.checkpoint, identity(config), fixed), tell, logged, head)
         together()
+        seed_global_generators(job.seed)
         model = job.train(work)
         leave()
         outcome = job.judge(model, work)
         tensors = {name: v.detach().cpu().contiguous() for name, v in outcome.tensors.items()}
         if tensors:
-            save_file(tensors, folder.path / SAMPLES)
+            write_tensors(folder.path / SAMPLES, tensors)
         result = document(**head, rows=rows_of(outcome, time.perf_counter() - started), verdict=status(outcome.verdict))
         folder.write_json("metrics.json", result)
         tell("report", 0, 2, "")
@@ -181,8 +196,21 @@ def help_with(job: Job, out: Path, resume: bool) -> None:
     """What every process but the first does of a run: train, and write nothing."""
     together()  # the first has claimed the folder
     folder = RunFolder(out, {}, resume)
-    job.train(Work(folder, silent, None, {}))
+    seed_global_generators(job.seed)
+    job.train(Work(folder, Checkpoint(folder.checkpoint), silent, None, {}))
     leave()
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, str]:
+    """Whose a checkpoint is: hashes of the settings, but for the rounds, and of the code that they name, and versions."""
+
+    def fixed(value: Any) -> Any:
+        return {k: fixed(v) for k, v in value.items() if k != MORE} if isinstance(value, dict) else value
+
+    text = json.dumps(finite(fixed(config)), sort_keys=True)
+    own = {f"the code in {file}": digest for file, digest in sources(config).items()}
+    versions = {"tiltflow's version": __version__, "torch's version": torch.__version__}
+    return {SETTINGS: hashlib.sha256(text.encode()).hexdigest(), **own, **versions}
 
 
 def rows_of(outcome: Outcome, seconds: float) -> list[Row]:

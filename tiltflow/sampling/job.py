@@ -69,6 +69,7 @@ class SamplerJob(Named, SamplerConfig):
     """A run that trains a sampler."""
 
     name: ClassVar[str] = "train-sampler"
+    writes: ClassVar[tuple[str, ...]] = (WEIGHTS,)
 
     @property
     def training(self) -> SamplerSettings:
@@ -143,6 +144,7 @@ class AutomaticJob(Named, AutomaticConfig):
     """A run that samples an energy by stages, without training."""
 
     name: ClassVar[str] = "sample-energy"
+    writes: ClassVar[tuple[str, ...]] = ()
 
     def check(self) -> None:
         """Find misuse: what the energy returns where the population starts."""

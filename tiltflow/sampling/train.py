@@ -31,6 +31,7 @@ from tiltflow.nn.particles import ParticleNet
 from tiltflow.run.device import check_device
 from tiltflow.sampling.model import Sampler
 from tiltflow.sampling.settings import DEFAULT_METHOD, SamplerSettings
+from tiltflow.train.checkpoint import Checkpoint
 from tiltflow.train.fit import Callback, fit
 from tiltflow.train.method import Method, State
 
@@ -137,7 +138,7 @@ def train_sampler(
     device: str = "cpu",
     energy: Evaluator | None = None,
     net: nn.Module | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | Path | None = None,
     resume: bool = False,
     callback: Callback | None = None,
 ) -> Sampler:

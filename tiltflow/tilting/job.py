@@ -30,7 +30,8 @@ from tiltflow.tilting.names import load_base, load_reward
 from tiltflow.tilting.outcome import Case, Evaluation, outcome
 from tiltflow.tilting.settings import FEWEST, FinetuneSettings, TiltConfig
 from tiltflow.tilting.train import check_door, finetune, require_applies
-from tiltflow.tilting.weights import load_chain, load_network
+from tiltflow.tilting.weights import CHAIN as CHAIN_FILE
+from tiltflow.tilting.weights import WEIGHTS, load_chain, load_network
 
 UNSEEN = 8
 """Conditions that a conditional reward is judged on."""
@@ -41,6 +42,7 @@ class TiltJob(TiltConfig):
     """A fine-tuning run."""
 
     name: ClassVar[str] = "finetune"
+    writes: ClassVar[tuple[str, ...]] = (WEIGHTS, CHAIN_FILE)
 
     def config(self) -> dict[str, Any]:
         """The fields as JSON; files and folders by their absolute paths."""
@@ -62,11 +64,11 @@ class TiltJob(TiltConfig):
             process.model.to(self.device)
         return process
 
-    def load_reward(self) -> RewardSpec:
-        """The reward and its judges."""
+    def load_reward(self, judged: bool = True) -> RewardSpec:
+        """The reward and, where something is ``judged``, its judges."""
         if self.reward is None:
             raise TiltflowError("this run was saved from Python: give its reward, load(folder, base=…, reward=…).")
-        return load_reward(self.reward, self.judges, self.conditions)
+        return load_reward(self.reward, self.judges if judged else (), self.conditions)
 
     @property
     def training(self) -> FinetuneSettings:
@@ -91,7 +93,7 @@ class TiltJob(TiltConfig):
         self, folder: Path, device: str = "cpu", base: Process | None = None, reward: Callable[..., Tensor] | None = None
     ) -> TiltedModel:
         """The model of a finished run folder; ``base`` and ``reward`` replace those that it names."""
-        spec = RewardSpec(reward, {}) if reward is not None else self.load_reward()
+        spec = RewardSpec(reward, {}) if reward is not None else self.load_reward(judged=False)
         base, process = starting(replace(self, device=device), base or replace(self, device=device).load_base(), spec)
         row = row_of(self.method, "finetune")
         if row.trained:
@@ -103,7 +105,7 @@ class TiltJob(TiltConfig):
         self, folder: Path, n: int, asked: dict[str, Any], seed: int, device: str
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """n new samples and their mean reward; with conditions, and with log path weights if drawn as trained."""
-        model, spec = self.load(folder, device), self.load_reward()
+        model, spec = self.load(folder, device), self.load_reward(judged=False)
         condition: dict[str, Any] = {}
         if spec.unseen is not None:
             rows = spec.unseen(UNSEEN, torch.Generator(device).manual_seed(seed))[0]

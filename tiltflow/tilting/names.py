@@ -14,7 +14,7 @@ from tiltflow.core.process import Predicts, Process
 from tiltflow.digits.names import digits_base, digits_reward
 from tiltflow.digits.settings import BASE, REWARDS
 from tiltflow.rewards.spec import RewardSpec
-from tiltflow.run.names import import_callable, import_function
+from tiltflow.run.names import Trusted, import_callable, import_function
 from tiltflow.run.open import load
 
 INTERPOLANTS: dict[str, Callable[[], Interpolant]] = {"linear": Linear, "cosine": Cosine, "vp": VP}
@@ -48,7 +48,7 @@ def load_base(
     if label is not None:
         raise TiltflowError(f"--label is for the digits bases; {name!r} takes its own conditions.")
     if Path(name).is_dir():
-        return load(name).process
+        return load(name, trust=isinstance(name, Trusted)).process
     if ":" not in name:
         raise TiltflowError(
             f"unknown base {name!r}: use {BASE!r}, a .safetensors file of `tiltflow pretrain`, the folder of a finished "

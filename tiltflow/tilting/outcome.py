@@ -90,7 +90,8 @@ def outcome(model: Tilted, how: Evaluation) -> Outcome:
         for parts in zip(*(one.verdict.scores for one in found), strict=True)
     ]
     verdict = best_way(lines, scores)
-    ways = [{"kind": "way", "name": way, "status": answer, "command": COMMANDS[way]} for way, answer in verdict.ways.items()]
+    own = " --trust" if ":" in how.base + how.reward else ""  # code of the user's
+    ways = [{"kind": "way", "name": n, "status": answer, "command": COMMANDS[n] + own} for n, answer in verdict.ways.items()]
     row = {name: _mean([one.row[name] for one in found]) for name in found[0].row}
     tensors = dict(found[0].tensors)
     shown = {"Samples": tensors["samples"][:GRID]}

@@ -25,6 +25,7 @@ from tiltflow.nn.lora import merge_low_rank
 from tiltflow.tilting.chain import require_memoryless, trainable_copy, training_chain, tuned_process
 from tiltflow.tilting.model import TiltedModel
 from tiltflow.tilting.settings import DEFAULT_METHOD, FinetuneSettings
+from tiltflow.train.checkpoint import Checkpoint
 from tiltflow.train.fit import Callback, fit
 from tiltflow.train.method import Conditions, State
 from tiltflow.verdict.check_base import require_base, starts_at_base
@@ -46,7 +47,7 @@ def finetune(
     device: str = "cpu",
     tuned: Process | None = None,
     conditions: Conditions | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | Path | None = None,
     resume: bool = False,
     callback: Callback | None = None,
     tell: Tell = silent,

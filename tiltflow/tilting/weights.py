@@ -10,16 +10,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from tiltflow.core.chain import InterpolantChain
 from tiltflow.core.control import Blend
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.process import Process
-from tiltflow.train.store import load_state, save_state
+from tiltflow.train.store import load_state, read_tensors, require_finite, save_state, write_tensors
 
 WEIGHTS, CHAIN = "weights.safetensors", "chain.safetensors"
 BLENDED = "blended."
@@ -33,13 +30,11 @@ def save_network(folder: Path, process: Process) -> None:
     assert isinstance(model, nn.Module)
     blended = isinstance(model, Blend)
     state = (model.net if isinstance(model, Blend) else model).state_dict()
-    tensors = {f"{BLENDED if blended else ''}{k}": v.detach().cpu().contiguous().clone() for k, v in state.items()}
+    tensors = {f"{BLENDED if blended else ''}{k}": v for k, v in state.items()}
     header = {"kind": "blend" if blended else "network", "predicts": process.predicts}
     if blended:
         header["formula"] = SAID
-    part = folder / (WEIGHTS + ".part")
-    save_file(tensors, part, {"tiltflow": json.dumps(header)})
-    part.replace(folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, tensors, {"tiltflow": json.dumps(header)})
 
 
 def load_network(folder: Path, process: Process) -> None:
@@ -54,17 +49,14 @@ def load_network(folder: Path, process: Process) -> None:
     net = model.net if isinstance(model, Blend) else model
     assert isinstance(net, nn.Module)
     prefix = BLENDED if isinstance(model, Blend) else ""
+    found, _ = read_tensors(path)
+    require_finite(path, found)
+    if any(not name.startswith(prefix) for name in found):
+        raise TiltflowError(f"{path} does not hold the weights of an x1 network in its blend.")
     try:
-        with safe_open(path, framework="pt") as f:
-            found = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not a mapping
-        if any(not name.startswith(prefix) for name in found):
-            raise TiltflowError(f"{path} does not hold the weights of an x1 network in its blend.")
         net.load_state_dict({name.removeprefix(prefix): v for name, v in found.items()})
-    except (SafetensorError, RuntimeError) as error:
+    except RuntimeError as error:
         raise TiltflowError(f"{path} does not fit {type(net).__name__}: {error}.") from error
-    bad = [name for name, v in found.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
-    if bad:
-        raise TiltflowError(f"{path}: {bad[0]} is not finite; the file is damaged.")
 
 
 def save_chain(folder: Path, chain: InterpolantChain) -> None:
@@ -74,5 +66,8 @@ def save_chain(folder: Path, chain: InterpolantChain) -> None:
 
 
 def load_chain(folder: Path, base: Process) -> InterpolantChain:
-    """The chain of a base that :func:`save_chain` wrote. Raises TiltflowError if it is missing or damaged."""
-    return InterpolantChain(base, **load_state(folder / CHAIN))
+    """The chain of a base that :func:`save_chain` wrote. Raises TiltflowError if it is missing, damaged or none."""
+    try:
+        return InterpolantChain(base, **load_state(folder / CHAIN))
+    except TypeError as error:
+        raise TiltflowError(f"{folder / CHAIN} holds no chain: {error}.") from error

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.train.buffer import Buffer
-from tiltflow.train.checkpoint import Progress, load_checkpoint, pool_counts, save_checkpoint
+from tiltflow.train.checkpoint import Checkpoint, Progress, load_checkpoint, pool_counts, save_checkpoint
 from tiltflow.train.criterion import resumed, until
 from tiltflow.train.distributed import agree, align, any_of, draws, mean, sum_gradients
+from tiltflow.train.interrupt import Interruption
 from tiltflow.train.method import Method, State
 from tiltflow.train.settings import Training
 
@@ -35,7 +36,7 @@ def fit(
     method: Method,
     state: State,
     settings: Training,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | Path | None = None,
     resume: bool = False,
     callback: Callback | None = None,
 ) -> History:
@@ -45,7 +46,8 @@ def fit(
         method: What to train by.
         state: What to train: the control, the generator and the round.
         settings: How to train.
-        checkpoint: File to save to every ``checkpoint_every`` rounds and at the end.
+        checkpoint: File to save to before the first round, every ``checkpoint_every`` rounds, and at the end. With it,
+            Ctrl-C and SIGTERM end the training after a round that is saved.
         resume: Start from that file.
         callback: Called with each round's metrics (progress bars, early printing); True makes it the last one.
 
@@ -55,6 +57,7 @@ def fit(
     Raises:
         TiltflowError: a non-finite loss (the last checkpoint stays), nothing to resume, processes that do not start alike.
         LostProcess: another process died or hangs (the last checkpoint stays).
+        KeyboardInterrupt: the training was interrupted.
     """
     module = state.control.module
     for item in method.auxiliary.values():
@@ -66,23 +69,35 @@ def fit(
     optimiser = torch.optim.Adam([*weights, *others], lr=settings.learning_rate, betas=settings.betas, fused=fused)
     average = [p.detach().clone() for p in weights]
     now = Progress(method, state, weights, average, optimiser, Buffer(settings.buffer_rounds), [])
+    kept = Checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint
+    kept = None if kept is None else kept.starting_from([*module.parameters(), *module.buffers()])
     if resume:
-        load_checkpoint(checkpoint, now)
+        load_checkpoint(kept, now)
     agree(state.iteration, [*module.parameters(), *module.buffers()], state.generator)
     end = resumed(now.history, settings.rounds)
-    while state.iteration < min(settings.rounds, end or settings.rounds):
-        now.history.append(row := _round(now, others, settings, end))
-        state.iteration += 1
-        if settings.open_ended:
-            end = end or until(now.history, settings.tolerance, settings.minutes)
-            row |= {"until": end, "at_most": settings.rounds}
-        last = state.iteration == min(settings.rounds, end or settings.rounds)
-        enough = any_of(callback is not None and callback(row) is True)
-        due = state.iteration % settings.checkpoint_every == 0 or last
-        if checkpoint is not None and (enough or due):
-            save_checkpoint(checkpoint, now)
-        if enough:
-            break
+    if kept is not None and not resume:
+        save_checkpoint(kept, now)
+    with Interruption(kept is not None) as interruption:
+        while state.iteration < min(settings.rounds, end or settings.rounds):
+            try:
+                now.history.append(row := _round(now, others, settings, end))
+            except (Exception, SystemExit) as error:
+                error.add_note(f"in round {state.iteration}")
+                raise
+            state.iteration += 1
+            if settings.open_ended:
+                end = end or until(now.history, settings.tolerance, settings.minutes)
+                row |= {"until": end, "at_most": settings.rounds}
+            last = state.iteration == min(settings.rounds, end or settings.rounds)
+            enough = any_of(callback is not None and callback(row) is True)
+            interrupted = any_of(interruption.signal is not None)
+            due = state.iteration % settings.checkpoint_every == 0 or last
+            if kept is not None and (enough or interrupted or due):
+                save_checkpoint(kept, now)
+            if interrupted:
+                raise KeyboardInterrupt(interruption.signal)
+            if enough:
+                break
     pool_counts(now)
     with torch.no_grad():
         for a, p in zip(average, weights, strict=True):
