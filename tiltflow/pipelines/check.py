@@ -48,6 +48,6 @@ def check_pipeline_reward(
     chain = pipeline_chain(pipe, rows, s.steps, s.guidance, s.rows)
     number = torch.zeros(samples, dtype=torch.long)
     x = simulate(chain, None, chain.source(samples, generator), generator, prompt=number).x[-1]
-    held_out = None if judge is None else DecodedReward(chain, judge, [prompt, ""])
-    decoded = DecodedReward(chain, reward, [prompt, ""])
+    held_out = None if judge is None else DecodedReward(chain, judge, [prompt])
+    decoded = DecodedReward(chain, reward, [prompt])
     return check_reward(chain, decoded, samples=x, generator=generator, judge=held_out, prompt=number)

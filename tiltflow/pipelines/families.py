@@ -168,8 +168,12 @@ class Flux:
         given = {"prompt": None, "prompt_2": None} | prompts
         negative = {key.removeprefix("negative_"): given.pop(key) for key in [*given] if key.startswith("negative_")}
         text, pooled, _ = pipe.encode_prompt(device=pipe.device, **given)
-        if not negative:
-            return {"text": _with_negative(text, text), "pooled": _with_negative(pooled, pooled)}
+        if not negative and given["prompt"] is None:
+            raise TiltflowError(
+                "Flux has no embedding of its own for no prompt: with prompt_embeds, give negative_prompt_embeds and "
+                "negative_pooled_prompt_embeds too."
+            )
+        negative = negative or {"prompt": [""]}
         other, other_pooled, _ = pipe.encode_prompt(
             device=pipe.device, **{"prompt": None, "prompt_2": None} | negative
         )

@@ -37,7 +37,8 @@ class PipelineSettings(Training):
         random_steps: With last_steps: and on so many others, drawn anew in each round.
         guidance: Classifier-free guidance scale; 1: none.
         guidance_in: Where guidance stands.
-        dropout: Share of paths without a prompt.
+        dropout: Share of paths without their prompt's text; the reward is given it all the same.
+        dropout_in: Where it is left out: in the control that is fitted, or in its paths and their adjoints too.
         clip: Bound on a term of Adjoint Matching's loss, in units of λ²; none: no bound.
         max_cost_gradient: Bound on the norm of λ∇r of a sample; none: the gradient itself.
         micro_batch: Rows that a network sees at a time, at most, with the same result; none: a batch; fit: what memory
@@ -59,6 +60,7 @@ class PipelineSettings(Training):
     guidance: Real = 1.0
     guidance_in: tuple[Place, ...] = ("rollout", "control", "adjoint")
     dropout: Share = 0.0
+    dropout_in: Literal["control", "paths"] = "control"
     clip: Positive | None = CLIP
     max_cost_gradient: Positive | None = None
     micro_batch: Count | Literal["fit"] | None = None
