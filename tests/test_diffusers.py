@@ -18,7 +18,8 @@ from tiltflow.pipelines import train as module
 from tiltflow.pipelines.adapters import add_adapter, load_adapter, merge_adapter, save_adapter, switch, switched
 from tiltflow.pipelines.chain import Adapted, DecodedReward, pipeline_chain
 from tiltflow.pipelines.check import check_pipeline_reward
-from tiltflow.pipelines.families import encode_prompts, family_of
+from tiltflow.pipelines.encode import encode_prompts
+from tiltflow.pipelines.families import family_of
 from tiltflow.pipelines.schedules import nodes_of
 from tiltflow.pipelines.settings import PipelineSettings
 from tiltflow.pipelines.train import finetune_pipeline

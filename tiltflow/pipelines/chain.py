@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tiltflow.core.chain import Index, at, noisy_steps, posterior_step
+from tiltflow.core.chain import Index, at, noisy_steps
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Euclidean, Geometry
 from tiltflow.pipelines.adapters import switched
 from tiltflow.pipelines.conditions import texts_of
-from tiltflow.pipelines.families import Family, Rows, device_of, family_of, on_host
+from tiltflow.pipelines.embeddings import Rows
+from tiltflow.pipelines.encode import on_host
+from tiltflow.pipelines.families import Family, device_of, family_of, require_resident
 from tiltflow.pipelines.schedules import Nodes, nodes_of
 
 
@@ -35,7 +37,7 @@ class PipelineChain:
     """The memoryless chain of a pipeline; its condition is ``prompt`` (B,), numbers of rows, below 0 the negative prompt.
 
     Args:
-        rows: of the prompts, the negative one last (:func:`~tiltflow.pipelines.families.encode_prompts`), on the host.
+        rows: of the prompts, the negative one last (:func:`~tiltflow.pipelines.encode.encode_prompts`), on the host.
         guidance: of the base.
         micro_batch: rows that the network sees at a time: the result is the same, the memory that of so many rows. Where
             more of them are differentiated at once, they are recomputed in the backward pass (None: all at once).
@@ -132,10 +134,11 @@ def pipeline_chain(
         TiltflowError: a pipeline or scheduler that is not supported.
     """
     family = family_of(pipe)
+    require_resident(pipe)
     if micro_batch is not None and micro_batch < 1:
         raise TiltflowError(f"micro_batch must be at least 1, got {micro_batch}.")
     nodes = nodes_of(pipe.scheduler, steps, **family.timing(pipe, steps))
-    a, b, variance = posterior_step(nodes.alpha, nodes.beta)
+    a, b, variance = nodes.steps()
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     shape = family.event_shape(pipe)
     return PipelineChain(pipe, family, on_host(rows), nodes, shape, t, a, b, variance.sqrt(), guidance, micro_batch)

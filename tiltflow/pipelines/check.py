@@ -9,7 +9,9 @@ import torch
 from tiltflow.core.settings import Seed, check_value
 from tiltflow.core.simulate import simulate
 from tiltflow.pipelines.chain import DecodedReward, pipeline_chain
-from tiltflow.pipelines.families import Rows, device_of, encode_prompts
+from tiltflow.pipelines.embeddings import Rows
+from tiltflow.pipelines.encode import encode_prompts
+from tiltflow.pipelines.families import device_of
 from tiltflow.pipelines.settings import PipelineSettings
 from tiltflow.rewards.combine import Score
 from tiltflow.verdict.check_reward import RewardReport, check_reward

@@ -21,7 +21,7 @@ from tiltflow.methods.registry import Row
 from tiltflow.metrics.distance import pairwise_mean
 from tiltflow.pipelines.adapters import save_adapter, trains_all
 from tiltflow.pipelines.chain import Adapted, DecodedReward, PipelineChain, in_parts
-from tiltflow.pipelines.families import HOST, encode_prompts, encoders_on
+from tiltflow.pipelines.encode import HOST, encode_prompts, encoders_on
 from tiltflow.pipelines.outcome import outcome
 from tiltflow.pipelines.settings import PipelineSettings, check_prompts
 from tiltflow.rewards.combine import Score

@@ -120,6 +120,9 @@ class PipelineConfig:
         seed: Seed of every random number.
         device: Device of torch: cpu, cuda, cuda:1, mps, or auto for the fastest there is.
         dtype: Of the frozen weights; trained ones are float32.
+        variant: Of the pipeline's files, such as fp16.
+        single_file: A .safetensors checkpoint with the weights of the pipeline; its folder then only says of which parts.
+        embeddings: Folder that keeps encoded prompts, for this run and later ones; none: they are kept in memory.
         settings: Of the training.
     """
 
@@ -135,6 +138,9 @@ class PipelineConfig:
     seed: Seed = 0
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    variant: str | None = None
+    single_file: str | None = None
+    embeddings: str | None = None
     settings: PipelineSettings = PipelineSettings()
 
     def validate(self) -> None:

@@ -29,7 +29,9 @@ from tiltflow.methods.registry import Row, names, row_of
 from tiltflow.pipelines.adapters import add_adapter, remove_adapter, train_all
 from tiltflow.pipelines.chain import Adapted, PipelineChain, pipeline_chain
 from tiltflow.pipelines.conditions import DrawnConditions
-from tiltflow.pipelines.families import HOST, Rows, device_of, encode_prompts, encoders_on
+from tiltflow.pipelines.embeddings import Rows
+from tiltflow.pipelines.encode import HOST, encode_prompts, encoders_on
+from tiltflow.pipelines.families import device_of
 from tiltflow.pipelines.memory import fitting_rows
 from tiltflow.pipelines.model import TiltedPipeline
 from tiltflow.pipelines.settings import CLIP, DEFAULT_METHOD, PipelineSettings, check_prompts
