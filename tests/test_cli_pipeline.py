@@ -55,7 +55,8 @@ def test_a_run_leaves_everything(here):
     assert summary["reward_reached"] > summary["reward_base"] and summary[f"{judge}_reached"] > summary[f"{judge}_base"]
     assert (done.returncode, document["verdict"]) in ((0, "pass"), (0, "warn"), (3, "fail")), done.stderr
     lines = {r["name"]: r for r in rows if r["kind"] == "verdict"}
-    assert lines["reward"]["status"] == "pass" and lines[f"held-out {judge}"]["status"] == "pass"
+    assert lines["reward"]["low"] > 0 and lines[f"held-out {judge}"]["status"] == "pass"
+    assert lines["reward"]["status"] == "warn" and "no effect" in lines["reward"]["explanation"]  # certain, and tiny
     history = [r for r in rows if r["kind"] == "iteration"]
     assert len(history) == 8 and [("judge" in r) for r in history] == [False] * 3 + [True] + [False] * 3 + [True]
     run = here / "run"

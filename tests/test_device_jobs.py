@@ -20,7 +20,8 @@ def tilted(place, name, **changes):
     import tiny_pipelines as tiny
     from test_diffusers import embeddings
 
-    from tiltflow.pipelines.families import encode_prompts, family_of
+    from tiltflow.pipelines.encode import encode_prompts
+    from tiltflow.pipelines.families import family_of
 
     pipe = tiny.build(name).to(place)
     with torch.no_grad():

@@ -12,14 +12,8 @@ import tiny_pipelines as tiny
 
 from tiltflow.pipelines import outcome
 from tiltflow.pipelines.chain import pipeline_chain
-from tiltflow.pipelines.families import (
-    HOST,
-    StableDiffusion,
-    StableDiffusion3,
-    encode_prompts,
-    encoders_on,
-    family_of,
-)
+from tiltflow.pipelines.encode import HOST, encode_prompts, encoders_on
+from tiltflow.pipelines.families import StableDiffusion, StableDiffusion3, family_of
 from tiltflow.pipelines.model import compared
 from tiltflow.pipelines.settings import PipelineSettings
 from tiltflow.pipelines.train import finetune_pipeline

@@ -17,7 +17,7 @@ from tiltflow.methods.policy_gradient import PolicyGradient
 from tiltflow.methods.registry import METHODS, names
 from tiltflow.pipelines.adapters import add_adapter
 from tiltflow.pipelines.chain import Adapted, pipeline_chain
-from tiltflow.pipelines.families import encode_prompts
+from tiltflow.pipelines.encode import encode_prompts
 from tiltflow.pipelines.train import LACKS, made
 from tiltflow.train.method import State
 

@@ -54,18 +54,7 @@ def test_groups_share_a_prompt_and_all_have_their_turn():
     assert sorted(drawn[:6:2].tolist()) == [0, 1, 2]
 
 
-def test_two_conditions_are_dropped_independently():
-    """Text and video of one line belong together; each is left out with its own probability, whatever the other does."""
-    draw = DrawnConditions(50, dropout={"text": 0.2, "video": 0.5})
-    rows = draw(20_000, torch.Generator().manual_seed(0))
-    text, video = (rows[name] < 0 for name in ("text", "video"))
-    both = ~text & ~video
-    assert torch.equal(rows["text"][both], rows["video"][both])
-    for event, p in ((text, 0.2), (video, 0.5), (text & video, 0.1)):  # standard errors .0028, .0035, .0021
-        assert abs(float(event.double().mean()) - p) < 4 * (p * (1 - p) / 20_000) ** 0.5
-
-
 def test_misuse():
-    for settings, message in (({"count": 0}, "at least 1"), ({"count": 1, "dropout": {"prompt": 1.5}}, "dropout of prompt")):
+    for settings, message in (({"count": 0}, "at least 1"), ({"count": 1, "dropout": 1.5}, "dropout must be")):
         with pytest.raises(TiltflowError, match=message):
             DrawnConditions(**settings)

@@ -4,7 +4,10 @@ import warnings
 
 import torch
 import transformers as T
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -18,6 +21,21 @@ def clip_tokenizer():
     letters = sorted(ByteLevel.alphabet())
     names = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     return T.CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=TOKENS)
+
+
+def bytes_tokenizer():
+    """One token per byte, for encoders of any kind."""
+    letters = sorted(ByteLevel.alphabet())
+    plain = Tokenizer(BPE({name: i for i, name in enumerate(["<pad>", "</s>", "<unk>", *letters])}, [], unk_token="<unk>"))
+    plain.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    plain.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return T.PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TOKENS
+    )
+
+
+def t5(width=16):
+    return T.T5EncoderModel(T.T5Config(d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=259))
 
 
 def clip_config(width=16):
@@ -83,19 +101,22 @@ def stable_diffusion_3():
     )  # fmt: skip
 
 
-def flux():
-    """With T5's encoder, without its tokenizer: prompts are given as embeddings."""
+def flux(**changes):
+    """Prompts are given as embeddings, unless there are encoders among the ``changes``."""
     network = D.FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
     )  # fmt: skip
     scheduler = D.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    pipe = D.FluxPipeline(
-        scheduler=scheduler, vae=vae(), text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
-        transformer=network,
-    )  # fmt: skip
+    none = {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}
+    pipe = D.FluxPipeline(scheduler=scheduler, vae=vae(), transformer=network, **none | changes)
     pipe.default_sample_size = 8
     return pipe
+
+
+def flux_with_encoders():
+    clip = {"text_encoder": T.CLIPTextModel(clip_config()), "tokenizer": clip_tokenizer()}
+    return flux(**clip, text_encoder_2=t5(), tokenizer_2=bytes_tokenizer())
 
 
 def stable_audio():
@@ -156,9 +177,9 @@ BUILDERS = {
 
 
 def build(name, seed=0):
-    """A pipeline with weights of its own, and nothing trainable in it."""
+    """A pipeline with weights of its own, and nothing trainable in it; ``name`` is one of the builders, or a function."""
     torch.manual_seed(seed)
-    pipe = BUILDERS[name]()
+    pipe = BUILDERS[name]() if isinstance(name, str) else name()
     pipe.set_progress_bar_config(disable=True)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):

@@ -23,7 +23,7 @@ from tiltflow.core.control import Control
 from tiltflow.core.cost import Cost, mean_reward
 from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.simulate import event_sum, retrace, running_cost, simulate
+from tiltflow.core.simulate import Path, event_sum, retrace, running_cost, simulate
 from tiltflow.core.weights import ess, normalised, tempered
 from tiltflow.methods.ends import renoise, require_memoryless, toward
 from tiltflow.train.buffer import Material, condition_rows, conditions_of, repeat_rows
@@ -52,6 +52,8 @@ class AdjointMatching(Method):
         adjoint: "lean" (Adjoint Matching) or "full" (basic Adjoint Matching).
         conditions: draws one condition row per path, ``(n, generator) -> {name: (n, …)}``.
         rollout: the control that the paths follow (None: the trained one), sharing its weights; e.g. with guidance.
+        reference: the base that the KL is told against (None: ``chain``), where the rollout differs from the chain by more
+            than what is trained.
         keep: the device that paths, and the rows made of them, are kept on (None: where they are drawn).
         micro_batch: paths whose graph the adjoint holds at a time (None: all).
 
@@ -72,6 +74,7 @@ class AdjointMatching(Method):
     adjoint: Literal["lean", "full"] = "lean"
     conditions: Conditions | None = None
     rollout: Control | None = None
+    reference: Chain | None = None
     keep: torch.device | None = None
     micro_batch: int | None = None
 
@@ -116,6 +119,8 @@ class AdjointMatching(Method):
         steps = torch.tensor(self._steps(generator), device=path.x.device)
         n = len(steps) * self.batch
         log_ratio, kl = retrace(self.chain, policy, path, adjoint.base_mean)
+        if self.reference is not None:
+            kl = self._kl(self.reference, policy, path, x0.device, condition)
         cost = self.cost.value(path.x[-1].to(x0.device), **condition).detach().to(path.x.device)
         log_w = log_ratio - cost
         if self.cost.running is not None:
@@ -145,6 +150,14 @@ class AdjointMatching(Method):
         metrics = {"reward": mean_reward(self.cost, cost), "reward_weighted": weighted, "kl": float(kl.mean())}
         metrics |= {"elbo": float(double(log_w).mean()), "path_ess": ess(log_w)}
         return Round(material, metrics, {"adjoint_norm": norms.tolist()})
+
+    @torch.no_grad()
+    def _kl(
+        self, base: Chain, policy: Control, path: Path, device: torch.device, condition: dict[str, Any]
+    ) -> Tensor:
+        """Σ_k KL of the paths' steps to those of another base, (batch,)."""
+        means = [base.base_mean(k, x.to(device), **condition).to(x.device) for k, x in enumerate(path.x[:-1])]
+        return retrace(base, policy, path, torch.stack(means))[1]
 
     def _renoise(self, material: Material, ends: Tensor, generator: torch.Generator) -> None:
         """Make a random share c_k of the rows into end-point rows: x_k ~ q(· | x_K) anew, and the end point as target."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tiltflow.core.errors import TiltflowError
-from tiltflow.pipelines.families import family_of
+from tiltflow.pipelines.families import family_of, network_of
 from tiltflow.pipelines.settings import TARGETS
 from tiltflow.train.store import write_tensors, write_text
 
@@ -33,7 +33,7 @@ def add_adapter(pipe: Any, rank: int, generator: torch.Generator, targets: tuple
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    network = getattr(pipe, family_of(pipe).network)
+    network = network_of(pipe)
     if rank < 1:
         raise TiltflowError(f"the rank of an adapter must be at least 1, got {rank}.")
     if _layers(network):
@@ -64,7 +64,7 @@ def train_all(pipe: Any) -> nn.Module:
     name = family_of(pipe).network
     base = getattr(pipe, name)
     freeze(pipe)
-    network = copy.deepcopy(base).float().requires_grad_(True)
+    network = copy.deepcopy(network_of(pipe)).float().requires_grad_(True)
     object.__setattr__(network, BASE, base)  # no submodule: neither trained nor saved with it
     setattr(pipe, name, network)
     return network
@@ -109,11 +109,12 @@ def save_adapter(pipe: Any, folder: Path) -> Path:
     from peft import get_peft_model_state_dict
 
     family = family_of(pipe)
-    network = getattr(pipe, family.network)
+    network = network_of(pipe)
     layers = _layers(network)
     if not layers:
         raise TiltflowError("the pipeline has no adapter to save.")
-    state = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(network, adapter_name=NAME).items()}
+    found = get_peft_model_state_dict(network, adapter_name=NAME)
+    state = {k.replace("_orig_mod.", ""): v.detach().cpu().contiguous() for k, v in found.items()}  # of compiled blocks
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(pipe, "load_lora_weights"):
         from diffusers.utils import convert_state_dict_to_diffusers
@@ -131,7 +132,7 @@ def save_adapter(pipe: Any, folder: Path) -> Path:
 
 def load_adapter(pipe: Any, folder: Path) -> None:
     """What :func:`save_adapter` wrote, on a pipeline of the same base. Raises TiltflowError if it does not fit."""
-    if _layers(getattr(pipe, family_of(pipe).network)):
+    if _layers(network_of(pipe)):
         raise TiltflowError("the pipeline has an adapter already: load its folder anew, or unload_lora_weights().")
     if hasattr(pipe, "load_lora_weights"):
         if not (folder / STOCK).is_file():
@@ -174,7 +175,7 @@ def load_network(pipe: Any, folder: Path) -> None:
 
 def merge_adapter(pipe: Any) -> None:
     """Fold the adapter into the network's weights, in place: a stock pipeline again, for ``pipe.save_pretrained``."""
-    network = getattr(pipe, family_of(pipe).network)
+    network = network_of(pipe)
     switch(network, True)
     for layer in _layers(network):
         layer.merge()
@@ -185,7 +186,7 @@ def remove_adapter(pipe: Any) -> None:
     """Take the adapter off, or put the frozen network back: the pipeline as it was before training."""
     name = family_of(pipe).network
     network = getattr(pipe, name)
-    _unwrap(network)
+    _unwrap(network_of(pipe))
     setattr(pipe, name, getattr(network, BASE, network))
 
 

@@ -12,7 +12,7 @@ along paths of the guided one, which is a heuristic unless the paths are weighte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tiltflow.core.chain import Index, at, noisy_steps, posterior_step
+from tiltflow.core.chain import Index, at, noisy_steps
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.geometry import Euclidean, Geometry
 from tiltflow.pipelines.adapters import switched
-from tiltflow.pipelines.conditions import Sent
-from tiltflow.pipelines.families import Family, Rows, device_of, family_of, on_host
+from tiltflow.pipelines.conditions import Sent, texts_of
+from tiltflow.pipelines.embeddings import Rows
+from tiltflow.pipelines.encode import on_host
+from tiltflow.pipelines.families import Family, device_of, family_of, require_resident
 from tiltflow.pipelines.schedules import Nodes, nodes_of
 
 NEGATIVE = torch.tensor([-1])
@@ -35,10 +37,10 @@ NEGATIVE = torch.tensor([-1])
 
 @dataclass(frozen=True, eq=False)
 class PipelineChain:
-    """The memoryless chain of a pipeline; conditions are ``prompt`` (B,), numbers of rows, −1 for the negative prompt.
+    """The memoryless chain of a pipeline; its condition is ``prompt`` (B,), numbers of rows, below 0 the negative prompt.
 
     Args:
-        rows: of the prompts, the negative one last (:func:`~tiltflow.pipelines.families.encode_prompts`), on the host.
+        rows: of the prompts, the negative one last (:func:`~tiltflow.pipelines.encode.encode_prompts`), on the host.
         guidance: of the base.
         micro_batch: rows that the network sees at a time: the result is the same, the memory that of so many rows. Where
             more of them are differentiated at once, they are recomputed in the backward pass (None: all at once).
@@ -144,10 +146,11 @@ def pipeline_chain(
         TiltflowError: a pipeline or scheduler that is not supported.
     """
     family = family_of(pipe)
+    require_resident(pipe)
     if micro_batch is not None and micro_batch < 1:
         raise TiltflowError(f"micro_batch must be at least 1, got {micro_batch}.")
     nodes = nodes_of(pipe.scheduler, steps, **family.timing(pipe, steps))
-    a, b, variance = posterior_step(nodes.alpha, nodes.beta)
+    a, b, variance = nodes.steps()
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     shape = family.event_shape(pipe)
     return PipelineChain(pipe, family, on_host(rows), nodes, shape, t, a, b, variance.sqrt(), guidance, micro_batch)
@@ -158,13 +161,15 @@ class Adapted:
     """The network with its adapter on (or off), as a control.
 
     Args:
-        guidance: of the fine-tuned model. relative: the chain's base has other guidance, so add the difference that the
-            adapter makes under this one to the base mean that is given. regrouped: so too for rows of several steps, whose
-            base means are of other batches: in half precision that alone makes a difference.
+        guidance: of the fine-tuned model. reads: the condition that says the numbers of its rows. relative: the chain's base
+            has other guidance or rows, so add the difference that the adapter makes under these to the base mean that is
+            given. regrouped: so too for rows of several steps, whose base means are of other batches: in half precision
+            that alone makes a difference.
     """
 
     network: nn.Module
     guidance: float = 1.0
+    reads: str = "prompt"
     relative: bool = False
     regrouped: bool = False
     on: bool = True
@@ -178,10 +183,10 @@ class Adapted:
         self, chain: PipelineChain, k: Index, x: Tensor, base_mean: Tensor | None = None, **condition: Any
     ) -> Tensor:
         """A_k x + B_k X̂_1 of the fine-tuned model."""
-        prompt = condition["prompt"]
+        prompt = condition[self.reads]
         if self.relative or (self.regrouped and isinstance(k, Tensor)):
             if base_mean is None:
-                base_mean = chain.base_mean(k, x, prompt=prompt)
+                base_mean = chain.base_mean(k, x, **condition)
             with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
                 base = chain.x1(k, x, prompt, self.guidance, adapted=False)
             return base_mean + at(chain.b, k, x) * (chain.x1(k, x, prompt, self.guidance, adapted=self.on) - base)
@@ -194,19 +199,16 @@ class Adapted:
 
 @dataclass(frozen=True, eq=False)
 class DecodedReward:
-    """r of latents: ``reward(images or audio, texts)`` after the decoder, a few rows at a time.
-
-    ``texts`` are those of the rows, the negative prompt last.
-    """
+    """r of latents: ``reward(images or audio, texts)`` after the decoder, a few rows at a time; ``texts`` of the prompts."""
 
     chain: PipelineChain
     reward: Callable[[Tensor, list[str]], Tensor]
-    texts: list[str]
+    texts: Sequence[str]
 
-    def __call__(self, x: Tensor, *, prompt: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *, prompt: Tensor, **condition: Tensor) -> Tensor:
         """r(x), (B,)."""
 
         def part(x: Tensor, prompt: Tensor) -> Tensor:
-            return self.reward(self.chain.family.decode(self.chain.pipe, x), [self.texts[i] for i in prompt.tolist()])
+            return self.reward(self.chain.family.decode(self.chain.pipe, x), texts_of(self.texts, prompt))
 
         return in_parts(part, self.chain.micro_batch, x, prompt)

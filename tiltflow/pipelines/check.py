@@ -9,7 +9,9 @@ import torch
 from tiltflow.core.settings import Seed, check_value
 from tiltflow.core.simulate import simulate
 from tiltflow.pipelines.chain import DecodedReward, pipeline_chain
-from tiltflow.pipelines.families import Rows, device_of, encode_prompts
+from tiltflow.pipelines.embeddings import Rows
+from tiltflow.pipelines.encode import encode_prompts
+from tiltflow.pipelines.families import device_of
 from tiltflow.pipelines.settings import PipelineSettings
 from tiltflow.rewards.combine import Score
 from tiltflow.verdict.check_reward import RewardReport, check_reward
@@ -48,6 +50,6 @@ def check_pipeline_reward(
     chain = pipeline_chain(pipe, rows, s.steps, s.guidance, s.rows)
     number = torch.zeros(samples, dtype=torch.long)
     x = simulate(chain, None, chain.source(samples, generator), generator, prompt=number).x[-1]
-    held_out = None if judge is None else DecodedReward(chain, judge, [prompt, ""])
-    decoded = DecodedReward(chain, reward, [prompt, ""])
+    held_out = None if judge is None else DecodedReward(chain, judge, [prompt])
+    decoded = DecodedReward(chain, reward, [prompt])
     return check_reward(chain, decoded, samples=x, generator=generator, judge=held_out, prompt=number)

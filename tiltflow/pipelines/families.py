@@ -5,23 +5,16 @@ Rows of a prompt are what the network wants beside x and the time; their last ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tiltflow.core.errors import TiltflowError
+from tiltflow.pipelines.embeddings import Rows
 
-Rows = dict[str, Tensor]
-HOST = torch.device("cpu")
-AT_ONCE = 8
-"""Prompts that are encoded at a time."""
 DECODERS = ("vae", "vocoder")
 """Components that make images or audio of latents."""
-FIXED = ("hf_quantizer", "_hf_hook")
-"""Marks of components that are quantised or place themselves, which are not moved."""
 
 
 class Family(Protocol):
@@ -59,6 +52,21 @@ def _image(pipe: Any, latents: Tensor) -> Tensor:
     shift = pipe.vae.config.get("shift_factor") or 0.0
     latents = (latents / pipe.vae.config.scaling_factor + shift).to(pipe.vae.dtype)
     return (pipe.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vae.decode(x, return_dict=False)[0]
+
+
+def _in_single(vae: Any, x: Tensor) -> Tensor:
+    """Decoded with weights in float32, which the decoder is left without."""
+    whole = {f"vae.{name}": p.float() for name, p in [*vae.named_parameters(), *vae.named_buffers()]}
+    return torch.func.functional_call(_Decoder(vae), whole, (x.float(),))
 
 
 def _with_negative(positive: Tensor, negative: Tensor) -> Tensor:
@@ -111,6 +119,18 @@ class StableDiffusionXL(StableDiffusion):
         return network(
             x, timestep, encoder_hidden_states=rows["text"], added_cond_kwargs=added, return_dict=False
         )[0]  # fmt: skip
+
+    def decode(self, pipe: Any, x: Tensor) -> Tensor:
+        vae, config = pipe.vae, pipe.vae.config
+        mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+        if mean is not None and std is not None:
+            mean, std = (x.new_tensor(v).reshape(1, -1, 1, 1) for v in (mean, std))
+            x = x * std / config.scaling_factor + mean
+        else:
+            x = x / config.scaling_factor
+        half = vae.dtype == torch.float16 and config.get("force_upcast")
+        image = _in_single(vae, x) if half else vae.decode(x.to(vae.dtype), return_dict=False)[0]
+        return (image.float() / 2 + 0.5).clamp(0, 1)
 
 
 class StableDiffusion3:
@@ -168,8 +188,12 @@ class Flux:
         given = {"prompt": None, "prompt_2": None} | prompts
         negative = {key.removeprefix("negative_"): given.pop(key) for key in [*given] if key.startswith("negative_")}
         text, pooled, _ = pipe.encode_prompt(device=pipe.device, **given)
-        if not negative:
-            return {"text": _with_negative(text, text), "pooled": _with_negative(pooled, pooled)}
+        if not negative and given["prompt"] is None:
+            raise TiltflowError(
+                "Flux has no embedding of its own for no prompt: with prompt_embeds, give negative_prompt_embeds and "
+                "negative_pooled_prompt_embeds too."
+            )
+        negative = negative or {"prompt": [""]}
         other, other_pooled, _ = pipe.encode_prompt(
             device=pipe.device, **{"prompt": None, "prompt_2": None} | negative
         )
@@ -291,45 +315,28 @@ def family_of(pipe: Any) -> Family:
     return FAMILIES[name]
 
 
+def network_of(pipe: Any) -> Any:
+    """The network that is trained, out of what ``torch.compile`` has made of it."""
+    network = getattr(pipe, family_of(pipe).network)
+    return getattr(network, "_orig_mod", network)
+
+
+def require_resident(pipe: Any) -> None:
+    """Raise TiltflowError if network or decoder are moved to a device and away again at every call."""
+    needed = (family_of(pipe).network, *DECODERS)
+    for name, part in ((name, part) for name, part in pipe.components.items() if name in needed and part is not None):
+        hooks = [getattr(part, "_hf_hook", None), *getattr(getattr(part, "_hf_hook", None), "hooks", ())]
+        inside = part.modules() if isinstance(part, nn.Module) else ()
+        groups = {hook for m in inside for hook in getattr(getattr(m, "_diffusers_hook", None), "hooks", ())}
+        offloads = any(type(hook).__name__ == "CpuOffload" or getattr(hook, "offload", False) for hook in hooks)
+        if offloads or any("offload" in hook for hook in groups):
+            raise TiltflowError(
+                f"the pipeline's {name} is offloaded between its calls, which training would pay for at every step: leave "
+                "enable_model_cpu_offload and its kin out (pipe.remove_all_hooks(), pipe.to(device)); text encoders "
+                "are on the host while the network is trained, and with offload=True so are the paths."
+            )
+
+
 def device_of(pipe: Any) -> torch.device:
     """Where the pipeline's network is; its encoders may be elsewhere."""
     return getattr(pipe, family_of(pipe).network).device
-
-
-@torch.no_grad()
-def encode_prompts(pipe: Any, texts: list[str], negative: str | None = None) -> Rows:
-    """Rows (n + 1, …) of texts, on the host; the last is of ``negative`` (None: what the pipeline takes for it).
-
-    Raises:
-        TiltflowError: no text.
-    """
-    if not texts:
-        raise TiltflowError("there is no prompt; give at least one, which may be empty.")
-    family = family_of(pipe)
-    parts = []
-    with encoders_on(pipe, device_of(pipe)):
-        for i in range(0, len(texts), AT_ONCE):
-            some = texts[i : i + AT_ONCE]
-            other = {} if negative is None else {"negative_prompt": [negative] * len(some)}
-            parts.append(on_host(family.encode(pipe, {"prompt": some} | other)))
-    return {name: torch.cat([*(p[name][:-1] for p in parts), parts[0][name][-1:]]) for name in parts[0]}
-
-
-def on_host(rows: Rows) -> Rows:
-    """The rows in the host's memory."""
-    return {name: v.cpu() for name, v in rows.items()}
-
-
-@contextmanager
-def encoders_on(pipe: Any, device: torch.device) -> Iterator[None]:
-    """While this lasts, what only prompts need, all but network and decoder, is on ``device``; then where it was."""
-    needed = (family_of(pipe).network, *DECODERS)
-    parts: list[Any] = [part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name not in needed]
-    moved = [(part, part.device) for part in parts if not any(hasattr(part, mark) for mark in FIXED)]
-    try:
-        for part, _ in moved:
-            part.to(device)
-        yield
-    finally:
-        for part, before in moved:
-            part.to(before)

@@ -20,7 +20,9 @@ from tiltflow.core.settings import as_json, from_json, settings
 from tiltflow.methods.registry import row_of
 from tiltflow.pipelines.adapters import freeze, load_adapter, load_network, merge_adapter
 from tiltflow.pipelines.card import card
-from tiltflow.pipelines.families import Rows, encode_prompts, family_of
+from tiltflow.pipelines.embeddings import Rows
+from tiltflow.pipelines.encode import encode_prompts
+from tiltflow.pipelines.families import family_of
 from tiltflow.pipelines.model import JOB, TiltedPipeline, compared, scored
 from tiltflow.pipelines.names import load_pipeline, load_scores, require_diffusers
 from tiltflow.pipelines.outcome import outcome
@@ -48,7 +50,9 @@ class PipelineJob(PipelineConfig):
 
     def config(self) -> dict[str, Any]:
         """The fields as JSON; files and folders by their absolute paths."""
-        named = {name: anchored(value) for name in ("pipeline", "reward") if (value := getattr(self, name))}
+        named = {name: anchored(value) for name in ("pipeline", "reward", "single_file") if (value := getattr(self, name))}
+        if self.embeddings:
+            named["embeddings"] = str(Path(self.embeddings).resolve())
         return as_json(self) | named | {"judges": [anchored(judge) for judge in self.judges]}
 
     @classmethod
@@ -62,7 +66,7 @@ class PipelineJob(PipelineConfig):
         """The pipeline on its device, loaded once."""
         if self.pipeline is None:
             raise TiltflowError("this run was saved from Python: give its pipeline, load(folder, pipe=…, reward=…).")
-        return load_pipeline(self.pipeline, self.device, self.dtype)
+        return load_pipeline(self.pipeline, self.device, self.dtype, self.variant, self.single_file)
 
     @property
     def training(self) -> PipelineSettings:
@@ -126,11 +130,15 @@ class PipelineJob(PipelineConfig):
         reward = self.scores(judged=False)[REWARD] if reward is None else reward
         pipe = replace(self, device=device).pipe if pipe is None else pipe
         freeze(pipe)
-        rows = encode_prompts(pipe, list(self.prompts), self.negative) if rows is None else rows
+        rows = self.encoded(pipe) if rows is None else rows
         if row.trained:
             self._put_on(pipe, folder)
         network = getattr(pipe, family_of(pipe).network) if row.trained else None
         return untrained(pipe, rows, reward, self.prompts, self.negative, self.strength, row, self.settings, network)
+
+    def encoded(self, pipe: Any) -> Rows:
+        """Its prompts, of the folder that keeps them if there is one."""
+        return encode_prompts(pipe, list(self.prompts), self.negative, self.embeddings)
 
     def _put_on(self, pipe: Any, folder: Path) -> None:
         """What was trained, on its base pipeline."""
@@ -172,7 +180,8 @@ class PipelineJob(PipelineConfig):
 
         model = finetune_pipeline(
             self.pipe, scores[REWARD], self.prompts, self.strength, self.method, self.settings, seed=self.seed,
-            negative=self.negative, checkpoint=work.checkpoint, resume=work.resume, callback=callback,
+            negative=self.negative, rows=self.encoded(self.pipe), checkpoint=work.checkpoint, resume=work.resume,
+            callback=callback,
         )  # fmt: skip
         return model, watch
 

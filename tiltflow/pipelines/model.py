@@ -21,7 +21,7 @@ from tiltflow.methods.registry import Row
 from tiltflow.metrics.distance import pairwise_mean
 from tiltflow.pipelines.adapters import save_adapter, trains_all
 from tiltflow.pipelines.chain import Adapted, DecodedReward, PipelineChain, in_parts
-from tiltflow.pipelines.families import HOST, encode_prompts, encoders_on
+from tiltflow.pipelines.encode import HOST, encode_prompts, encoders_on
 from tiltflow.pipelines.outcome import outcome
 from tiltflow.pipelines.settings import PipelineSettings, check_prompts
 from tiltflow.rewards.combine import Score
@@ -67,15 +67,15 @@ class TiltedPipeline:
     history: list[dict[str, Any]]
 
     @property
-    def texts(self) -> list[str]:
-        """Those of the rows of the chain, the negative one last."""
-        return [*self.prompts, self.negative or ""]
-
-    @property
     def cost(self) -> RewardCost:
         """−λr of latents."""
-        decoded = DecodedReward(self.chain, self.reward, self.texts)
+        decoded = DecodedReward(self.chain, self.reward, self.prompts)
         return RewardCost(decoded, self.strength, self.settings.max_cost_gradient)
+
+    @property
+    def sampled(self) -> PipelineChain:
+        """The base under the guidance of samples, which they are told against."""
+        return self.chain if self.control is None else replace(self.chain, guidance=self.control.guidance)
 
     def sample(self, prompts: int | Sequence[str], seed: int = 0, exact: bool = False) -> Tensor:
         """What it makes: images (n, 3, H, W) in [0, 1], or audio (n, channels, samples).
@@ -128,7 +128,7 @@ class TiltedPipeline:
         """End points of the chain under prompts, by their numbers."""
         generator = torch.Generator(str(self.chain.device)).manual_seed(EVALUATION_SEED + seed)
         control = None if self.control is None else replace(self.control, on=not base)
-        return sample(self.chain, control, self.chain.source(len(prompt), generator), generator, prompt=prompt)
+        return sample(self.sampled, control, self.chain.source(len(prompt), generator), generator, prompt=prompt)
 
     def turns(self, n: int) -> Tensor:
         """The numbers of the prompts of n samples."""

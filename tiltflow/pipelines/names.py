@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,19 +24,40 @@ def require_diffusers() -> None:
         raise TiltflowError('pipelines need diffusers and peft: pip install "tiltflow[diffusers,report]".') from error
 
 
-def load_pipeline(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
+def load_pipeline(
+    name: str, device: str = "cpu", dtype: str = "float32", variant: str | None = None, single_file: str | None = None
+) -> Any:
     """A diffusers pipeline of a folder or hub name; weights are safetensors only.
+
+    Args:
+        name: Folder or hub name.
+        device: Where it goes.
+        dtype: Of its weights.
+        variant: Of its files, such as fp16.
+        single_file: A checkpoint with all its weights; the folder then says what they are weights of.
 
     Raises:
         TiltflowError: diffusers or peft is not installed, or there is no pipeline with safetensors weights.
     """
     require_diffusers()
-    from diffusers import DiffusionPipeline
+    import diffusers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
+    kind: Any = diffusers.DiffusionPipeline
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=DTYPES[dtype], use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise TiltflowError(f"{name} holds no diffusers pipeline that can be read: {str(error).splitlines()[0]}") from error
+        if single_file is None:
+            pipe = kind.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, variant=variant)
+        else:
+            named = kind.load_config(name)["_class_name"]
+            kind = getattr(diffusers, named, None)
+            if not hasattr(kind, "from_single_file"):
+                raise TiltflowError(f"diffusers reads no {named} of a single file: convert it into a folder.")
+            if not (Path(single_file).suffix == ".safetensors" and Path(single_file).is_file()):
+                raise TiltflowError(f"{single_file} is no .safetensors file; others may run code when they are read.")
+            pipe = kind.from_single_file(single_file, config=name, dtype=DTYPES[dtype], disable_mmap=False)
+    except (OSError, ValueError, KeyError, SingleFileComponentError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TiltflowError(f"{name} holds no diffusers pipeline that can be read: {first}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -18,24 +18,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tiltflow.core.chain import posterior_step
 from tiltflow.core.errors import TiltflowError
 
-VARIANCE_PRESERVING = (
-    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
+DDIM = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
+"""Schedulers of whole time steps; their configs describe their noise, which DDIM's steps are taken of."""
+SIGMAS = (
+    "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler", "DEISMultistepScheduler", "DPMSolverSinglestepScheduler",
 )  # fmt: skip
-"""Samplers of the same kind of model: their configs describe its noise, which is all that is taken from them."""
-FLOW, COSINE = "FlowMatchEulerDiscreteScheduler", "CosineDPMSolverMultistepScheduler"
+"""Solvers of the same models, on noise levels of their own."""
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+FLOW, COSINE = FLOWS[0], "CosineDPMSolverMultistepScheduler"
+ASIDE = 2
+"""Training times that DDIM may land aside of the one that it goes on from: its own rounding."""
 
 
 class Nodes(NamedTuple):
-    """alpha, beta (K+1,); timestep (K,), as the model wants it; p, q (K,) with X̂_1 = p x + q·output. All float64."""
+    """alpha, beta (K+1,); timestep (K,), as the model wants it; p, q (K,) with X̂_1 = p x + q·output. All float64.
+
+    landing: α and β (2, K) that each step leads to, where they are not quite those of the next node (None: they are).
+    """
 
     alpha: Tensor
     beta: Tensor
     timestep: Tensor
     p: Tensor
     q: Tensor
+    landing: Tensor | None = None
+
+    def steps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B and s² of the steps, (K,) each."""
+        if self.landing is None:
+            return posterior_step(self.alpha, self.beta)
+        starts = torch.stack([self.alpha[:-1], self.beta[:-1]])
+        pairs = [posterior_step(*torch.stack([starts[:, k], self.landing[:, k]], 1)) for k in range(len(self.timestep))]
+        a, b, variance = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        return a, b, variance
 
 
 def nodes_of(scheduler: Any, steps: int, **options: Any) -> Nodes:
@@ -49,14 +68,16 @@ def nodes_of(scheduler: Any, steps: int, **options: Any) -> Nodes:
         TiltflowError: an unknown scheduler, one that clips X̂_1, whose steps do not meet, or whose noise rises.
     """
     name = type(scheduler).__name__
-    if name in VARIANCE_PRESERVING:
-        nodes = _variance_preserving(scheduler, steps)
-    elif name == FLOW:
+    if name in DDIM:
+        nodes = _ddim(scheduler, steps)
+    elif name in SIGMAS:
+        nodes = _sigmas(scheduler, steps, options)
+    elif name in FLOWS:
         nodes = _flow(scheduler, steps, options)
     elif name == COSINE:
         nodes = _cosine(scheduler, steps)
     else:
-        known = ", ".join((*VARIANCE_PRESERVING, FLOW, COSINE))
+        known = ", ".join((*DDIM, *SIGMAS, *FLOWS, COSINE))
         raise TiltflowError(f"scheduler {name} is unknown: its noise levels cannot be told. Known: {known}.")
     ratio = nodes.beta / nodes.alpha  # ∞ where α = 0
     if not bool((ratio[1:] <= ratio[:-1]).all()):
@@ -67,28 +88,51 @@ def nodes_of(scheduler: Any, steps: int, **options: Any) -> Nodes:
     return nodes
 
 
-def _variance_preserving(scheduler: Any, steps: int) -> Nodes:
+def _require_no_clip(scheduler: Any) -> None:
+    if scheduler.config.get("clip_sample") or scheduler.config.get("thresholding"):
+        name = type(scheduler).__name__
+        raise TiltflowError(f"{name} clips X̂_1, which is no Gaussian step: set clip_sample and thresholding to False.")
+
+
+def _ddim(scheduler: Any, steps: int) -> Nodes:
     from diffusers import DDIMScheduler
 
-    name, config = type(scheduler).__name__, scheduler.config
-    if config.get("clip_sample") or config.get("thresholding"):
-        raise TiltflowError(f"{name} clips X̂_1, which is no Gaussian step: set clip_sample and thresholding to False.")
-    if config.get("use_flow_sigmas"):
-        raise TiltflowError(f"{name} with use_flow_sigmas: load the pipeline with {FLOW} instead.")
-    ddim = DDIMScheduler.from_config(config, clip_sample=False)
+    _require_no_clip(scheduler)
+    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
     ddim.set_timesteps(steps)
-    timestep = ddim.timesteps.long()
-    before = timestep - ddim.config.num_train_timesteps // steps
-    if not bool((before[:-1] == timestep[1:]).all()):
+    timestep, every = ddim.timesteps.long(), ddim.config.num_train_timesteps
+    before = timestep - every // steps
+    if bool(((before[:-1] - timestep[1:]).abs() > ASIDE).any()):
         raise TiltflowError(
-            f"{steps} steps of {name} do not meet: with timestep_spacing={ddim.config.timestep_spacing!r} DDIM steps to "
-            f"other times than it goes on from. Choose a number of steps that divides {ddim.config.num_train_timesteps}, or "
-            "the spacing 'leading'."
+            f"{steps} steps of {type(scheduler).__name__} do not meet: with timestep_spacing="
+            f"{ddim.config.timestep_spacing!r} DDIM steps to other times than it goes on from. Take more steps, or a number "
+            f"that divides {every}."
         )
-    last = ddim.alphas_cumprod[before[-1]] if before[-1] >= 0 else ddim.final_alpha_cumprod
-    squared = torch.cat([ddim.alphas_cumprod[timestep], last.reshape(1)]).double()
+    landing = torch.where(before >= 0, ddim.alphas_cumprod[before.clamp(min=0)], ddim.final_alpha_cumprod).double()
+    squared = torch.cat([ddim.alphas_cumprod[timestep].double(), landing[-1:]])
     alpha, beta = squared.sqrt(), (1 - squared).sqrt()
-    return Nodes(alpha, beta, timestep.double(), *_from_output(ddim.config.prediction_type, alpha[:-1], beta[:-1]))
+    p, q = _from_output(ddim.config.prediction_type, alpha[:-1], beta[:-1])
+    aside = None if bool((before[:-1] == timestep[1:]).all()) else torch.stack([landing, 1 - landing]).sqrt()
+    return Nodes(alpha, beta, timestep.double(), p, q, aside)
+
+
+def _sigmas(scheduler: Any, steps: int, options: dict[str, Any]) -> Nodes:
+    """In the units of the model's input, √(1 + σ²) times smaller than the state of a scheduler that scales it."""
+    _require_no_clip(scheduler)
+    copy = type(scheduler).from_config(scheduler.config)
+    copy.set_timesteps(**({"num_inference_steps": steps} | options))
+    sigma, kind = torch.as_tensor(copy.sigmas).double(), copy.config.prediction_type
+    if len(sigma) != steps + 1:
+        raise TiltflowError(f"{type(scheduler).__name__} gave {len(sigma) - 1} steps for {steps}.")
+    timestep = torch.as_tensor(copy.timesteps).double()
+    if copy.config.get("use_flow_sigmas"):
+        alpha, beta = 1 - sigma, sigma
+        if kind == "v_prediction":
+            raise TiltflowError(f"{type(scheduler).__name__} with use_flow_sigmas and v_prediction: α² + β² must be 1.")
+    else:
+        alpha = (1 + sigma**2).rsqrt()
+        beta = sigma * alpha
+    return Nodes(alpha, beta, timestep, *_from_output(kind, alpha[:-1], beta[:-1]))
 
 
 def _from_output(kind: str, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,18 +144,23 @@ def _from_output(kind: str, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor
         return alpha, -beta
     if kind == "sample":
         return torch.zeros_like(alpha), torch.ones_like(alpha)
-    raise TiltflowError(f"prediction_type {kind!r} is unknown; use epsilon, v_prediction or sample.")
+    if kind == "flow_prediction":
+        return torch.ones_like(alpha), -beta
+    raise TiltflowError(f"prediction_type {kind!r} is unknown; use epsilon, v_prediction, sample or flow_prediction.")
 
 
 def _flow(scheduler: Any, steps: int, options: dict[str, Any]) -> Nodes:
     if scheduler.config.get("invert_sigmas"):
         raise TiltflowError(f"{FLOW} with invert_sigmas: its sigma is the share of the data, not of the noise.")
-    copy = type(scheduler).from_config(scheduler.config)
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    kind = type(scheduler) if type(scheduler).__name__ == FLOW else FlowMatchEulerDiscreteScheduler
+    copy = kind.from_config(scheduler.config)
     copy.set_timesteps(**({"num_inference_steps": steps} | options))
     beta = copy.sigmas.double()
     if len(beta) != steps + 1:
         raise TiltflowError(f"{FLOW} gave {len(beta) - 1} steps for {steps}.")
-    return Nodes(1 - beta, beta, copy.timesteps.double(), torch.ones(steps, dtype=torch.float64), -beta[:-1])
+    return Nodes(1 - beta, beta, copy.timesteps.double(), *_from_output("flow_prediction", 1 - beta[:-1], beta[:-1]))
 
 
 def _cosine(scheduler: Any, steps: int) -> Nodes:

@@ -37,7 +37,8 @@ class PipelineSettings(Training):
         random_steps: With last_steps: and on so many others, drawn anew in each round.
         guidance: Classifier-free guidance scale; 1: none.
         guidance_in: Where guidance stands.
-        dropout: Share of paths without a prompt.
+        dropout: Share of paths without their prompt's text; the reward is given it all the same.
+        dropout_in: Where it is left out: in the control that is fitted, or in its paths and their adjoints too.
         clip: Bound on a term of Adjoint Matching's loss, in units of λ²; none: no bound.
         max_cost_gradient: Bound on the norm of λ∇r of a sample; none: the gradient itself.
         micro_batch: Rows that a network sees at a time, at most, with the same result; none: a batch; fit: what memory
@@ -59,6 +60,7 @@ class PipelineSettings(Training):
     guidance: Real = 1.0
     guidance_in: tuple[Place, ...] = ("rollout", "control", "adjoint")
     dropout: Share = 0.0
+    dropout_in: Literal["control", "paths"] = "control"
     clip: Positive | None = CLIP
     max_cost_gradient: Positive | None = None
     micro_batch: Count | Literal["fit"] | None = None
@@ -118,6 +120,9 @@ class PipelineConfig:
         seed: Seed of every random number.
         device: Device of torch: cpu, cuda, cuda:1, mps, or auto for the fastest there is.
         dtype: Of the frozen weights; trained ones are float32.
+        variant: Of the pipeline's files, such as fp16.
+        single_file: A .safetensors checkpoint with the weights of the pipeline; its folder then only says of which parts.
+        embeddings: Folder that keeps encoded prompts, for this run and later ones; none: they are kept in memory.
         settings: Of the training.
     """
 
@@ -133,6 +138,9 @@ class PipelineConfig:
     seed: Seed = 0
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    variant: str | None = None
+    single_file: str | None = None
+    embeddings: str | None = None
     settings: PipelineSettings = PipelineSettings()
 
     def validate(self) -> None:

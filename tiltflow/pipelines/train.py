@@ -29,7 +29,9 @@ from tiltflow.methods.registry import Row, names, row_of
 from tiltflow.pipelines.adapters import add_adapter, remove_adapter, train_all
 from tiltflow.pipelines.chain import Adapted, PipelineChain, pipeline_chain
 from tiltflow.pipelines.conditions import DrawnConditions
-from tiltflow.pipelines.families import HOST, Rows, device_of, encode_prompts, encoders_on
+from tiltflow.pipelines.embeddings import Rows
+from tiltflow.pipelines.encode import HOST, encode_prompts, encoders_on
+from tiltflow.pipelines.families import device_of
 from tiltflow.pipelines.memory import fitting_rows
 from tiltflow.pipelines.model import TiltedPipeline
 from tiltflow.pipelines.settings import CLIP, DEFAULT_METHOD, PipelineSettings, check_prompts
@@ -121,7 +123,7 @@ def untrained(
     network: nn.Module | None,
 ) -> TiltedPipeline:
     """The model around a network as it is (None: nothing is to be trained)."""
-    chain = pipeline_chain(pipe, rows, s.steps, s.scale("adjoint"), s.rows)
+    chain = pipeline_chain(pipe, rows, s.steps, s.scale("adjoint" if row.trained else "rollout"), s.rows)
     control = None if network is None else Adapted(network, s.scale("rollout"))
     return TiltedPipeline(pipe, chain, control, reward, tuple(prompts), negative, strength, row, s, [])
 
@@ -142,6 +144,10 @@ def require_applies(row: Row, s: PipelineSettings) -> None:
     if not row.takes("rollout"):
         if s.clip not in (None, CLIP):
             raise TiltflowError(f"clip bounds a term of Adjoint Matching's loss; the method {row.name!r} has none.")
+        if s.dropout and s.dropout_in == "control":
+            raise TiltflowError(
+                f"the method {row.name!r} trains on the paths of the control itself: with dropout, dropout_in must be paths."
+            )
         if s.scale("rollout") != s.scale("control"):
             raise TiltflowError(
                 f"the method {row.name!r} trains on the paths of the control itself: guidance_in must name both rollout and "
@@ -154,10 +160,23 @@ def require_applies(row: Row, s: PipelineSettings) -> None:
         )
 
 
+def drawn_conditions(tilted: TiltedPipeline, per_prompt: int) -> DrawnConditions:
+    """What draws the prompts of paths."""
+    s = tilted.settings
+    return DrawnConditions(len(tilted.prompts), per_prompt, s.dropout, s.dropout_in == "paths")
+
+
+def fitted_control(network: nn.Module, s: PipelineSettings) -> Adapted:
+    """The control that is fitted: relative to its own base where that is not the chain's."""
+    dropped = s.dropout > 0 and s.dropout_in == "control"
+    relative = dropped or s.scale("control") != s.scale("adjoint")
+    return Adapted(network, s.scale("control"), "fitted" if dropped else "prompt", relative)
+
+
 def try_reward(tilted: TiltedPipeline, generator: torch.Generator) -> None:
     """Ask the reward once about noise, as the method will. Raises TiltflowError as the cost does."""
     s, x = tilted.settings, tilted.chain.source(2, generator)
-    condition = DrawnConditions(len(tilted.prompts), s.per_prompt, {"prompt": s.dropout})(2, generator)
+    condition = drawn_conditions(tilted, s.per_prompt)(2, generator)
     ask_once(tilted.row, tilted.cost, x, condition)
 
 
@@ -188,14 +207,13 @@ def _train(
 ) -> TiltedPipeline:
     s, row, rollout = tilted.settings, tilted.row, tilted.control
     assert rollout is not None
-    relative = s.scale("control") != s.scale("adjoint")
-    control = Adapted(rollout.network, s.scale("control"), relative=relative)
+    control = fitted_control(rollout.network, s)
     try_reward(tilted, generator)
     if tilted.strength == 0:
         return tilted
     if s.micro_batch == "fit":
-        draw = DrawnConditions(len(tilted.prompts), 1, {"prompt": s.dropout})
-        work = partial(_all_for_one_row, row, tilted.chain, control, tilted.cost, draw(1, generator))
+        condition = drawn_conditions(tilted, 1)(1, generator)
+        work = partial(_all_for_one_row, row, tilted.chain, control, tilted.cost, condition)
         fitting = s.even(least(fitting_rows(work, share_of(s.batch), generator.device)), share_of(s.batch))
         tilted = replace(tilted, chain=replace(tilted.chain, micro_batch=fitting))
     training, share = s, share_of(s.batch)
@@ -225,9 +243,10 @@ def made(tilted: TiltedPipeline, rollout: Adapted, generator: torch.Generator) -
         cost=tilted.cost,
         batch=s.batch,
         generator=generator,
-        conditions=DrawnConditions(len(tilted.prompts), 1 if grouped else s.per_prompt, {"prompt": s.dropout}),
+        conditions=drawn_conditions(tilted, 1 if grouped else s.per_prompt),
         group=s.per_prompt,
         rollout=rollout,
+        reference=tilted.sampled if rollout.guidance != tilted.chain.guidance else None,
         keep=HOST if s.offload else None,
         micro_batch=tilted.chain.micro_batch,
         **options,

@@ -10,6 +10,8 @@ from tiltflow.verdict.line import REWARD, SIGMAS, Line, Status
 
 KEPT, LOST = 0.8, 0.5
 """Shares of the base's diversity: at least the first is good, less than the second is bad."""
+EFFECT = 0.05
+"""The least rise of the reward, in standard deviations of the base's, that is one."""
 
 
 class Judged(NamedTuple):
@@ -35,6 +37,10 @@ def against_base(before: Judged, after: Judged) -> list[Line]:
         unclear: Status = "warn" if held_out and low <= 0 <= high else "cannot tell"  # NaN is in no interval
         status: Status = "pass" if low > 0 else "fail" if high < 0 else unclear
         said = "held out: must not fall while the reward rises" if held_out else "mean change, in the same noise"
+        spread = float(before.scores[name].std())
+        if status == "pass" and not held_out and mean < EFFECT * spread:
+            status = "warn"
+            said = f"no effect: {mean / spread:.1g} of the base's spread; raise λ, the learning rate or the rounds"
         lines.append(Line(f"held-out {name}" if held_out else name, mean, low, high, "> 0", status, said))
     ratio = after.diversity / before.diversity if before.diversity > 0 else float("nan")
     kept: Status = "cannot tell" if ratio != ratio else "pass" if ratio >= KEPT else "warn" if ratio >= LOST else "fail"
