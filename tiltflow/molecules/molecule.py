@@ -41,7 +41,7 @@ class Molecule:
     @property
     def rotatable_bonds(self) -> int:
         """RDKit's (strict) count, in which hydrogens have no part."""
-        return CalcNumRotatableBonds(Chem.RemoveHs(self.mol))
+        return CalcNumRotatableBonds(Chem.RemoveAllHs(self.mol))
 
 
 def molecule(smiles: str, name: str = "molecule") -> Molecule:

@@ -264,6 +264,8 @@ class ConformersConfig:
         device: Device of the networks: cpu, cuda, cuda:1, mps, or auto for the fastest there is; energies of other packages
             stay on the CPU.
         ray: Address of a Ray cluster that the molecules are shared by, or local; none: the processors of this machine.
+        time_limit: Seconds that a molecule may take; one that takes longer is a line of rejects.csv. Of a lone SMILES, and
+            on Ray, only embedding and training are stopped.
         settings: Of each ensemble.
     """
 
@@ -273,6 +275,7 @@ class ConformersConfig:
     seed: MoleculeSeed = 0
     device: str = "cpu"
     ray: str | None = None
+    time_limit: Positive = 3600.0
     settings: ConformerSettings = ConformerSettings()
 
     def validate(self) -> None:
