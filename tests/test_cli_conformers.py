@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from multiprocessing import active_children
 
 import pytest
 import torch
@@ -144,9 +145,10 @@ def test_one_line_never_ends_a_file(calls, tmp_path):
 
 
 def test_what_hangs_or_dies_costs_its_own_piece():
-    found = {}
+    found, started = {}, time.monotonic()
     jobs = [(0.01,), (60.0,), (0.02,), (0.01,)]
     apart(time.sleep, jobs, 2, 0.5, found.__setitem__)
+    assert time.monotonic() - started < 30 and not active_children()
     assert set(found) == {0, 1, 2, 3} and [i for i in found if found[i]] == [1] and "more than 0.5 s" in found[1]
     apart(os._exit, [(3,), (4,)], 1, 9.0, found.__setitem__)
     assert [found[i] for i in (0, 1)] == [f"its process died (exit code {k}); is there enough memory?" for k in (3, 4)]

@@ -19,6 +19,7 @@ from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.generate import rescored
 from tiltflow.molecules.molecule import molecule, with_positions
 from tiltflow.molecules.read import Reject, read_molecules
+from tiltflow.molecules.torsions import rotatable_torsions
 from tiltflow.molecules.write import write_conformers, write_rejects
 
 STEREO = {  # name: SMILES, atoms whose exchange inverts a centre or turns a double bond
@@ -99,6 +100,15 @@ def test_refusals(smiles, reason):
 )
 def test_what_looks_undefined_but_is_not(smiles):
     assert len(read_molecules(smiles, None, 100).molecules) == 1
+
+
+def test_isotopes_turn_about_the_same_bonds():
+    for light, heavy in (("CCCO", "[2H]C([2H])([2H])CCO[2H]"), ("CCCO", "[13CH3]CC[18OH]"), ("C", "[3H]C")):
+        one, two = (rotatable_torsions(read_molecules(s, None, 50).molecules[0]) for s in (light, heavy))
+        mol = read_molecules(heavy, None, 50).molecules[0].mol
+        assert len(one.atoms) == len(two.atoms)
+        for a, b in two.atoms[:, 1:3].tolist():
+            assert 1 not in (mol.GetAtomWithIdx(a).GetAtomicNum(), mol.GetAtomWithIdx(b).GetAtomicNum())
 
 
 def test_sdf_gives_stereo_by_coordinates_and_keeps_the_order(tmp_path):
