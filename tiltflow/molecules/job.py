@@ -86,7 +86,7 @@ class ConformersJob(ConformersConfig):
 
         if self.input is None:
             raise TiltflowError("this ensemble was saved from Python and is not a run: give an input.")
-        return read_molecules(self.input, None, self.max_atoms)
+        return read_molecules(self.input, None, self.max_atoms, self.enumerate_stereo)
 
     def config(self) -> dict[str, Any]:
         """The fields as JSON, files by their absolute paths, and what the input held; but for who did the work and how long

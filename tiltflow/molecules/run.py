@@ -28,13 +28,16 @@ from tiltflow.molecules.covering import covering_ensemble
 from tiltflow.molecules.energies import UnsupportedMolecule
 from tiltflow.molecules.ensemble import Ensemble, read_ensemble, state_file
 from tiltflow.molecules.generate import generate
-from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.molecule import Molecule, with_positions
 from tiltflow.molecules.read import Read, Reject
 from tiltflow.molecules.settings import ConformerSettings
+from tiltflow.molecules.stereo import strain
 from tiltflow.molecules.workers import apart
 from tiltflow.molecules.write import Clustered
 from tiltflow.train.store import load_state, save_state, write_bytes
 
+FEW = 4
+"""Conformers that are relaxed to look for strain."""
 Progress = Callable[[int, int, str], None]
 
 
@@ -65,6 +68,9 @@ def make(
     """
     e = (covering_ensemble if cover else generate)(molecule, settings, seed, progress, device)
     said = {"tiltflow_version": __version__, "energy_model": settings.energy, "seed": str(seed)}
+    warned = strain(with_positions(molecule.mol, e.positions[torch.isfinite(e.energy)][:FEW]))
+    if notes := [*molecule.notes, *([warned] if warned else [])]:
+        said["notes"] = "; ".join(notes)
     return replace(e, provenance={**said, "sampling_temperature": f"{e.sampling_temperature:g} K", **e.provenance})
 
 

@@ -260,6 +260,7 @@ class ConformersConfig:
         input: A SMILES, a .smi file or an .sdf file.
         cover: Conformers that cover the minima instead, without weights.
         max_atoms: Most atoms of a molecule, with hydrogens.
+        enumerate_stereo: Where stereo is undefined, make every isomer, of at most so many; 0: refuse.
         seed: Seed of every random number; molecule i has seed + i.
         device: Device of the networks: cpu, cuda, cuda:1, mps, or auto for the fastest there is; energies of other packages
             stay on the CPU.
@@ -272,6 +273,7 @@ class ConformersConfig:
     input: str | None
     cover: bool = False
     max_atoms: Count = 200
+    enumerate_stereo: Whole = 0
     seed: MoleculeSeed = 0
     device: str = "cpu"
     ray: str | None = None
