@@ -343,6 +343,24 @@ def test_command(folder, tmp_path, monkeypatch):
         bench_conformers(path, ("rdkit",), 0)
 
 
+def test_a_molecule_that_cannot_be_used_is_skipped_and_named(folder, monkeypatch):
+    """Coordinates with other bonds than the SMILES, as of a zwitterion in vacuum, or no file; all of them: an error."""
+    path = folder[0]
+    table = path / "molecules.csv"
+    table.write_text(table.read_text() + "zwitterion,1,[NH3+]CC(=O)[O-]\nnone,1,CCO\n")
+    (path / "zwitterion.xyz.gz").write_bytes(gzip.compress(b"2\n0\nH 0 0 0\nH 0 0 0.7\n"))
+    monkeypatch.setattr(bench, "run_apart", lambda work, jobs, progress: [row for job in jobs for row in work(*job, 1)])
+    done = tiltflow("bench", "conformers", "--data", path, "--methods", "rdkit", "--json")
+    assert done.returncode == 0 and "skipped: zwitterion: " in done.stderr and "skipped: none: " in done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert {r["molecule"] for r in rows if r["kind"] == "molecule"} == {"alanine"}
+    skipped = {r["molecule"]: r["reason"] for r in rows if r["kind"] == "skipped"}
+    assert "block 1: its atoms and bonds are not those" in skipped["zwitterion"] and len(skipped) == 2
+    (path / "alanine.xyz.gz").unlink()
+    with pytest.raises(TiltflowError, match="none"):
+        bench_conformers(path, ("rdkit",), 0)
+
+
 @pytest.mark.parametrize(
     "args, message",
     [

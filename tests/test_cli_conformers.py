@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
+import time
+from multiprocessing import active_children
 
 import pytest
 import torch
@@ -16,9 +19,12 @@ from rdkit import Chem
 from rdkit.Chem import rdDistGeom
 
 import tiltflow as tiltflow_package
+from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.energies import UnsupportedMolecule
 from tiltflow.molecules.ensemble import Ensemble
+from tiltflow.molecules.run import _keep
 from tiltflow.molecules.settings import ConformerSettings
+from tiltflow.molecules.workers import apart
 
 
 @pytest.fixture
@@ -32,6 +38,10 @@ def calls(monkeypatch):
             raise UnsupportedMolecule(molecule, "no parameters for B")
         if molecule.name == "interrupt":
             raise KeyboardInterrupt
+        if molecule.name == "defect":
+            raise ZeroDivisionError("by zero")
+        if molecule.name == "diverged":
+            raise TiltflowError(f"{molecule.name} ({molecule.smiles}): it diverged.")
         mol = Chem.Mol(molecule.mol)
         rdDistGeom.EmbedMultipleConfs(mol, settings.n, randomSeed=seed + 1)
         x = torch.tensor([c.GetPositions().tolist() for c in mol.GetConformers()], dtype=torch.float64)
@@ -47,8 +57,14 @@ def calls(monkeypatch):
         hot = settings.sampling_temperature or 900.0
         return Ensemble(molecule, x, energy, "kcal/mol", log_w, settings.temperature, hot, {"engine": "stand-in"})
 
+    def here(work, jobs, workers, seconds, done):  # in this process, where the stand-in is
+        for i, job in enumerate(jobs):
+            work(*job)
+            done(i, None)
+
     monkeypatch.setattr("tiltflow.molecules.run.generate", generate)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # in this process, where the stand-in is
+    monkeypatch.setattr("tiltflow.molecules.run.apart", here)
+    monkeypatch.setattr("tiltflow.molecules.run._keep_alone", _keep)
     return seen
 
 
@@ -110,6 +126,78 @@ def test_a_file_with_everything_that_goes_wrong(calls, tmp_path):
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "cannot tell" in page and "boron" in page and "$3Dmol.createViewer" in page
     assert not re.search(r"""<(script|link|img)[^>]*(src|href)=["']?(https?:)?//""", page)
+
+
+def test_one_line_never_ends_a_file(calls, tmp_path):
+    """Whatever an energy raises is a line of rejects.csv; isotopes are molecules; alone, a defect of ours is no misuse."""
+    source, out = tmp_path / "in.smi", tmp_path / "run"
+    source.write_text("CCO defect\n[2H]C([2H])([2H])CO deuterated\nCCN diverged\n[3H]C\n[2H]O[2H] heavy\n")
+    done = tiltflow("conformers", source, "-n", 3, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert [(r["line"], r["name"], r["reason"]) for r in rows_of(out / "rejects.csv")] == [
+        ("1", "defect", "ZeroDivisionError: by zero"),
+        ("3", "diverged", "it diverged"),
+    ]
+    assert {r["name"] for r in rows_of(out / "conformers.csv")} == {"deuterated", "molecule-4", "heavy"}
+    with pytest.raises(ZeroDivisionError):
+        source.write_text("CCO defect\n")
+        tiltflow("conformers", source, "--out", tmp_path / "alone")
+
+
+def test_what_hangs_or_dies_costs_its_own_piece():
+    found, started = {}, time.monotonic()
+    jobs = [(0.01,), (60.0,), (0.02,), (0.01,)]
+    apart(time.sleep, jobs, 2, 0.5, found.__setitem__)
+    assert time.monotonic() - started < 30 and not active_children()
+    assert set(found) == {0, 1, 2, 3} and [i for i in found if found[i]] == [1] and "more than 0.5 s" in found[1]
+    apart(os._exit, [(3,), (4,)], 1, 9.0, found.__setitem__)
+    assert [found[i] for i in (0, 1)] == [f"its process died (exit code {k}); is there enough memory?" for k in (3, 4)]
+    with pytest.raises(ValueError, match="non-negative"):
+        apart(time.sleep, [(-1,)], 1, 9.0, found.__setitem__)
+
+
+HANGING = """
+import os, time
+from tiltflow.molecules.energies.mmff import MMFF94
+
+def energy(molecule):
+    if molecule.name == "hangs":
+        time.sleep(600)
+    if molecule.name == "dies":
+        os._exit(9)
+    return MMFF94(molecule)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_outlives_molecules_that_hang_or_die(tmp_path):
+    (tmp_path / "mine.py").write_text(HANGING)
+    (tmp_path / "in.smi").write_text("CCO good\nCCC hangs\nCCN dies\nCO last\n")
+    sampler = ["--rounds", 1, "--gradient-steps", 1, "--batch", 8, "--energy", f"{tmp_path / 'mine.py'}:energy"]
+    done = tiltflow("conformers", tmp_path / "in.smi", "-n", 3, *sampler, "--time-limit", 20, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    reasons = {r["name"]: r["reason"] for r in rows_of(tmp_path / "run" / "rejects.csv")}
+    assert set(reasons) == {"hangs", "dies"} and "exit code 9" in reasons["dies"] and "20 s" in reasons["hangs"]
+    assert {r["name"] for r in rows_of(tmp_path / "run" / "conformers.csv")} == {"good", "last"}
+
+
+def test_what_ran_out_of_time_is_tried_again(calls, tmp_path, monkeypatch):
+    source, out = tmp_path / "in.smi", tmp_path / "run"
+    source.write_text("CCO slow\nCCC quick\n")
+    common = ("conformers", source, "-n", 3, "--out", out)
+    with monkeypatch.context() as patch:
+
+        def late(work, jobs, workers, seconds, done):
+            work(*jobs[1])
+            done(0, f"late after {seconds:g}")
+
+        patch.setattr("tiltflow.molecules.run.apart", late)
+        assert tiltflow(*common, "--time-limit", 7).returncode == 0
+    assert [(r["name"], r["reason"]) for r in rows_of(out / "rejects.csv")] == [("slow", "late after 7")]
+    assert tiltflow(*common, "--time-limit", 70, "--resume").returncode == 0
+    assert [c[0] for c in calls] == ["quick", "slow"] and rows_of(out / "rejects.csv") == []
+    alone = tiltflow("conformers", "CCO", "--time-limit", 1e-9, "--out", tmp_path / "alone")
+    assert alone.returncode == 2 and "CCO: it took more than 1e-09 s" in alone.stderr
 
 
 def test_resume_generates_only_what_is_missing(calls, tmp_path):

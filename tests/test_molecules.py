@@ -17,8 +17,10 @@ from tiltflow.molecules.audit import audit
 from tiltflow.molecules.energies import open_energy
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.generate import rescored
-from tiltflow.molecules.molecule import molecule, with_positions
+from tiltflow.molecules.molecule import molecule, packed, unpacked, with_positions
 from tiltflow.molecules.read import Reject, read_molecules
+from tiltflow.molecules.stereo import strain
+from tiltflow.molecules.torsions import rotatable_torsions
 from tiltflow.molecules.write import write_conformers, write_rejects
 
 STEREO = {  # name: SMILES, atoms whose exchange inverts a centre or turns a double bond
@@ -81,24 +83,102 @@ def test_every_line_is_a_molecule_or_a_reject(tmp_path):
         ("C" * 40, "too large: 122 atoms with hydrogens, of at most 100"),
         ("CC(F)Cl", "undefined stereo: centre C2"),
         ("CC=CC", "undefined stereo: bond C2-C3"),
-        ("CC(=N)N", "undefined stereo: bond C2-N3"),
+        ("CC(=NO)CC", "undefined stereo: bond C2-N3"),
+        ("COP(=S)([O-])OCC", "undefined stereo: centre P3"),  # a phosphorothioate: two isomers in a flask
+        ("CS(=O)CC", "undefined stereo: centre S2"),
+        ("CN1CC1C", "undefined stereo: centre C4; "),  # its carbon, not its nitrogen
+        ("C[Mg]Cl", "metal Mg2"),
         ("CC1CCC(C)CC1", "centre C2, centre C5"),
         ("C1CC2CCCC2C1", "centre C3, centre C7"),  # bridgeheads, but two isomers can be built
-        ("C[C@@H](N)C(=O)O |&1:1|", "relative or racemic"),
+        ("C[C@@H](N)C(=O)O |&1:1|", "undefined stereo: racemic group 1 of C2"),
+        ("C[C@H](F)[C@@H](O)Cl |o1:1,&2:3|", "relative group 1 of C2, racemic group 2 of C4; write it"),
         ("", "no atoms"),
     ],
 )
 def test_refusals(smiles, reason):
-    read = read_molecules(smiles, frozenset({1, 6, 7, 8, 9, 17}), 100)
+    read = read_molecules(smiles, frozenset({1, 6, 7, 8, 9, 12, 15, 16, 17}), 100)
     assert not read.molecules and len(read.rejects) == 1
     assert reason in read.rejects[0].reason
 
 
-@pytest.mark.parametrize(
-    "smiles", ["CC(=N)C", "C1C2CC3CC1CC(C2)C3", "C1CC2CCC1C2", "C1=CCCCC1", "[H]/N=C(\\C)N", "[NH3+]CC(=O)[O-]"]
-)
+NOT_UNDEFINED = [
+    "CC(=N)C", "CC(=N)N", "NC(=N)NC", "C1C2CC3CC1CC(C2)C3", "C1CC2CCC1C2", "C12C3C4C1C5C2C3C45", "C1=CCCCC1",
+    "[H]/N=C(\\C)N", "[NH3+]CC(=O)[O-]", "c1ccccc1S(F)(F)(F)(F)F", "CP(F)(F)(F)Cl", "C[C@H]1CN1",
+    "[H][N@]1[N@@]([H])C1([H])[H]", "CN1CC1(C)C", "CN1C[C@@H]1C", "CC(C)N1CN1C", "CN=[N+]=[N-]", "CCN=C=O",
+    "COP(=O)([O-])OCC", "COP(=O)(O)OCC", "CCOP(=O)(O)OP(=O)(O)OC", "CS(=O)O", "CP(=O)(O)CC", "CC(=[OH+])C",
+    "CN1C2CCC1CC2", "CCCC(=O)OC[C@H](COP(=O)([O-])OCC[N+](C)(C)C)OC(=O)CCC",
+    "Nc1ncnc2c1ncn2[C@@H]1O[C@H](COP(=O)(O)OP(=O)(O)O)[C@@H](O)[C@H]1O",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("smiles", NOT_UNDEFINED)
 def test_what_looks_undefined_but_is_not(smiles):
-    assert len(read_molecules(smiles, None, 100).molecules) == 1
+    read = read_molecules(smiles, None, 100)
+    assert len(read.molecules) == 1, read.rejects
+
+
+def test_absolute_groups_are_as_marked():
+    for said in ("C[C@@H](N)C(=O)O |a:1|", "C[C@@H](N)C(=O)O |a:1| alanine"):
+        (one,) = read_molecules(said, None, 100).molecules
+        assert one.smiles == "C[C@@H](N)C(=O)O"
+
+
+@pytest.mark.parametrize(
+    ("smiles", "isomers"),
+    [
+        ("CC(F)Cl", {"C[C@@H](F)Cl", "C[C@H](F)Cl"}),
+        ("CC=CC", {"C/C=C/C", "C/C=C\\C"}),
+        ("C[C@H](F)[C@@H](O)Cl |&1:1,3|", {"C[C@H](F)[C@@H](O)Cl", "C[C@@H](F)[C@H](O)Cl"}),
+        ("CC(O)C(F)C(O)C", 4),  # two of the eight marks are no isomers of their own, and two pairs are one
+        ("C1CC2CC1C=C2C", 2),  # four combinations of marks, of which two can be built
+        ("C[C@H](F)N1CC1C", 2),
+    ],
+)
+def test_every_isomer_once(smiles, isomers):
+    read = read_molecules(f"{smiles}", None, 100, enumerate_stereo=4)
+    found = [m.smiles for m in read.molecules]
+    assert {*found} == isomers if isinstance(isomers, set) else len({*found}) == isomers, found
+    assert len({*found}) == len(found) == len({m.name for m in read.molecules}) and read.lines == [1] * len(found)
+    assert [a.GetAtomicNum() for a in read.molecules[-1].mol.GetAtoms()] == read.molecules[0].atomic_numbers.tolist()
+    (refused,) = read_molecules(smiles, None, 100, enumerate_stereo=1).rejects
+    assert "more than 1 isomers" in refused.reason
+
+
+@pytest.mark.parametrize(
+    ("smiles", "note"),
+    [
+        ("[H][N@]1[N@@]([H])C1([H])[H]", "the mark at N1 is dropped: this nitrogen inverts; the mark at N2"),
+        ("C[N@](CC)CCC", "the mark at N2 is dropped: this nitrogen inverts"),
+        ("C[C@H](C)F", "the mark at C2 is dropped: it is no stereocentre"),
+        ("C[N@]1C[C@@H]1C", "N2 is kept as marked"),
+        ("CC=C=CC", "axial chirality at C2=C3=C4"),
+        ("Cc1cccc(O)c1-c1c(C)cccc1N", "axial chirality at C8-C9"),
+        ("Cc1ccccc1-c1ccccc1", ""),
+        ("Cc1cccc(C)c1-c1c(C)cccc1N", ""),  # one side is symmetric
+        ("C[C@H](N)C(=O)O", ""),
+    ],
+)
+def test_notes(smiles, note):
+    (one,) = read_molecules(smiles, None, 100).molecules
+    assert note in "; ".join(one.notes) and bool(note) == bool(one.notes)
+    assert unpacked(packed(one)).notes == one.notes
+
+
+def test_an_impossible_isomer_is_warned_of():
+    """A hydrogen that points into the cage of bicyclo[3.3.1]nonane; its possible epimer is not."""
+    for smiles, said in (("C[C@@H]1C[C@@H]2CCC[C@@H](C1)C2", True), ("C[C@@H]1C[C@@H]2CCC[C@H](C1)C2", False)):
+        m, x = embedded(smiles, 2)
+        found = strain(with_positions(m.mol, x))
+        assert (found is not None and "kcal/mol of strain: can the isomer marked at C4, C8 exist?" in found) == said
+
+
+def test_isotopes_turn_about_the_same_bonds():
+    for light, heavy in (("CCCO", "[2H]C([2H])([2H])CCO[2H]"), ("CCCO", "[13CH3]CC[18OH]"), ("C", "[3H]C")):
+        one, two = (rotatable_torsions(read_molecules(s, None, 50).molecules[0]) for s in (light, heavy))
+        mol = read_molecules(heavy, None, 50).molecules[0].mol
+        assert len(one.atoms) == len(two.atoms)
+        for a, b in two.atoms[:, 1:3].tolist():
+            assert 1 not in (mol.GetAtomWithIdx(a).GetAtomicNum(), mol.GetAtomWithIdx(b).GetAtomicNum())
 
 
 def test_sdf_gives_stereo_by_coordinates_and_keeps_the_order(tmp_path):

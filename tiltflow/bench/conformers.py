@@ -9,9 +9,10 @@ conformer, whatever the method. References are never relaxed.
 
 Means are over molecules; the interval is the 95 % bootstrap over molecules (10,000 resamples, seed 0), so it tells how far
 another choice of molecules would move the mean, not how far another seed would. A molecule that a method fails on has
-coverage 0, no AMR, and is named. ``energy_calls`` are of the method, without relaxation; ``seconds`` are of the method and,
-in relaxed rows, of relaxation too. Rows are of three kinds: "summary"; "share", the recall of only the first part of the K
-conformers; "molecule".
+coverage 0, no AMR, and is named; one whose references cannot be used (damaged, or of another molecule than its SMILES) is
+skipped, and named. ``energy_calls`` are of the method, without relaxation; ``seconds`` are of the method and,
+in relaxed rows, of relaxation too. Rows are of four kinds: "summary"; "share", the recall of only the first part of the K
+conformers; "molecule"; "skipped".
 """
 
 from __future__ import annotations
@@ -189,15 +190,14 @@ def bench_conformers(
         parts: folder where finished molecules are kept and found again (None: nowhere).
 
     Raises:
-        TiltflowError: no such data, a file that is damaged, ``molecules`` out of range, a molecule that was trained on.
+        TiltflowError: no such data, no molecule that is not skipped, ``molecules`` out of range, one that was trained on.
     """
     listed = list_molecules(data)
     count = len(listed) if molecules is None else molecules
     if not 1 <= count <= len(listed):
         raise TiltflowError(f"--molecules {molecules}: {data} has {len(listed)}.")
     check_value("seed", seed, MoleculeSeed)
-    listed = listed[:count]
-    references = [read_reference(data, line) for line in listed]  # what is damaged is found before anything is generated
+    listed, references, skipped = _references(data, listed[:count])
     training = data.parent / TRAINING
     if training.is_file():
         unseen([r.molecule for r in references], read_training_smiles(training))
@@ -209,7 +209,21 @@ def bench_conformers(
     fresh = iter(run_apart(_apart, missing, progress) if missing else [])
     rows = [row for old in kept for row in (old or [next(fresh), next(fresh)])]
     head = {"listed": len(list_molecules(data)), "checked_unseen": training.is_file()}
-    return [row | head for row in summarise(rows)] + by_share(rows) + rows
+    return [row | head for row in summarise(rows)] + by_share(rows) + rows + skipped
+
+
+def _references(data: Path, listed: list[Listed]) -> tuple[list[Listed], list[Reference], list[Row]]:
+    """Those that can be used, and a row for each of the others. TiltflowError: none can."""
+    good: list[tuple[Listed, Reference]] = []
+    skipped: list[Row] = []
+    for line in listed:
+        try:
+            good.append((line, read_reference(data, line)))
+        except TiltflowError as error:
+            if len(listed) == len(skipped) + 1:
+                raise
+            skipped.append({"kind": "skipped", "molecule": line.name, "reason": str(error)})
+    return [line for line, _ in good], [reference for _, reference in good], skipped
 
 
 def _apart(method: str, data: str, listed: Listed, seed: int, parts: Path | None, threads: int) -> list[Row]:
@@ -260,7 +274,7 @@ def bench_molecule(reference: Reference, method: str, seed: int) -> list[Row]:
         if len(made.positions) != n:
             raise TiltflowError(f"{method} gave {len(made.positions)} conformers of {molecule.name!r} instead of {n}.")
         plain = _scores(rmsd_matrix(molecule, used, made.positions))
-    except TiltflowError as error:
+    except Exception as error:
         return [head | {"relaxed": relaxed} | _failure(error) for relaxed in (False, True)]
     cost = {"energy_calls": made.energy_calls, "seconds": made.seconds}
     rows = [head | {"relaxed": False} | plain | cost]
@@ -269,7 +283,7 @@ def bench_molecule(reference: Reference, method: str, seed: int) -> list[Row]:
         positions = relax(molecule, made.positions)
         cost["seconds"] += time.perf_counter() - started
         return rows + [head | {"relaxed": True} | _scores(rmsd_matrix(molecule, used, positions)) | cost]
-    except TiltflowError as error:
+    except Exception as error:
         return rows + [head | {"relaxed": True} | _failure(error)]
 
 
@@ -289,10 +303,11 @@ def _scores(matrix: Tensor) -> Row:
     }  # fmt: skip
 
 
-def _failure(error: TiltflowError) -> Row:
+def _failure(error: Exception) -> Row:
+    said = str(error) if isinstance(error, TiltflowError) else f"{type(error).__name__}: {error}"
     nothing = [0.0] * len(THRESHOLDS)
     scores = {"recall_coverage": nothing, "precision_coverage": nothing, "recall_by_share": [nothing] * len(SHARES)}
-    return {**scores, "recall_amr": None, "precision_amr": None, "energy_calls": 0, "seconds": 0.0, "error": str(error)}
+    return {**scores, "recall_amr": None, "precision_amr": None, "energy_calls": 0, "seconds": 0.0, "error": said}
 
 
 def _groups(rows: Iterable[Row]) -> dict[tuple[str, bool, str], list[Row]]:

@@ -165,7 +165,10 @@ def conformers_command(data: Path | None, methods: str, molecules: int | None, s
     parts = None if out is None else out.with_name(out.name + ".parts")
 
     def run(bars: Bars) -> list[dict[str, Any]]:
-        return bench_conformers(data or DATA, wanted, seed, molecules, parts, bars)
+        rows = bench_conformers(data or DATA, wanted, seed, molecules, parts, bars)
+        for row in (row for row in rows if row["kind"] == "skipped"):
+            click.echo(f"skipped: {row['molecule']}: {row['reason']}", err=True)
+        return rows
 
     measure(run, " ".join(COLUMNS), seed=seed, **options)
     if parts is not None:

@@ -52,6 +52,9 @@ def conformers_command(
     told = "" if not refused or as_json else table(refused, ["line", "name", "input", "reason"]) + "\n"
     if told:
         click.echo(told)
+    for row in done:
+        if row["notes"]:
+            click.echo(f"{row['name']}: {row['notes']}", err=True)
     finish_run(result, out, done, COLUMNS, as_json)
 
 

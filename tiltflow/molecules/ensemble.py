@@ -127,6 +127,7 @@ class Ensemble:
             "energy_min": float(self.energy.min()) if some else None,
             "energy_max": float(self.energy.max()) if some else None,
             "energy_unit": self.unit,
+            "notes": self.provenance.get("notes"),
         }
 
     def clusters(self, threshold: float = 1.0) -> Clusters:

@@ -87,14 +87,15 @@ class ConformersJob(ConformersConfig):
 
         if self.input is None:
             raise TiltflowError("this ensemble was saved from Python and is not a run: give an input.")
-        return read_molecules(self.input, None, self.max_atoms)
+        return read_molecules(self.input, None, self.max_atoms, self.enumerate_stereo)
 
     def config(self) -> dict[str, Any]:
-        """The fields as JSON, files by their absolute paths, and what the input held; but for who did the work."""
+        """The fields as JSON, files by their absolute paths, and what the input held; but for who did the work and how long
+        it might take."""
         assert self.input is not None
         content = self.input.encode() if self.alone else Path(self.input).read_bytes()
         where = self.input if self.alone else str(Path(self.input).resolve())
-        return {name: value for name, value in as_json(self).items() if name != "ray"} | {
+        return {name: value for name, value in as_json(self).items() if name not in ("ray", "time_limit")} | {
             "input": where,
             "input_sha256": hashlib.sha256(content).hexdigest(),
             "settings": as_json(self.anchored),
@@ -136,7 +137,10 @@ class ConformersJob(ConformersConfig):
         """Make, audit and cluster conformers of every molecule."""
         from tiltflow.molecules.run import make_all
 
-        return make_all(self.molecules, self.anchored, self.seed, self.cover, work.path, work.tell, self.ray, self.device)
+        return make_all(
+            self.molecules, self.anchored, self.seed, self.cover, work.path, work.tell, self.ray, self.device,
+            self.time_limit,
+        )  # fmt: skip
 
     def judge(self, model: Made, work: Work) -> Outcome:
         """Write the conformers."""

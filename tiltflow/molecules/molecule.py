@@ -22,11 +22,13 @@ class Molecule:
         name: from the input, or ``molecule-3`` for the third line.
         smiles: canonical isomeric SMILES without explicit hydrogens.
         mol: RDKit molecule with explicit hydrogens and no conformers; its order of atoms is that of all coordinates.
+        notes: what a user should hear about how it was understood.
     """
 
     name: str
     smiles: str
     mol: Chem.Mol
+    notes: tuple[str, ...] = ()
 
     @property
     def atomic_numbers(self) -> Tensor:
@@ -41,7 +43,7 @@ class Molecule:
     @property
     def rotatable_bonds(self) -> int:
         """RDKit's (strict) count, in which hydrogens have no part."""
-        return CalcNumRotatableBonds(Chem.RemoveHs(self.mol))
+        return CalcNumRotatableBonds(Chem.RemoveAllHs(self.mol))
 
 
 def molecule(smiles: str, name: str = "molecule") -> Molecule:
@@ -53,12 +55,12 @@ def molecule(smiles: str, name: str = "molecule") -> Molecule:
 def packed(molecule: Molecule) -> dict[str, Any]:
     """The molecule, its atoms in their order, as texts and bytes (RDKit's own format: JSON would lose what E and Z are)."""
     mol = torch.from_numpy(np.frombuffer(molecule.mol.ToBinary(), np.uint8).copy())
-    return {"name": molecule.name, "smiles": molecule.smiles, "mol": mol}
+    return {"name": molecule.name, "smiles": molecule.smiles, "mol": mol, "notes": molecule.notes}
 
 
 def unpacked(saved: dict[str, Any]) -> Molecule:
     """The inverse of :func:`packed`."""
-    return Molecule(saved["name"], saved["smiles"], Chem.Mol(saved["mol"].numpy().tobytes()))
+    return Molecule(saved["name"], saved["smiles"], Chem.Mol(saved["mol"].numpy().tobytes()), tuple(saved["notes"]))
 
 
 def with_positions(mol: Chem.Mol, positions: Tensor) -> Chem.Mol:

@@ -60,11 +60,13 @@ def _weights(e: Ensemble) -> str:
 
 
 def _molecules(found: Sequence[tuple[Ensemble, Clusters]], detailed: int) -> Table:
-    columns = ("name", "SMILES", "conformers", "left out", "ESS, of 1", "weights", "clusters", "energies span", "unit")
+    columns = (
+        "name", "SMILES", "conformers", "left out", "ESS, of 1", "weights", "clusters", "energies span", "unit", "notes",
+    )  # fmt: skip
     rows = [
         (e.molecule.name, e.molecule.smiles, len(e), e.discarded,
          None if e.log_weights is None else e.ess, _weights(e), len(c.sizes),
-         float(e.energy.max() - e.energy.min()) if len(e) else None, e.unit)
+         float(e.energy.max() - e.energy.min()) if len(e) else None, e.unit, e.provenance.get("notes", ""))
         for e, c in found
     ]  # fmt: skip
     caption = (
@@ -102,7 +104,7 @@ def _section(e: Ensemble, c: Clusters, alone: bool) -> list[Block]:
         figures.append(Figure("Torsions", shown + counted, _torsions(e, bonds[:TORSIONS], weights)))
     figures += weight_figures(None if e.log_weights is None else e.weights, "conformers")
     weighted = "no weights" if e.log_weights is None else f"weights: {_weights(e)}"
-    said = f"{e.molecule.smiles} · {e.temperature:g} K · {weighted}"
+    said = " · ".join([e.molecule.smiles, f"{e.temperature:g} K", weighted, *filter(None, [e.provenance.get("notes")])])
     columns = ("cluster", "conformers", "population", "lowest conformer", f"its energy above the lowest ({e.unit})")
     return [Figures(e.molecule.name, figures, said), Table("Clusters", columns, rows, folded=not alone)]
 

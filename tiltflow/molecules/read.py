@@ -1,7 +1,8 @@
 """Input files: every line becomes a molecule or a reject with its reason; nothing is dropped or mended.
 
 A conformer ensemble is that of one molecule. Two fragments are two molecules, and an undefined stereo centre or double bond
-is several: a sampler that moves torsions would pick one of them, by chance, and never say so.
+is several: a sampler that moves torsions would pick one of them, by chance, and never say so
+(:mod:`tiltflow.molecules.stereo` has what counts as undefined).
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from rdkit import Chem, rdBase
 from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.audit import label
 from tiltflow.molecules.molecule import Molecule
+from tiltflow.molecules.stereo import groups, isomers, notes, only_isomer, undefined_stereo, where
 
-MOST_BRIDGEHEADS = 4
-"""Undefined bridgeheads of which all combinations are tried: at most 16 embeddings."""
+METALS = frozenset(
+    z for a, b in ((3, 4), (11, 13), (19, 31), (37, 50), (55, 84), (87, 118)) for z in range(a, b + 1)
+) - {32}  # germanium stands with silicon
+"""Atomic numbers."""
 
 
 class Reject(NamedTuple):
@@ -41,14 +45,17 @@ class Read(NamedTuple):
 
 
 class _Entry(NamedTuple):
+    """A line: what was parsed of it and why not, and the same as it was written, before RDKit judged its stereo."""
+
     line: int
     name: str
     input: str
     mol: Chem.Mol | None
     problem: str
+    raw: Chem.Mol | None = None
 
 
-def read_molecules(source: str, elements: frozenset[int] | None, max_atoms: int) -> Read:
+def read_molecules(source: str, elements: frozenset[int] | None, max_atoms: int, enumerate_stereo: int = 0) -> Read:
     """The molecules of a SMILES, a .smi file (``SMILES [name]`` per line, # comments) or an .sdf file.
 
     Stereochemistry of an .sdf is that of its 3-D coordinates, or of its wedges and 2-D coordinates. Its atoms keep their
@@ -58,6 +65,7 @@ def read_molecules(source: str, elements: frozenset[int] | None, max_atoms: int)
         source: a SMILES, or a path that ends in .smi or .sdf.
         elements: atomic numbers that are supported; None: all.
         max_atoms: most atoms, with hydrogens.
+        enumerate_stereo: make a molecule of each isomer where stereo is undefined, of at most so many; 0: refuse.
 
     Raises:
         TiltflowError: the file is missing, not text, of another kind, or empty.
@@ -74,14 +82,30 @@ def read_molecules(source: str, elements: frozenset[int] | None, max_atoms: int)
         if not entries:
             raise TiltflowError(f"{source} is empty; write `SMILES name` in each line (.smi), or one record each (.sdf).")
         read = Read([], [], [])
-        for line, name, given, mol, problem in entries:
-            checked = problem if mol is None else _checked(mol, elements, max_atoms)
-            if isinstance(checked, str):
-                read.rejects.append(Reject(line, name, given, checked))
+        for entry in entries:
+            found = _molecules(entry, elements, max_atoms, enumerate_stereo)
+            if isinstance(found, str):
+                read.rejects.append(Reject(entry.line, entry.name, entry.input, found))
             else:
-                read.molecules.append(_bare(checked, name))
-                read.lines.append(line)
+                read.molecules.extend(found)
+                read.lines.extend([entry.line] * len(found))
     return read
+
+
+def _molecules(entry: _Entry, elements: frozenset[int] | None, max_atoms: int, most: int) -> list[Molecule] | str:
+    """The molecule of a line, or its isomers; or why there is none."""
+    if entry.mol is None:
+        return entry.problem
+    try:
+        if problem := _unfit(entry.mol, elements, max_atoms):
+            return problem
+        found = _isomers(entry.mol, most)
+    except Exception as error:  # of RDKit, whatever it is: a line never ends a file
+        return f"RDKit fails on it ({type(error).__name__}: {error})"
+    if isinstance(found, str):
+        return found
+    names = [entry.name] if len(found) == 1 else [f"{entry.name} isomer {k}" for k in range(1, len(found) + 1)]
+    return [_bare(mol, name, entry.raw) for mol, name in zip(found, names)]
 
 
 def one_molecule(given: Any, max_atoms: int) -> Molecule:
@@ -94,17 +118,18 @@ def one_molecule(given: Any, max_atoms: int) -> Molecule:
         return given
     if isinstance(given, str):
         with rdBase.BlockLogs():
-            _, name, said, mol, problem = _from_smiles(1, given.strip())
+            entry = _from_smiles(1, given.strip())
     elif isinstance(given, Chem.Mol):
         mol = Chem.Mol(given)
-        name, said, problem = "molecule", Chem.MolToSmiles(mol), _problems(mol)
-        mol = None if Chem.SanitizeMol(mol, catchErrors=True) else mol
+        said, problem = Chem.MolToSmiles(mol), _problems(mol)
+        entry = _Entry(1, "molecule", said, None if Chem.SanitizeMol(mol, catchErrors=True) else mol, problem)
     else:
         raise TiltflowError(f"a molecule is a SMILES, an RDKit Mol or a Molecule, not a {type(given).__name__}.")
-    checked = problem if mol is None else _checked(mol, None, max_atoms)
-    if isinstance(checked, str):
-        raise TiltflowError(f"{said}: {checked}.")
-    return _bare(checked, name)
+    with rdBase.BlockLogs():
+        found = _molecules(entry, None, max_atoms, 0)
+    if isinstance(found, str):
+        raise TiltflowError(f"{entry.input}: {found}.")
+    return found[0]
 
 
 def _text(source: str) -> str:
@@ -125,12 +150,12 @@ def _smi(text: str) -> Iterator[_Entry]:
 def _from_smiles(line: int, row: str) -> _Entry:
     """Of ``SMILES [|extensions|] [name]``."""
     unchecked: Any = Chem.SmilesParserParams()
-    unchecked.sanitize = False
+    unchecked.sanitize = unchecked.removeHs = False
     mol = Chem.MolFromSmiles(row, Chem.SmilesParserParams())
-    raw = Chem.MolFromSmiles(row, unchecked) if mol is None else mol
+    raw = Chem.MolFromSmiles(row, unchecked)
     given, _, rest = row.partition(" ") if "\t" not in row else row.partition("\t")
     name = raw.GetProp("_Name") if raw is not None and raw.HasProp("_Name") else rest.strip()
-    return _Entry(line, name or f"molecule-{line}", given, mol, f"invalid SMILES: {_problems(raw)}")
+    return _Entry(line, name or f"molecule-{line}", given, mol, f"invalid SMILES: {_problems(raw)}", raw)
 
 
 def _sdf(text: str) -> Iterator[_Entry]:
@@ -149,8 +174,8 @@ def _problems(raw: Chem.Mol | None) -> str:
     return "; ".join(found) if found else "it does not parse"
 
 
-def _checked(mol: Chem.Mol, elements: frozenset[int] | None, max_atoms: int) -> Chem.Mol | str:
-    """The molecule, all of its stereo defined, or why no ensemble can be made of it."""
+def _unfit(mol: Chem.Mol, elements: frozenset[int] | None, max_atoms: int) -> str | None:
+    """Why no ensemble can be made of a molecule, whatever its stereo."""
     fragments = len(Chem.GetMolFrags(mol))
     if fragments != 1:
         return f"{fragments} fragments; give one connected molecule" if fragments else "no atoms"
@@ -158,46 +183,43 @@ def _checked(mol: Chem.Mol, elements: frozenset[int] | None, max_atoms: int) -> 
     strange = {a.GetSymbol() for a in full.GetAtoms() if not _known(a.GetAtomicNum(), elements)}
     if strange:
         return f"unsupported element {', '.join(sorted(strange))}"
+    metals = [label(a) for a in mol.GetAtoms() if a.GetAtomicNum() in METALS]
+    if metals:
+        return f"metal {', '.join(metals)}; neither RDKit nor these energies know the geometry about a metal"
     radicals = [label(a) for a in mol.GetAtoms() if a.GetNumRadicalElectrons()]
     if radicals:
         return f"radical at {', '.join(radicals)}; only closed shells are supported"
     if full.GetNumAtoms() > max_atoms:
         return f"too large: {full.GetNumAtoms()} atoms with hydrogens, of at most {max_atoms}"
-    if mol.GetStereoGroups():
-        return "undefined stereo: groups of relative or racemic centres; write one isomer"
-    undefined = [s for s in Chem.FindPotentialStereo(full) if s.specified != Chem.StereoSpecified.Specified]
-    if not undefined:
-        return mol
-    rings = mol.GetRingInfo()
-    cage = all(s.type == Chem.StereoType.Atom_Tetrahedral and rings.NumAtomRings(s.centeredOn) > 1 for s in undefined)
-    only = _only_isomer(mol) if cage and len(undefined) <= MOST_BRIDGEHEADS else None
-    return only or f"undefined stereo: {', '.join(_where(mol, s) for s in undefined)}; write it with @, @@, / and \\"
+    return None
 
 
-def _only_isomer(mol: Chem.Mol) -> Chem.Mol | None:
-    """The isomer, if just one can be built in space, as of norbornane or adamantane, whose bridgeheads nobody marks."""
-    from rdkit.Chem.EnumerateStereoisomers import EnumerateStereoisomers, StereoEnumerationOptions
-
-    isomers = EnumerateStereoisomers(mol, StereoEnumerationOptions(unique=True, tryEmbedding=True))
-    found = list(islice(isomers, 2))
-    return found[0] if len(found) == 1 else None
+def _isomers(mol: Chem.Mol, most: int) -> list[Chem.Mol] | str:
+    """The molecule, all of its stereo defined; if it is not, its isomers, of at most ``most``; or what is undefined."""
+    undefined, together = undefined_stereo(mol), groups(mol)
+    if not undefined and not together:
+        return [mol]
+    if undefined and not together and (only := only_isomer(mol, undefined)) is not None:
+        return [only]
+    said = f"undefined stereo: {', '.join([*(where(mol, s) for s in undefined), *together])}"
+    found = list(islice(isomers(mol, undefined), most + 1)) if most else []
+    if found and len(found) <= most:
+        return found
+    if most:
+        return f"{said}; {f'it has more than {most} isomers' if found else 'RDKit cannot mark its isomers'}"
+    enough = 2 ** (len(undefined) + len(together))
+    return f"{said}; write it with @, @@, / and \\, or make every isomer with --enumerate-stereo {enough}"
 
 
 def _known(number: int, elements: frozenset[int] | None) -> bool:
     return number > 0 and (elements is None or number in elements)
 
 
-def _where(mol: Chem.Mol, stereo: Chem.StereoInfo) -> str:
-    if str(stereo.type).startswith("Bond"):
-        bond = mol.GetBondWithIdx(stereo.centeredOn)
-        return f"bond {label(bond.GetBeginAtom())}-{label(bond.GetEndAtom())}"
-    return f"centre {label(mol.GetAtomWithIdx(stereo.centeredOn))}"
-
-
-def _bare(mol: Chem.Mol, name: str) -> Molecule:
+def _bare(mol: Chem.Mol, name: str, raw: Chem.Mol | None) -> Molecule:
     """With explicit hydrogens, and without the coordinates and properties of the input."""
+    said = notes(mol, mol if raw is None else raw)
     full = Chem.AddHs(mol)
     full.RemoveAllConformers()
     for key in full.GetPropNames():
         full.ClearProp(key)
-    return Molecule(name, Chem.MolToSmiles(Chem.RemoveHs(mol)), full)
+    return Molecule(name, Chem.MolToSmiles(Chem.RemoveHs(mol)), full, said)

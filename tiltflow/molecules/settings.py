@@ -260,19 +260,24 @@ class ConformersConfig:
         input: A SMILES, a .smi file or an .sdf file.
         cover: Conformers that cover the minima instead, without weights.
         max_atoms: Most atoms of a molecule, with hydrogens.
+        enumerate_stereo: Where stereo is undefined, make every isomer, of at most so many; 0: refuse.
         seed: Seed of every random number; molecule i has seed + i.
         device: Device of the networks: cpu, cuda, cuda:1, mps, or auto for the fastest there is; energies of other packages
             stay on the CPU.
         ray: Address of a Ray cluster that the molecules are shared by, or local; none: the processors of this machine.
+        time_limit: Seconds that a molecule may take; one that takes longer is a line of rejects.csv. Of a lone SMILES, and
+            on Ray, only embedding and training are stopped.
         settings: Of each ensemble.
     """
 
     input: str | None
     cover: bool = False
     max_atoms: Count = 200
+    enumerate_stereo: Whole = 0
     seed: MoleculeSeed = 0
     device: str = "cpu"
     ray: str | None = None
+    time_limit: Positive = 3600.0
     settings: ConformerSettings = ConformerSettings()
 
     def validate(self) -> None:

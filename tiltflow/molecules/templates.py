@@ -15,6 +15,8 @@ from tiltflow.molecules.molecule import Molecule, positions_of, with_positions
 from tiltflow.molecules.torsions import Torsions, dihedrals
 
 RELAXATION = 200
+LONGEST = 60
+"""Seconds after which RDKit gives up to embed: a cage that cannot exist would keep it busy for hours."""
 SAME = math.radians(40)
 """Two geometries are of one kind if none of their rigid dihedrals differs by more."""
 
@@ -29,7 +31,7 @@ def embed(molecule: Molecule, n: int, seed: int, relaxed: bool = False) -> Tenso
     """
     mol = Chem.Mol(molecule.mol)
     parameters: Any = rdDistGeom.ETKDGv3()
-    parameters.randomSeed, parameters.numThreads = seed, 1
+    parameters.randomSeed, parameters.numThreads, parameters.timeout = seed, 1, LONGEST
     parameters.enableSequentialRandomSeeds = True  # else conformer k has the seed k·seed, and of seed 0 all are the same
     if not rdDistGeom.EmbedMultipleConfs(mol, n, parameters):
         parameters.useRandomCoords = True

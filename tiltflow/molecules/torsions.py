@@ -16,7 +16,6 @@ from rdkit import Chem
 from rdkit.Chem.Lipinski import RotatableBondSmarts
 from torch import Tensor
 
-from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.molecule import Molecule
 
 HYDROXYL = Chem.MolFromSmarts("[!H3;!D1]-!@[$([OX2H1]),$([SX2H1])]")
@@ -34,10 +33,8 @@ class Torsions(NamedTuple):
 def rotatable_torsions(molecule: Molecule, conjugated: bool = False) -> Torsions:
     """The rotatable bonds of a molecule, each with one dihedral (heavy atoms first) and its smaller side."""
     mol = molecule.mol
-    heavy = Chem.RemoveHs(mol)  # the patterns are for hydrogen-free graphs
+    heavy = Chem.RemoveAllHs(mol)  # the patterns are for hydrogen-free graphs
     names = [a.GetIdx() for a in mol.GetAtoms() if a.GetAtomicNum() > 1]
-    if heavy.GetNumAtoms() != len(names):
-        raise TiltflowError(f"{molecule.name}: hydrogens that RDKit does not remove (isotopes, hydrides) are not supported.")
     bonds = {tuple(sorted(m)) for m in heavy.GetSubstructMatches(RotatableBondSmarts)}
     bonds |= {tuple(sorted(m)) for m in heavy.GetSubstructMatches(HYDROXYL)}
     if not conjugated:
