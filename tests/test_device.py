@@ -24,10 +24,7 @@ FEW = {"rounds": 2, "batch": 16, "steps": 4}
 SAMPLER = {**FEW, "draw_steps": 4, "hidden": 8, "gradient_steps": 2, "minibatch": 8}
 
 
-USUAL = (
-    "adjoint_matching", "discrete_adjoint", "log_variance", "socm", "draft_1", "reinforce", "path_weighted", "diffusion_dpo",
-    "reinforce_adjoint_matching", "feynman_kac", "gradient_guidance",
-)  # fmt: skip
+USUAL = ("adjoint_matching", "discrete_adjoint", "log_variance", "reinforce", "path_weighted", "feynman_kac")
 
 
 def some(every, usual):

@@ -28,6 +28,11 @@ FAMILIES = tuple(tiny.BUILDERS)
 STEPS = 5
 
 
+def some(*usual):
+    """Families as parameters, all but the usual ones slow."""
+    return [name if name in usual else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
 @pytest.fixture(autouse=True)
 def single_precision():
     torch.set_default_dtype(torch.float32)
@@ -321,7 +326,7 @@ def latents(pipe, given, x0):
     return stock(pipe, given, x0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", some("stable_diffusion", "stable_diffusion_3", "flux", "stable_audio"))
 def test_an_adapter_goes_into_the_stock_pipeline_as_it_was_trained(name, tmp_path):
     """Off is the base, bit for bit. On, saved and loaded into a fresh pipeline it makes the same latents; so does merged."""
     tuned, given, x0, before = trained(name)
@@ -357,7 +362,7 @@ def test_all_weights_may_be_trained(name, tmp_path):
     assert torch.equal(latents(tuned.pipe, given, x0), before)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", some("stable_diffusion", "flux"))
 def test_frozen_weights_may_be_bfloat16(name):
     """The adapter is float32 and moves; the loss is that of float32 up to bfloat16's rounding of the network."""
     whole, *_ = trained(name, rounds=1)
