@@ -43,6 +43,11 @@ def pipeline_memory() -> str:
     return plain("pipeline-memory.json", ("method", "steps"), {"peak_mb": 0, "stored_mb": 1})
 
 
+def device_copies() -> str:
+    """What a round asks of the host."""
+    return plain("device-copies.json", ("job", "method"), {"copies": 0, "waits": 0, "each_step": 1})
+
+
 def plan() -> str:
     """Plans beside the runs that followed."""
     documents, lines = load("plan-*.json"), []

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from statistics import median
 
-from cost_tables import gpu, iteration, overhead, particle_network, pipeline_memory, plan
+from cost_tables import device_copies, gpu, iteration, overhead, particle_network, pipeline_memory, plan
 from layout import ROOT, Row, beside, column, load, markdown, number, plain, rows_of, seeds, table, with_reference
 
 from tiltflow.bench.conformers import METHODS as GENERATORS
@@ -342,6 +342,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": overhead,
     "plan": plan,
     "gpu": gpu,
+    "device copies": device_copies,
 }
 
 
