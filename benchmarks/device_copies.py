@@ -2,8 +2,8 @@
 
 A round of training on the pretend device of the tests, which counts copies between host and device, and how often the host
 waits for the device. ``copies`` and ``waits`` are those of one round; ``each_step`` is how many of both one more step of the
-simulation costs, from runs of two lengths: what a step loop asks of the host. The claim: nothing, but for the rows of prompts
-that a pipeline's loss is sent, part by part.
+simulation costs, from runs of two lengths: what a step loop asks of the host. The claim: nothing, but for the rows of
+prompts that a pipeline's loss is sent, part by part.
 """
 
 from __future__ import annotations
