@@ -59,7 +59,7 @@ class SmallRun:
                 raise Stopped
 
         history = fit(self.method, self.state, settings, checkpoint, resume, stop)
-        self.saved = None if checkpoint is None else load_state(checkpoint)
+        self.saved = None if checkpoint is None else load_state(getattr(checkpoint, "path", checkpoint))
         return self, history
 
     @property

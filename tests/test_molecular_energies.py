@@ -125,8 +125,8 @@ def test_turning_and_shifting_changes_nothing_and_input_is_left_alone(name, gene
     assert torch.equal(x, before) and not x.requires_grad
     q = torch.linalg.qr(torch.randn(3, 3, generator=generator))[0]
     turned, pushed = energy.energy_and_forces(x.double() @ q + 5.0)
-    torch.testing.assert_close(turned, value, rtol=0, atol=2e-3 * abs(1 / kt_per(energy.unit, 300.0)))
-    torch.testing.assert_close(pushed, forces @ q, rtol=1e-3, atol=1e-3 * float(forces.abs().max()))
+    torch.testing.assert_close(turned, value.double(), rtol=0, atol=2e-3 * abs(1 / kt_per(energy.unit, 300.0)))
+    torch.testing.assert_close(pushed, forces.double() @ q, rtol=1e-3, atol=1e-3 * float(forces.abs().max()))
 
 
 # Numbers against the package's own

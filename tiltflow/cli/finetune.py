@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tiltflow.cli.common import SCORES, Bars, command_line, common, document, finish, finish_run, run_job, scores_of, table
+from tiltflow.cli.common import (
+    SCORES,
+    Bars,
+    command_line,
+    common,
+    document,
+    finish,
+    finish_run,
+    resumable,
+    run_job,
+    scores_of,
+    table,
+)
 from tiltflow.cli.options import given, options, run_options, trust_option
 from tiltflow.core.errors import TiltflowError
 from tiltflow.run.names import Trusted
@@ -59,19 +71,27 @@ def pretrain_command(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Train the class-conditional digits flow (5,000 real MNIST digits) from scratch."""
-    if out.exists() and not overwrite:
-        raise TiltflowError(f"{out} exists; give another file, or --overwrite.")
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    for file in (out, checkpoint):
+        if file.exists() and not overwrite and not (resume and file == checkpoint):
+            raise TiltflowError(f"{file} exists; give another file, or --overwrite.")
     if device != "cpu":
         raise TiltflowError("the digits recipe is for the CPU; leave --device out.")
     from tiltflow.digits.pretrain import pretrain_digits
+    from tiltflow.digits.weights import load_network
+    from tiltflow.train.store import load_state
 
+    for file, read in ((out, load_network), (checkpoint, load_state)):
+        if file.exists() and not resume:
+            read(file)  # refuses what is somebody else's
     bars, last = Bars(), {"loss": float("nan")}
 
     def advance(row: dict[str, Any]) -> None:
         last["loss"] = row["loss"]
         bars("flow matching", row["iteration"] + 1, steps)
 
-    pretrain_digits(out, steps, batch, learning_rate, seed, resume, callback=advance)
+    with resumable(out):
+        pretrain_digits(out, steps, batch, learning_rate, seed, resume, callback=advance)
     bars.close()
     row = {"out": str(out), "steps": steps, "loss": last["loss"]}
     finish(document(seed, device, [row], None), as_json, f"{out}  loss {last['loss']:.4f}")

@@ -14,6 +14,7 @@ from tiltflow.core.process import Process
 from tiltflow.digits.data import augment, load_digits
 from tiltflow.digits.nets import DigitNet
 from tiltflow.digits.weights import save_network
+from tiltflow.train.checkpoint import Checkpoint
 from tiltflow.train.flow_matching import FlowMatching, drop_labels, pretrain
 from tiltflow.train.settings import Training
 
@@ -78,5 +79,6 @@ def pretrain_digits(
         batch=batch,
         seed=seed,
     )
-    checkpoint.unlink(missing_ok=True)
+    for kept in (checkpoint, Checkpoint(checkpoint).older):
+        kept.unlink(missing_ok=True)
     return process

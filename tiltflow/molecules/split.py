@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,14 +10,15 @@ from rdkit import Chem
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.molecule import Molecule
+from tiltflow.train.store import unpacked
 
 
 def read_training_smiles(path: Path) -> list[str]:
     """The column SMILES of a gzipped, tab-separated table. Raises TiltflowError if it is no such table."""
     try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
+        lines = unpacked(path).decode("utf-8").split("\n")
         return [line["SMILES"] for line in csv.DictReader(lines, delimiter="\t")]
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise TiltflowError(f"{path}: not a readable gzipped table ({error}).") from error
     except KeyError as error:
         raise TiltflowError(f"{path}: has no column SMILES.") from error

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tiltflow.core.errors import TiltflowError
 
+LARGEST = 2**28
+"""Bytes of a prompt file."""
 NAMED = 5
 """Bad lines that are named; the others are counted."""
 
@@ -25,13 +27,12 @@ def read_prompts(path: Path) -> list[str]:
     if path.suffix.lower() not in readers:
         raise TiltflowError(f"{path}: prompts are read from {', '.join(readers)}.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        if path.stat().st_size > LARGEST:
+            raise TiltflowError(f"{path} has more than {LARGEST} bytes, too many for prompts.")
+        text = path.read_bytes().decode("utf-8-sig")  # as it is: a line ends at \n and nowhere else
     except UnicodeDecodeError as error:
         raise TiltflowError(f"{path} is not UTF-8 text: {error}.") from error
-    try:
-        prompts, bad = readers[path.suffix.lower()](text)
-    except csv.Error as error:
-        raise TiltflowError(f"{path}: {error}.") from error
+    prompts, bad = readers[path.suffix.lower()](text)
     if bad:
         named = "; ".join(f"line {number}: {why}" for number, why in bad[:NAMED])
         more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
@@ -62,10 +63,10 @@ def _json_lines(text: str) -> Found:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             bad.append((number, f"not JSON ({error})"))
             continue
-        if isinstance(value, dict) and isinstance(value.get("prompt"), str):
+        if isinstance(value, dict) and isinstance(value.get("prompt"), str) and value["prompt"].strip():
             prompts.append(value["prompt"])
         else:
             bad.append((number, 'no text under "prompt"'))
@@ -73,13 +74,17 @@ def _json_lines(text: str) -> Found:
 
 
 def _table(text: str) -> Found:
-    reader = csv.DictReader(io.StringIO(text))
-    if "prompt" not in (reader.fieldnames or []):
-        return [], [(1, f"no column prompt among {', '.join(reader.fieldnames or []) or 'none'}")]
-    prompts, bad = [], []
-    for row in reader:
-        if row["prompt"]:
-            prompts.append(row["prompt"])
-        else:
-            bad.append((reader.line_num, "no prompt"))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    prompts: list[str] = []
+    bad: list[tuple[int, str]] = []
+    try:
+        if "prompt" not in (reader.fieldnames or []):
+            return [], [(1, f"no column prompt among {', '.join(reader.fieldnames or []) or 'none'}")]
+        for row in reader:
+            if (row["prompt"] or "").strip():
+                prompts.append(row["prompt"])
+            else:
+                bad.append((reader.line_num, "no prompt"))
+    except csv.Error as error:
+        bad.append((reader.reader.line_num, str(error)))
     return prompts, bad

@@ -9,6 +9,7 @@ Two tables: the questions of :mod:`tiltflow.verdict.probe`, each with its number
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.cost import Reward
-from tiltflow.core.errors import TiltflowError
+from tiltflow.core.errors import TiltflowError, TiltflowWarning
 from tiltflow.verdict.probe import QUESTIONS, Probe
 from tiltflow.verdict.questions import Answer, Report, answered, ask_all, untried
 from tiltflow.verdict.strength import StrengthRow, largest_strength, predict_tilt
@@ -121,6 +122,11 @@ def quick_check(
         if line.status == "fail":
             advice = f"; {otherwise}" if otherwise and name in ("differentiable", "gradient norm") else ""
             raise TiltflowError(f"reward {called!r}, {name}: {line.explanation}{advice}.")
+        if name == "deterministic" and line.status == "warn":
+            warnings.warn(
+                f"reward {called!r} gives other values when it is asked again: if it keeps something between calls, a run "
+                "that is interrupted and resumed will not equal one that is not.", TiltflowWarning, stacklevel=2,
+            )  # fmt: skip
 
 
 def _refuse(base: HasShape, samples: Tensor, strengths: Iterable[float]) -> None:

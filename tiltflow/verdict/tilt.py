@@ -59,7 +59,7 @@ def scored(
         for key, x in sets.items():
             parts = []
             for rows in x.split(BATCH):
-                parts.append(score(rows).detach().cpu())
+                parts.append(score(rows.clone()).detach().cpu())
                 done += len(rows)
                 tell(f"scores: {name}", done, total, "")
             found[name][key] = torch.cat(parts)
