@@ -138,22 +138,28 @@ def in_parts(function: Callable[..., Tensor], size: int | None, *rows: Tensor, a
 
 
 def pipeline_chain(
-    pipe: Any, rows: Rows, steps: int, guidance: float = 1.0, micro_batch: int | None = None
+    pipe: Any,
+    rows: Rows,
+    steps: int,
+    guidance: float = 1.0,
+    micro_batch: int | None = None,
+    family: Family | None = None,
 ) -> PipelineChain:
     """The chain of a supported pipeline on ``steps`` steps of its scheduler; its weights are frozen, except an adapter's.
 
     Raises:
         TiltflowError: a pipeline or scheduler that is not supported.
     """
-    family = family_of(pipe)
+    family, rows = family or family_of(pipe), on_host(rows)
     require_resident(pipe)
     if micro_batch is not None and micro_batch < 1:
         raise TiltflowError(f"micro_batch must be at least 1, got {micro_batch}.")
+    family = family.bound(pipe, rows)
     nodes = nodes_of(pipe.scheduler, steps, **family.timing(pipe, steps))
     a, b, variance = nodes.steps()
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     shape = family.event_shape(pipe)
-    return PipelineChain(pipe, family, on_host(rows), nodes, shape, t, a, b, variance.sqrt(), guidance, micro_batch)
+    return PipelineChain(pipe, family, rows, nodes, shape, t, a, b, variance.sqrt(), guidance, micro_batch)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from tiltflow.core.simulate import simulate
 from tiltflow.pipelines.chain import DecodedReward, pipeline_chain
 from tiltflow.pipelines.embeddings import Rows
 from tiltflow.pipelines.encode import encode_prompts
-from tiltflow.pipelines.families import device_of
+from tiltflow.pipelines.families import device_of, family_of
 from tiltflow.pipelines.settings import PipelineSettings
 from tiltflow.rewards.combine import Score
 from tiltflow.verdict.check_reward import RewardReport, check_reward
@@ -46,8 +46,9 @@ def check_pipeline_reward(
     """
     check_value("seed", seed, Seed)
     s, generator = settings or PipelineSettings(), torch.Generator(str(device_of(pipe))).manual_seed(seed)
-    rows = encode_prompts(pipe, [prompt]) if rows is None else rows
-    chain = pipeline_chain(pipe, rows, s.steps, s.guidance, s.rows)
+    family = family_of(pipe, s.arguments)
+    rows = encode_prompts(pipe, [prompt], family=family) if rows is None else rows
+    chain = pipeline_chain(pipe, rows, s.steps, s.guidance, s.rows, family)
     number = torch.zeros(samples, dtype=torch.long)
     x = simulate(chain, None, chain.source(samples, generator), generator, prompt=number).x[-1]
     held_out = None if judge is None else DecodedReward(chain, judge, [prompt])

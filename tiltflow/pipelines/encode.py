@@ -12,7 +12,7 @@ from torch import nn
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.pipelines.embeddings import Rows, fingerprint, joined, on_disk
-from tiltflow.pipelines.families import DECODERS, device_of, family_of
+from tiltflow.pipelines.families import DECODERS, Family, device_of, family_of
 
 HOST = torch.device("cpu")
 AT_ONCE = 8
@@ -23,7 +23,11 @@ FIXED = ("hf_quantizer", "_hf_hook")
 
 @torch.no_grad()
 def encode_prompts(
-    pipe: Any, texts: list[str], negative: str | None = None, folder: Path | str | None = None
+    pipe: Any,
+    texts: list[str],
+    negative: str | None = None,
+    folder: Path | str | None = None,
+    family: Family | None = None,
 ) -> Rows:
     """Rows (n + 1, …) of texts, on the host; the last is of ``negative`` (None: what the pipeline takes for it).
 
@@ -32,13 +36,15 @@ def encode_prompts(
         texts: The prompts.
         negative: The negative prompt.
         folder: Where they are kept, and found again; rows are then read from the disk when they are needed.
+        family: Of the pipeline, with arguments of its call; None: without any.
 
     Raises:
         TiltflowError: no text.
     """
     if not texts:
         raise TiltflowError("there is no prompt; give at least one, which may be empty.")
-    family, device = family_of(pipe), device_of(pipe)
+    family, device = family or family_of(pipe), device_of(pipe)
+    said = [type(family).__name__, getattr(family, "call", {})]
 
     def parts() -> Iterator[Rows]:
         with encoders_on(pipe, device):
@@ -49,7 +55,7 @@ def encode_prompts(
 
     if folder is None:
         return joined([*parts()])
-    return on_disk(Path(folder), fingerprint(pipe, texts, negative), parts())
+    return on_disk(Path(folder), fingerprint(pipe, texts, negative, said), parts())
 
 
 def on_host(rows: Rows) -> Rows:

@@ -5,6 +5,8 @@ Rows of a prompt are what the network wants beside x and the time; their last ro
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.pipelines.embeddings import Rows
+from tiltflow.pipelines.recorded import NETWORKS, Recorded
+from tiltflow.pipelines.schedules import FLOWS
 
 DECODERS = ("vae", "vocoder")
 """Components that make images or audio of latents."""
@@ -20,7 +24,12 @@ DECODERS = ("vae", "vocoder")
 class Family(Protocol):
     """``network`` names the pipeline's component that is trained."""
 
-    network: str
+    @property
+    def network(self) -> str: ...
+
+    def bound(self, pipe: Any, rows: Rows) -> Family:
+        """The family for these rows."""
+        ...
 
     def event_shape(self, pipe: Any) -> tuple[int, ...]:
         """Of one sample of latents."""
@@ -77,6 +86,9 @@ class StableDiffusion:
     """Stable Diffusion 1 and 2: rows ``text``."""
 
     network = "unet"
+
+    def bound(self, pipe: Any, rows: Rows) -> Family:
+        return self
 
     def event_shape(self, pipe: Any) -> tuple[int, ...]:
         return (pipe.unet.config.in_channels, *_height_width(pipe, pipe.unet))
@@ -138,6 +150,9 @@ class StableDiffusion3:
 
     network = "transformer"
 
+    def bound(self, pipe: Any, rows: Rows) -> Family:
+        return self
+
     def event_shape(self, pipe: Any) -> tuple[int, ...]:
         return (pipe.transformer.config.in_channels, *_height_width(pipe, pipe.transformer))
 
@@ -175,6 +190,9 @@ class Flux:
     def _size(self, pipe: Any) -> tuple[int, int]:
         side = 2 * (int(pipe.default_sample_size) // 2)
         return side, side
+
+    def bound(self, pipe: Any, rows: Rows) -> Family:
+        return self
 
     def event_shape(self, pipe: Any) -> tuple[int, ...]:
         height, width = self._size(pipe)
@@ -218,6 +236,9 @@ class StableAudio:
 
     network = "transformer"
 
+    def bound(self, pipe: Any, rows: Rows) -> Family:
+        return self
+
     def event_shape(self, pipe: Any) -> tuple[int, ...]:
         return (pipe.transformer.config.in_channels, int(pipe.transformer.config.sample_size))
 
@@ -256,6 +277,9 @@ class AudioLDM2:
 
     network = "unet"
     seconds = 10.24
+
+    def bound(self, pipe: Any, rows: Rows) -> Family:
+        return self
 
     def event_shape(self, pipe: Any) -> tuple[int, ...]:
         config = pipe.vocoder.config
@@ -307,12 +331,27 @@ FAMILIES: dict[str, Family] = {
 """By the pipeline's class."""
 
 
-def family_of(pipe: Any) -> Family:
-    """Raises TiltflowError for a pipeline of another class."""
-    name = type(pipe).__name__
-    if name not in FAMILIES:
-        raise TiltflowError(f"pipeline {name} is not supported; these are: {', '.join(FAMILIES)}.")
-    return FAMILIES[name]
+def family_of(pipe: Any, call: Mapping[str, Any] | None = None) -> Family:
+    """The family of a pipeline; with arguments for its own ``call``, or of another class, the one that records that call.
+
+    Raises:
+        TiltflowError: a pipeline that none can hold.
+    """
+    name, scheduler = type(pipe).__name__, type(getattr(pipe, "scheduler", None)).__name__
+    if name in FAMILIES and not call:
+        return FAMILIES[name]
+    network = next((n for n in NETWORKS if isinstance(getattr(pipe, n, None), nn.Module)), None)
+    taken = inspect.signature(type(pipe).__call__).parameters
+    flows = scheduler in FLOWS or getattr(getattr(pipe, "scheduler", None), "config", {}).get("use_flow_sigmas")
+    if network is None or "latents" not in taken or not flows:
+        what = f"takes no arguments of its call ({', '.join(call)})" if call and name in FAMILIES else "is not supported"
+        raise TiltflowError(
+            f"pipeline {name} {what}: these are supported, {', '.join(FAMILIES)}, and those of flow matching whose call "
+            "takes latents."
+        )
+    if unknown := [key for key in call or {} if key not in taken]:
+        raise TiltflowError(f"the call of {name} takes no {unknown[0]}; it takes {', '.join([*taken][1:])}.")
+    return Recorded(network, dict(call or {}))
 
 
 def network_of(pipe: Any) -> Any:

@@ -91,8 +91,7 @@ class PipelineJob(PipelineConfig):
         require_applies(row, self.settings)
         require_diffusers()
         texts = self.prompts[:TRIAL]
-        family_of(self.pipe)
-        rows = encode_prompts(self.pipe, list(texts), self.negative)
+        rows = encode_prompts(self.pipe, list(texts), self.negative, family=family_of(self.pipe, self.settings.arguments))
         model = untrained(
             self.pipe, rows, scores[REWARD], texts, self.negative, self.strength, row, self.settings, None
         )  # fmt: skip
@@ -138,7 +137,8 @@ class PipelineJob(PipelineConfig):
 
     def encoded(self, pipe: Any) -> Rows:
         """Its prompts, of the folder that keeps them if there is one."""
-        return encode_prompts(pipe, list(self.prompts), self.negative, self.embeddings)
+        family = family_of(pipe, self.settings.arguments)
+        return encode_prompts(pipe, list(self.prompts), self.negative, self.embeddings, family)
 
     def _put_on(self, pipe: Any, folder: Path) -> None:
         """What was trained, on its base pipeline."""

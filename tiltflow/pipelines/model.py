@@ -92,7 +92,7 @@ class TiltedPipeline:
         if isinstance(prompts, int):
             return self.decode(self._exact(prompts, seed) if exact and self.row.trained else self.paths(prompts, seed).x)
         check_prompts(prompts)
-        rows = encode_prompts(self.pipe, list(prompts), self.negative)
+        rows = encode_prompts(self.pipe, list(prompts), self.negative, family=self.chain.family)
         other = replace(self, chain=replace(self.chain, rows=rows), prompts=tuple(prompts))
         return other.sample(len(prompts), seed, exact)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -41,6 +42,8 @@ class PipelineSettings(Training):
         dropout_in: Where it is left out: in the control that is fitted, or in its paths and their adjoints too.
         clip: Bound on a term of Adjoint Matching's loss, in units of λ²; none: no bound.
         max_cost_gradient: Bound on the norm of λ∇r of a sample; none: the gradient itself.
+        call: An argument of the pipeline's own call, name=value: height=512, num_frames=33, guidance_scale=3.5 (of models
+            that are told it).
         micro_batch: Rows that a network sees at a time, at most, with the same result; none: a batch; fit: what memory
             holds, measured.
         offload: Keep paths and adjoints in the host's memory.
@@ -63,6 +66,7 @@ class PipelineSettings(Training):
     dropout_in: Literal["control", "paths"] = "control"
     clip: Positive | None = CLIP
     max_cost_gradient: Positive | None = None
+    call: tuple[str, ...] = ()
     micro_batch: Count | Literal["fit"] | None = None
     offload: bool = False
 
@@ -71,6 +75,13 @@ class PipelineSettings(Training):
         check_regressed(self.last_steps, self.random_steps, self.steps)
         if not self.targets:
             raise TiltflowError("targets names no layer: an adapter needs at least one.")
+        if wrong := [said for said in self.call if not said.partition("=")[0].isidentifier() or "=" not in said]:
+            raise TiltflowError(f"call must be name=value, such as height=512; got {wrong[0]!r}.")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of ``call``: values as JSON, or else as text."""
+        return {name: _value(text) for name, _, text in (said.partition("=") for said in self.call)}
 
     @property
     def rows(self) -> int:
@@ -149,6 +160,13 @@ class PipelineConfig:
         if self.monitor and not self.judges:
             raise TiltflowError(f"monitor = {self.monitor} asks the judges every {self.monitor} rounds: name a judge.")
         row_of(self.method, "finetune")
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ from tiltflow.pipelines.chain import Adapted, PipelineChain, pipeline_chain
 from tiltflow.pipelines.conditions import DrawnConditions
 from tiltflow.pipelines.embeddings import Rows
 from tiltflow.pipelines.encode import HOST, encode_prompts, encoders_on
-from tiltflow.pipelines.families import device_of
+from tiltflow.pipelines.families import device_of, family_of
 from tiltflow.pipelines.memory import fitting_rows
 from tiltflow.pipelines.model import TiltedPipeline
 from tiltflow.pipelines.settings import CLIP, DEFAULT_METHOD, PipelineSettings, check_prompts
@@ -93,7 +93,7 @@ def finetune_pipeline(
     s, prompts = settings or PipelineSettings.of(method), list(prompts)
     require_applies(row, s)
     generator = torch.Generator(str(device_of(pipe))).manual_seed(seed)
-    rows = encode_prompts(pipe, prompts, negative) if rows is None else rows
+    rows = encode_prompts(pipe, prompts, negative, family=family_of(pipe, s.arguments)) if rows is None else rows
     if any(len(value) != len(prompts) + 1 for value in rows.values()):
         counts = {name: len(value) for name, value in rows.items()}
         raise TiltflowError(f"{len(prompts)} prompts need {len(prompts) + 1} rows, the negative one last; got {counts}.")
@@ -123,7 +123,8 @@ def untrained(
     network: nn.Module | None,
 ) -> TiltedPipeline:
     """The model around a network as it is (None: nothing is to be trained)."""
-    chain = pipeline_chain(pipe, rows, s.steps, s.scale("adjoint" if row.trained else "rollout"), s.rows)
+    family = family_of(pipe, s.arguments)
+    chain = pipeline_chain(pipe, rows, s.steps, s.scale("adjoint" if row.trained else "rollout"), s.rows, family)
     control = None if network is None else Adapted(network, s.scale("rollout"))
     return TiltedPipeline(pipe, chain, control, reward, tuple(prompts), negative, strength, row, s, [])
 
