@@ -9,7 +9,8 @@ from commands import apart, tiltflow
 from safetensors.torch import load_file
 
 ENERGIES = str(Path(__file__).with_name("energies_by_name.py"))
-TINY = ["--rounds", 3, "--batch", 32, "--gradient-steps", 2, "--steps", 10, "--hidden", 16, "--layers", 2, "--samples", 100]
+TINY = ["--rounds", 3, "--batch", 32, "--gradient-steps", 2, "--steps", 10, "--hidden", 16, "--layers", 2, "--samples", 100,
+        "--evidence", 0]  # fmt: skip
 OWN = ["--shape", "2", "--scale", 2, "--finest", 0.1]
 
 

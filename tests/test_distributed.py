@@ -263,7 +263,8 @@ def energy(x):
 """
 SAMPLER = ["train-sampler", "mine.py:energy", "--shape", "2", "--scale", "3", "--finest", "0.1", "--rounds", "10",
            "--batch", "32", "--steps", "6", "--draw-steps", "8", "--gradient-steps", "3", "--minibatch", "24",
-           "--hidden", "8", "--samples", "200", "--compared", "100", "--checkpoint-every", "5", "--json"]  # fmt: skip
+           "--hidden", "8", "--samples", "200", "--compared", "100", "--checkpoint-every", "5",
+           "--evidence", "0", "--json"]  # fmt: skip
 
 
 ACCELERATE = ["accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

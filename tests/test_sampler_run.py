@@ -39,8 +39,8 @@ def config(**changes):
 
 
 def honest(problem, generator):
-    x = UNEQUAL.sample(6_000, generator)
-    return Drawn(x, problem.energy(x), 0.5 * torch.randn(6_000, generator=generator) - 0.125)
+    x = UNEQUAL.sample(20_000, generator)
+    return Drawn(x, problem.energy(x), 0.5 * torch.randn(len(x), generator=generator) - 0.125)
 
 
 def one_mode(problem, generator):
@@ -52,7 +52,7 @@ def one_mode(problem, generator):
 
 def hot(problem, generator):
     """Temperature 2, with the path weights of a sampler that is right."""
-    x = UNEQUAL.sample(6_000, generator)
+    x = UNEQUAL.sample(20_000, generator)
     x = x + torch.randn(x.shape, generator=generator)  # N(m, 1) becomes N(m, 2)
     return honest(problem, generator)._replace(x=x, energy=problem.energy(x))
 
@@ -64,7 +64,7 @@ def untrained(problem, generator):
 
 def diverged(problem, generator):
     drawn = honest(problem, generator)
-    return drawn._replace(energy=drawn.energy.masked_fill(torch.arange(6_000) < 300, torch.inf))
+    return drawn._replace(energy=drawn.energy.masked_fill(torch.arange(20_000) < 1_000, torch.inf))
 
 
 def lines_of(problem, sampler, generator, compared=700):
@@ -82,7 +82,7 @@ def test_a_sampler_that_is_right_passes(generator):
     ("sampler", "sees"),
     [
         (one_mode, ("log Z", "mode weights (total variation)")),
-        (hot, ("energy W2 over its floor",)),
+        (hot, ("temperature", "agreement with the reference")),
         (untrained, ("energy W2 over its floor",)),
         (diverged, ("rejected energies",)),
     ],

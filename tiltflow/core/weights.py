@@ -71,6 +71,33 @@ def evidence(log_w: Tensor) -> Evidence:
     return Evidence(log_mean_exp(log_w), error, fraction, float(double(log_w).mean()))
 
 
+def pareto_k(log_w: Tensor) -> float:
+    r"""Shape k̂ of the generalised Pareto law that the largest weights follow: their means of order 1/k̂ are finite.
+
+    Above .7 the mean of these weights, and so log Ẑ and its error, is not to be trusted from any number of them that can be
+    had (Vehtari, Simpson, Gelman, Yao & Gabry 2024, JMLR 25(72)). The fit to the min(N/5, 3√N) largest is Zhang & Stephens'
+    (2009, Technometrics 51(3)), drawn towards ½ by ten weights' worth. NaN for fewer than 25 weights; −1 for equal ones.
+    """
+    n = len(log_w)
+    tail = min(n // 5, math.ceil(3 * math.sqrt(n)))
+    if tail < 5:
+        return math.nan
+    ordered = double(log_w).sort().values
+    w = (ordered[-tail - 1 :] - ordered[-1]).exp()
+    x = w[1:] - w[0]
+    if not float(x[-1]) > 1e-12:
+        return -1.0
+    grid = 30 + int(math.sqrt(tail))
+    steps = 1 - (grid / (torch.arange(grid, dtype=torch.float64) + 0.5)).sqrt()
+    quartile = max(float(x[int(tail / 4 + 0.5) - 1]), 1e-300)
+    theta = 1 / x[-1] + steps / (3 * quartile)
+    shape = torch.log1p(-theta[:, None] * x).mean(1)
+    profile = tail * ((-theta / shape).log() - shape - 1)
+    mean = float((torch.softmax(profile.nan_to_num(-math.inf), 0) * theta).sum())
+    k = float(torch.log1p(-mean * x).mean())
+    return (tail * k + 5) / (tail + 10)
+
+
 def systematic(log_w: Tensor, generator: torch.Generator, n: int | None = None) -> Tensor:
     """Rows (on the CPU) of n (None: N) draws ∝ w, systematic: a row of weight w is drawn ⌊nw⌋ or ⌈nw⌉ times, in order."""
     n = len(log_w) if n is None else n

@@ -18,10 +18,13 @@ from tiltflow.energies.evaluator import Energy, Evaluator, ForceProvider
 from tiltflow.energies.mixtures import gaussian2d, gmm9, gmm40, gmm40_50d, unequal2d
 from tiltflow.energies.particles import dw4, lj13, lj55
 from tiltflow.energies.problem import EnergyProblem, Modes
-from tiltflow.energies.reference import load_reference, virial
+from tiltflow.energies.reference import load_reference, temperature, virial
 from tiltflow.energies.toys import funnel, many_well, ring
 
-__all__ = ["ENERGY_PROBLEMS", "Energy", "EnergyProblem", "Evaluator", "ForceProvider", "Modes", "load_reference", "virial"]
+__all__ = [
+    "ENERGY_PROBLEMS", "Energy", "EnergyProblem", "Evaluator", "ForceProvider", "Modes", "load_reference", "temperature",
+    "virial",
+]  # fmt: skip
 
 ENERGY_PROBLEMS: dict[str, Callable[[], EnergyProblem]] = {
     p.__name__.replace("_", "-"): p

@@ -28,6 +28,14 @@ WORTH, SPREAD, MOST = 0.9, 2.0, 5_000
 """ESS of incremental weights; decades that steps are spread over; temperatures at most."""
 
 
+class Rung(NamedTuple):
+    """β, the step of MALA there, and rows that are kept, as many of every island, island by island."""
+
+    beta: float
+    step: float
+    x: Tensor
+
+
 class Annealed(NamedTuple):
     """What is left at β = 1.
 
@@ -35,13 +43,13 @@ class Annealed(NamedTuple):
         x: (islands · size, *event), equally weighted, island by island.
         log_z: log Ẑ of each island, (islands,).
         step: The step of MALA that was adapted to.
-        temperatures: T.
+        rungs: The temperatures after the first, T of them.
     """
 
     x: Tensor
     log_z: Tensor
     step: float
-    temperatures: int
+    rungs: list[Rung]
 
     @property
     def evidence(self) -> tuple[float, float]:
@@ -58,6 +66,7 @@ def anneal(
     moves: int,
     generator: torch.Generator,
     tell: Callable[[float], None] = lambda beta: None,
+    keep: int = 0,
 ) -> Annealed:
     """Anneal islands · size draws of N(0, scale²).
 
@@ -69,6 +78,7 @@ def anneal(
         moves: Of MALA at each temperature.
         generator: Of every draw.
         tell: Told β.
+        keep: Rows of every island that each rung keeps, at most ``size``.
 
     Raises:
         TiltflowError: an island that lost all its draws, or a population that does not get to β = 1.
@@ -76,7 +86,9 @@ def anneal(
     geometry, variance = problem.geometry, problem.scale**2
     x = base_draws(problem, islands * size, generator)
     log_step, beta, log_z = math.log(variance), 0.0, torch.zeros(islands, dtype=torch.float64)
-    for t in range(MOST):
+    rungs = list[Rung]()
+    some = (torch.arange(islands)[:, None] * size + torch.arange(keep) * size // max(keep, 1)).flatten()
+    for _ in range(MOST):
         rise = double(energy.value(x) + geometry.log_normal(x, variance))
         step = _next(rise, 1 - beta)
         log_w = (-step * rise).view(islands, size)
@@ -88,11 +100,12 @@ def anneal(
             )
         chosen = torch.cat([i * size + systematic(row, generator) for i, row in enumerate(log_w)])
         x, beta = x[chosen.to(x.device)], min(1.0, beta + step)
-        moved = jittered(_Blend(problem, energy, beta), x, math.exp(log_step), moves, generator, problem)
+        moved = jittered(Blend(problem, energy, beta), x, math.exp(log_step), moves, generator, problem)
         x, log_step = moved.x, log_step + 2 * (moved.acceptance - ACCEPTANCE)
+        rungs.append(Rung(beta, math.exp(log_step), x[some]))
         tell(beta)
         if beta == 1:
-            return Annealed(x, log_z, math.exp(log_step), t + 1)
+            return Annealed(x, log_z, math.exp(log_step), rungs)
     raise TiltflowError(f"β reached {beta:.3g} in {MOST} temperatures: the energy is too rough for draws of N(0, scale²).")
 
 
@@ -109,7 +122,7 @@ def quenched(
 
 
 def jittered(
-    energy: Energy, x: Tensor, step: float, moves: int, generator: torch.Generator, problem: EnergyProblem
+    energy: Energy, x: Tensor, step: float | Tensor, moves: int, generator: torch.Generator, problem: EnergyProblem
 ) -> Polished:
     """Moves of MALA, every row at its own step: the given one, or up to two decades below."""
     below = 10 ** (-SPREAD * torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device))
@@ -131,14 +144,15 @@ def _next(rise: Tensor, left: float) -> float:
     return math.exp(low)
 
 
-class _Blend:
-    """(1−β) E_0 + βE with its gradient, E_0 = −log N(0, scale²)."""
+class Blend:
+    """(1−β) E_0 + βE with its gradient, E_0 = −log N(0, scale²); β of all rows, or (B,)."""
 
-    def __init__(self, problem: EnergyProblem, energy: Evaluator, beta: float) -> None:
+    def __init__(self, problem: EnergyProblem, energy: Evaluator, beta: float | Tensor) -> None:
         self.problem, self.energy, self.beta = problem, energy, beta
 
     def energy_and_forces(self, x: Tensor) -> tuple[Tensor, Tensor]:
         geometry, variance, beta = self.problem.geometry, self.problem.scale**2, self.beta
         value, grad = self.energy.value_and_grad(x)
         base = (1 - beta) * geometry.log_normal(x, variance)
-        return beta * value - base, (1 - beta) * geometry.normal_score(x, variance) - beta * grad
+        rows = beta.view(-1, *[1] * (x.ndim - 1)) if isinstance(beta, Tensor) else beta
+        return beta * value - base, (1 - rows) * geometry.normal_score(x, variance) - rows * grad

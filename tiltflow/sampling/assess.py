@@ -15,14 +15,15 @@ from tiltflow.core.brownian import BrownianChain, NoiseChain
 from tiltflow.core.control import DriftControl
 from tiltflow.core.device import companion, double
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.geometry import Centred, Torus
+from tiltflow.core.geometry import Centred, Torus, noise
 from tiltflow.core.value import reversed_log_ratio
-from tiltflow.core.weights import ess, evidence, normalised
-from tiltflow.energies import EnergyProblem, virial
+from tiltflow.core.weights import ess, evidence, normalised, pareto_k
+from tiltflow.energies import EnergyProblem, Evaluator, temperature, virial
 from tiltflow.metrics.distance import total_variation, w2
 from tiltflow.metrics.particles import distance_wasserstein, particle_w2
 from tiltflow.metrics.sampling import energy_w2, mode_weights
 from tiltflow.sampling.drawn import Drawn
+from tiltflow.sampling.evidence import beside_reference
 
 PARTICLE_POINTS, PARTICLE_EXACT = 500, 4
 
@@ -68,6 +69,7 @@ def assess(
     if drawn.log_weights is not None:
         found = evidence(drawn.log_weights)
         row |= {"log_z": found.log_z, "log_z_std": found.log_z_error, "ess": found.ess, "elbo": found.elbo}
+        row["pareto_k"] = pareto_k(drawn.log_weights)
         if problem.log_z is not None:
             row["log_z_error"] = abs(found.log_z - problem.log_z)
     if problem.modes is not None:
@@ -76,6 +78,7 @@ def assess(
             "mode_tv": total_variation(share, problem.modes.weights),
             "modes": len(share),
             "modes_covered": int((share > 0).sum()),
+            "modes_lost": lost_modes(share, problem.modes.weights, drawn),
         }
     if reference is not None:
         if len(reference) < 2 * n or len(drawn.x) < n:
@@ -83,6 +86,13 @@ def assess(
         row |= distances(problem, drawn.x[:n], reference[:n])
         row |= distances(problem, reference[n : 2 * n], reference[:n], "_floor")
     return row
+
+
+def lost_modes(share: Tensor, weights: Tensor, drawn: Drawn) -> float:
+    """Weight of the modes that have less than half of it among the samples, by more than chance (once in 10⁵ times)."""
+    rows = len(drawn.x) if drawn.groups is None else len(drawn.groups.unique())
+    missing = (weights - share) / (weights * (1 - weights) / rows).sqrt().clamp_min(1e-300)
+    return float(weights[(share < weights / 2) & (missing > 4.3)].sum())
 
 
 def from_both_sides(
@@ -113,6 +123,23 @@ def polished(
     return distances(problem, drawn.x[pick.to(drawn.x.device)], reference[:n], "_resampled")
 
 
+def in_itself(problem: EnergyProblem, drawn: Drawn, alone: bool, generator: torch.Generator) -> dict[str, float]:
+    """The temperature, and if samples are ``alone`` the virial, unless they are next to walls, where it does not hold."""
+    finite = torch.isfinite(drawn.energy)
+    if int(finite.sum()) < 2:
+        return {}
+    x, groups = drawn.x[finite], None if drawn.groups is None else drawn.groups[finite.cpu()]
+    own, geometry = companion(generator, x.device), problem.geometry
+    hot = temperature(problem.energy, x, (problem.finest, problem.scale), geometry, own, groups)
+    row = {"temperature": hot.value, "temperature_std": hot.standard_error}
+    moved = Evaluator(problem.energy).value(x + problem.finest * noise(geometry, x, own))
+    if not alone or isinstance(geometry, Torus) or bool(moved.isinf().any()):
+        return row
+    found = virial(problem.energy, x, groups)
+    dimension = geometry.dimension(problem.event_shape)
+    return row | {"virial": found.mean, "virial_std": found.standard_error, "dimension": dimension}
+
+
 class Assessed(NamedTuple):
     """The row of numbers, and the reference samples they were compared with (None: there are none)."""
 
@@ -134,7 +161,7 @@ def assess_all(
     Raises what the problem's reference raises.
     """
     n = min(compared, len(drawn.x))
-    reference = reference_samples(problem, 2 * n, generator)
+    reference = reference_samples(problem, max(2 * n, len(drawn.x)), generator)
     if reference is not None:
         reference = reference.to(drawn.x)
         n = min(n, len(reference) // 2)
@@ -142,8 +169,7 @@ def assess_all(
     if reference is not None and chain is not None and control is not None:
         row |= from_both_sides(problem, chain, control, reference, generator)
         row |= polished(problem, drawn, reference, generator, n)
-    if reference is None and not isinstance(problem.geometry, Torus):
-        found = virial(problem.energy, drawn.x[torch.isfinite(drawn.energy)])
-        row |= {"virial": found.mean, "virial_std": found.standard_error}
-        row["dimension"] = problem.geometry.dimension(problem.event_shape)
+    row |= in_itself(problem, drawn, reference is None, generator)
+    if reference is not None:
+        row |= beside_reference(problem, drawn, reference)
     return Assessed(row, reference)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from tiltflow.core.device import companion, double
 from tiltflow.core.geometry import Euclidean
 from tiltflow.core.progress import Tell, silent
 from tiltflow.core.settings import Seed, check_value
-from tiltflow.core.weights import Evidence, evidence, systematic
+from tiltflow.core.weights import Evidence, evidence, pareto_k, systematic
 from tiltflow.energies import EnergyProblem, Evaluator
 from tiltflow.energies.anchor import Anchor, fitted
 from tiltflow.energies.annealing import Annealed, anneal, jittered, quenched
@@ -35,8 +35,8 @@ from tiltflow.run.device import check_device
 from tiltflow.run.job import Outcome, report
 from tiltflow.sampling.assess import assess_all
 from tiltflow.sampling.drawn import Drawn
-from tiltflow.sampling.outcome import EVALUATION_SEED, judged, spent_on
-from tiltflow.sampling.settings import AutomaticSettings
+from tiltflow.sampling.outcome import EVALUATION_SEED, judged, spent_on, with_evidence
+from tiltflow.sampling.settings import EVIDENCE, AutomaticSettings
 from tiltflow.verdict.line import Verdict
 
 ANNEALED, MIXTURE = "annealed population", "mixture"
@@ -46,12 +46,18 @@ draws for a sample at most."""
 
 
 class LogZ(NamedTuple):
-    """log ∫ e^{−E} with its standard error; of weighted draws the ESS, of 1, and E[log w]."""
+    """log ∫ e^{−E} with its standard error; of weighted draws the ESS, of 1, E[log w], and Pareto k̂."""
 
     value: float
     error: float
     ess: float | None = None
     elbo: float | None = None
+    pareto_k: float | None = None
+
+    @classmethod
+    def of(cls, log_w: Tensor) -> Self:
+        """Of weighted draws."""
+        return cls(*evidence(log_w), pareto_k(log_w))
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Sampled:
         problem: What was sampled.
         x: (n, *event).
         energies: (n,).
+        groups: (n,), rows that come of one draw, or of one island.
         stage: Which stage gave them: the annealed population, or a mixture's weighted draws.
         log_z: By that stage.
         annealed: By the first stage, from islands that know nothing of each other.
@@ -74,6 +81,7 @@ class Sampled:
     problem: EnergyProblem
     x: Tensor
     energies: Tensor
+    groups: Tensor
     stage: str
     log_z: LogZ
     annealed: LogZ
@@ -82,36 +90,44 @@ class Sampled:
     history: list[dict[str, Any]]
     seconds: float
 
-    def verdict(self, compared: int = 2_000, seed: int = 0) -> Verdict:
-        """The verdict, with so many samples compared with the problem's reference, if it has one."""
-        found = self.outcome(compared, seed).verdict
+    def verdict(self, compared: int = 2_000, seed: int = 0, evidence: int = EVIDENCE) -> Verdict:
+        """The verdict, with so many samples compared with the problem's reference, if it has one.
+
+        ``evidence``: energies at most for an independent classical run, if it has none.
+        """
+        found = self.outcome(compared, evidence, seed).verdict
         assert found is not None
         return found
 
-    def report(self, folder: Path | str, compared: int = 2_000, seed: int = 0) -> Path:
+    def report(self, folder: Path | str, compared: int = 2_000, seed: int = 0, evidence: int = EVIDENCE) -> Path:
         """Write ``folder/report.html``: the verdict, samples beside the reference, the mixture. Returns its path."""
-        return report(self.outcome(compared, seed), folder, {"stage": self.stage})
+        return report(self.outcome(compared, evidence, seed), folder, {"stage": self.stage})
 
     @property
     def drawn(self) -> Drawn:
         """The samples, as what is assessed."""
-        return Drawn(self.x, self.energies, None)
+        return Drawn(self.x, self.energies, None, self.groups)
 
     @property
     def numbers(self) -> dict[str, Any]:
         """What is known of Z, as the verdict asks for it."""
         row = {"log_z": self.log_z.value, "log_z_std": self.log_z.error, "ess": self.log_z.ess, "elbo": self.log_z.elbo}
+        row["pareto_k"] = self.log_z.pareto_k
         exact = self.problem.log_z
         return row if exact is None else row | {"log_z_error": abs(self.log_z.value - exact)}
 
-    def outcome(self, compared: int, seed: int, notes: Sequence[str] = (), tell: Tell = silent) -> Outcome:
+    def outcome(
+        self, compared: int, evidence: int, seed: int, notes: Sequence[str] = (), tell: Tell = silent
+    ) -> Outcome:
         """Compare and judge."""
         tell("distances", 0, 1, "")
         generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
         assessed = assess_all(self.problem, self.drawn, None, None, generator, compared)
         tell("distances", 1, 1, "")
+        assessed, said = with_evidence(self.problem, self.energy.energy, self.drawn, assessed, evidence, seed, tell)
         found = f"{self.annealed.value:.4g} ± {self.annealed.error:.2g}"
-        notes = [*notes, f"The samples are those of the {self.stage}. The annealed population alone says log Z = {found}."]
+        notes = [*notes, *said, f"The samples are those of the {self.stage}."]
+        notes += [f"The annealed population alone says log Z = {found}."]
         return judged(
             self.problem, self.stage, self.drawn, assessed._replace(row=assessed.row | self.numbers), self.history,
             spent_on(self.energy) | {"sample_seconds": self.seconds}, notes,
@@ -148,17 +164,17 @@ def sample(
     work = _Work(problem, energy, s, torch.Generator(device).manual_seed(seed), tell)
     start = anneal(problem, energy, s.islands, s.particles, s.moves, work.generator, work.advance)
     annealed, history, proposals = LogZ(*start.evidence), list[dict[str, Any]](), list[Anchor]()
-    stage, log_z, x = ANNEALED, annealed, None
+    stage, log_z = ANNEALED, annealed
     if type(problem.geometry) is Euclidean:
         proposals = work.mixtures(start, history)
         weighted = weigh(proposals, work.energies, max(s.draws, samples), work.host)
-        found = evidence(weighted.log_weights)
-        if found.ess >= s.least_ess:
-            stage, log_z = MIXTURE, LogZ(found.log_z, found.log_z_error, found.ess, found.elbo)
-            x = work.resampled(proposals, weighted, samples)
-    x = work.moved(work.spread(start, samples) if x is None else x, start.step)
+        found = LogZ.of(weighted.log_weights)
+        if found.ess is not None and found.ess >= s.least_ess:
+            stage, log_z = MIXTURE, found
+    x, groups = work.resampled(proposals, weighted, samples) if stage == MIXTURE else work.spread(start, samples)
+    x = work.moved(x, start.step)
     seconds = time.perf_counter() - started
-    return Sampled(problem, x, energy.value(x), stage, log_z, annealed, proposals, energy, history, seconds)
+    return Sampled(problem, x, energy.value(x), groups, stage, log_z, annealed, proposals, energy, history, seconds)
 
 
 class _Work:
@@ -214,24 +230,25 @@ class _Work:
 
         return adapt(self.energies, fitted(train, held, self.host), s.draws, s.rounds, self.host, advance)
 
-    def resampled(self, proposals: Sequence[Anchor], first: Weighted, n: int) -> Tensor:
-        """n rows of weighted draws, of as many that they are worth n, or :data:`MOST` n."""
+    def resampled(self, proposals: Sequence[Anchor], first: Weighted, n: int) -> tuple[Tensor, Tensor]:
+        """n rows of weighted draws, of as many that they are worth n, or :data:`MOST` n; and which draw each is."""
         parts, log_w = [first.x], first.log_weights
         missing = min(n / evidence(log_w).ess, MOST * n) - len(log_w)
         if missing > 0:
             more = weigh(proposals, self.energies, math.ceil(missing), self.host)
             parts, log_w = [*parts, more.x], torch.cat([log_w, more.log_weights])
         chosen = systematic(log_w, self.host, n)[torch.randperm(n, generator=self.host)]
-        return self.events(torch.cat(parts)[chosen])
+        return self.events(torch.cat(parts)[chosen]), chosen
 
-    def spread(self, start: Annealed, n: int) -> Tensor:
-        """n states of the annealed population as it goes on moving."""
+    def spread(self, start: Annealed, n: int) -> tuple[Tensor, Tensor]:
+        """n states of the annealed population as it goes on moving, and the island of each."""
         x, parts, times = start.x, [start.x], -(-n // len(start.x))
         for i in range(1, times):
             self.tell("moves", i, times, "")
             x = jittered(self.energy, x, start.step, self.s.moves, self.generator, self.problem).x
             parts.append(x)
-        return self.some(torch.cat(parts), n)
+        some = torch.randperm(times * len(start.x), generator=self.host)[:n]
+        return torch.cat(parts)[some.to(start.x.device)], some % len(start.x) // self.s.particles
 
     def moved(self, x: Tensor, step: float) -> Tensor:
         """After moves of MALA that keep e^{−E}."""

@@ -15,11 +15,15 @@ from tiltflow.energies import Evaluator
 
 
 class Drawn(NamedTuple):
-    """Samples (n, *event), their energies (n,), and unnormalised log path weights (n,) or None: mean e^{log_weights} ≈ Z."""
+    """Samples (n, *event), their energies (n,), and unnormalised log path weights (n,) or None: mean e^{log_weights} ≈ Z.
+
+    ``groups`` (n,) of rows that are related, on the CPU; None: all are independent.
+    """
 
     x: Tensor
     energy: Tensor
     log_weights: Tensor | None
+    groups: Tensor | None = None
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ class SamplerJob(Named, SamplerConfig):
         """Save, draw, assess."""
         model.save_weights(work.path)
         notes = _present(self.load_problem())[1]
-        return outcome(model, self.samples, self.compared, self.seed, notes, work.tell)
+        return outcome(model, self.samples, self.compared, self.evidence, self.seed, notes, work.tell)
 
 
 @settings
@@ -160,7 +160,7 @@ class AutomaticJob(Named, AutomaticConfig):
 
     def judge(self, model: Sampled, work: Work) -> Outcome:
         """Assess."""
-        return model.outcome(self.compared, self.seed, _present(self.load_problem())[1], work.tell)
+        return model.outcome(self.compared, self.evidence, self.seed, _present(self.load_problem())[1], work.tell)
 
 
 def require_energy(problem: EnergyProblem, scale: float, generator: torch.Generator) -> None:

@@ -16,7 +16,7 @@ from tiltflow.run.job import report
 from tiltflow.run.open import save_model
 from tiltflow.sampling.drawn import Drawn, draw
 from tiltflow.sampling.outcome import outcome
-from tiltflow.sampling.settings import SamplerSettings
+from tiltflow.sampling.settings import EVIDENCE, SamplerSettings
 from tiltflow.train.store import save_weights
 from tiltflow.verdict.line import Verdict
 
@@ -54,15 +54,28 @@ class Sampler:
         """Where its network lives."""
         return next(self.control.module.parameters()).device
 
-    def verdict(self, samples: int = 10_000, compared: int = 2_000, seed: int = 0) -> Verdict:
-        """The verdict on so many samples, of which so many are compared with the problem's reference, if it has one."""
-        found = outcome(self, samples, compared, seed).verdict
+    def verdict(
+        self, samples: int = 10_000, compared: int = 2_000, seed: int = 0, evidence: int = EVIDENCE
+    ) -> Verdict:
+        """The verdict on so many samples, of which so many are compared with the problem's reference, if it has one.
+
+        ``evidence``: energies at most for an independent classical run, if it has none.
+        """
+        found = outcome(self, samples, compared, evidence, seed).verdict
         assert found is not None
         return found
 
-    def report(self, folder: Path | str, samples: int = 10_000, compared: int = 2_000, seed: int = 0) -> Path:
+    def report(
+        self,
+        folder: Path | str,
+        samples: int = 10_000,
+        compared: int = 2_000,
+        seed: int = 0,
+        evidence: int = EVIDENCE,
+    ) -> Path:
         """Write ``folder/report.html``: the verdict, samples beside the reference, path weights. Returns its path."""
-        return report(outcome(self, samples, compared, seed), folder, {"method": self.method, **as_json(self.settings)})
+        judged = outcome(self, samples, compared, evidence, seed)
+        return report(judged, folder, {"method": self.method, **as_json(self.settings)})
 
     def save(self, folder: Path | str) -> Path:
         """Write the sampler into a new folder, for :func:`tiltflow.load` with ``problem=``.

@@ -11,7 +11,7 @@ from torch import Tensor
 from tiltflow.core.geometry import Centred
 from tiltflow.core.progress import Tell, silent
 from tiltflow.core.weights import normalised
-from tiltflow.energies import EnergyProblem, Evaluator
+from tiltflow.energies import Energy, EnergyProblem, Evaluator
 from tiltflow.report import Figures, gallery, training_blocks
 from tiltflow.report.figures import SAMPLING, distance_figures, energy_figures, weight_figures
 from tiltflow.report.page import Block
@@ -19,10 +19,11 @@ from tiltflow.report.tables import sampler_table
 from tiltflow.run.job import Outcome
 from tiltflow.sampling.assess import Assessed, assess_all
 from tiltflow.sampling.drawn import Drawn
+from tiltflow.sampling.evidence import beside_classical, classical
 from tiltflow.verdict.sampler import judge_sampler
 
-EVALUATION_SEED = 10_000
-"""Added to the seed for the samples that are judged."""
+EVALUATION_SEED, EVIDENCE_SEED = 10_000, 20_000
+"""Added to the seed for the samples that are judged, and for what they are held against."""
 
 
 Drawable = Any
@@ -30,7 +31,13 @@ Drawable = Any
 
 
 def outcome(
-    sampler: Drawable, samples: int, compared: int, seed: int, notes: Sequence[str] = (), tell: Tell = silent
+    sampler: Drawable,
+    samples: int,
+    compared: int,
+    evidence: int,
+    seed: int,
+    notes: Sequence[str] = (),
+    tell: Tell = silent,
 ) -> Outcome:
     """Draw, compare, judge.
 
@@ -38,6 +45,7 @@ def outcome(
         sampler: What is judged.
         samples: Samples that are drawn.
         compared: Of them those that distances to the reference are computed on.
+        evidence: Energies at most for an independent classical run, where there is no reference.
         seed: Of all draws.
         notes: Sentences for the report.
         tell: Told what is going on.
@@ -50,7 +58,22 @@ def outcome(
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
     assessed = assess_all(sampler.problem, drawn, sampler.chain, sampler.control, generator, compared)
     tell("distances", 1, 1, "")
-    return judged(sampler.problem, sampler.method, drawn, assessed, sampler.history, spent, notes)
+    assessed, said = with_evidence(sampler.problem, sampler.energy.energy, drawn, assessed, evidence, seed, tell)
+    return judged(sampler.problem, sampler.method, drawn, assessed, sampler.history, spent, [*notes, *said])
+
+
+def with_evidence(
+    problem: EnergyProblem, energy: Energy, drawn: Drawn, assessed: Assessed, budget: int, seed: int, tell: Tell
+) -> tuple[Assessed, list[str]]:
+    """The row with an independent classical run where there is no reference, and what to say of that run."""
+    if assessed.reference is not None:
+        return assessed, []
+    tell("independent run", 0, 1, "")
+    generator = torch.Generator(drawn.x.device).manual_seed(EVIDENCE_SEED + seed)
+    found, said = classical(problem, energy, budget, generator)
+    entries = {} if found is None else beside_classical(problem, drawn, found)
+    tell("independent run", 1, 1, "")
+    return assessed._replace(row=assessed.row | entries), [said]
 
 
 def judged(
@@ -85,7 +108,7 @@ def spent_on(energy: Evaluator) -> dict[str, int]:
 
 def tensors_of(drawn: Drawn) -> dict[str, Tensor]:
     """x, energy and, if there are any, log_weights."""
-    return {name: value for name, value in drawn._asdict().items() if value is not None}
+    return {name: value for name, value in drawn._asdict().items() if value is not None and name != "groups"}
 
 
 def _blocks(

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from tiltflow.core.errors import TiltflowError
-from tiltflow.core.settings import Count, Positive, Range, Seed, Share, Steps, settings
+from tiltflow.core.settings import Count, Positive, Range, Seed, Share, Steps, Whole, settings
 from tiltflow.methods.registry import row_of, settings_of
 from tiltflow.train.settings import Decay, Training
 
 DEFAULT_METHOD = "weighted_adjoint_sampling"
+EVIDENCE = 2_000_000
+"""Energies for an independent classical run at most."""
 Samples = Annotated[int, Range(2, 10_000_000)]
 
 
@@ -104,6 +106,7 @@ class EnergyConfig:
         device: Device of torch: cpu, cuda, cuda:1, mps, or auto for the fastest there is.
         samples: Samples that are drawn from the result.
         compared: Of them those that distances to the reference are computed on.
+        evidence: Energies at most for an independent classical run, where there is no reference; 0: none.
     """
 
     problem: str | None
@@ -115,6 +118,7 @@ class EnergyConfig:
     device: str = "cpu"
     samples: Samples = 10_000
     compared: Samples = 2_000
+    evidence: Whole = EVIDENCE
 
 
 @settings
