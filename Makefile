@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed
 DEMO ?= finetune --base digits --reward thickness --strength 3 --out runs/demo --overwrite
 BENCH ?= bench tilt
 
-.PHONY: setup demo test test-all test-energies energy-ani energy-aimnet2 energy-xtb bench docs lint clean clean-venv
+.PHONY: setup demo test test-all test-energies energy-ani energy-aimnet2 energy-xtb bench docs lint fuzz audit clean clean-venv
 
 setup: $(STAMP)
 
@@ -64,6 +64,18 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# 10,000 inputs of every kind; `make test` tries a few.
+FUZZ ?= 10000
+
+fuzz: setup
+	TILTFLOW_FUZZ=$(FUZZ) $(PYTEST) tests/test_fuzz.py
+
+# Known holes in what is installed (asks the vulnerability database of PyPI), and doubtful calls in the source.
+audit: setup
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install -q pip-audit bandit; }
+	.venv-audit/bin/bandit -q -r tiltflow -c pyproject.toml
+	.venv-audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
 bench: setup
 	$(BIN)/tiltflow $(BENCH)
 
@@ -76,4 +88,4 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 clean-venv:
-	rm -rf $(VENV) $(ENERGIES:%=.venv-energy-%)
+	rm -rf $(VENV) .venv-audit $(ENERGIES:%=.venv-energy-%)
