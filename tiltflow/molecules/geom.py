@@ -13,7 +13,6 @@ stereo of its SMILES could reach them.
 from __future__ import annotations
 
 import csv
-import gzip
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from rdkit import Chem
 from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
+from tiltflow.molecules.files import content
 from tiltflow.molecules.molecule import Molecule, molecule, with_positions
 
 BOND = 1.3
@@ -97,7 +97,7 @@ def read_xyz(path: Path) -> tuple[Tensor, Tensor]:
         TiltflowError: no such file, no gzip, no such block, another order of elements than in the first block.
     """
     try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
+        lines = content(path).decode("utf-8").splitlines()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise TiltflowError(f"{path}: not a readable gzipped XYZ file ({error}).") from error
     numbers: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -32,8 +33,17 @@ def write_sdf(path: Path, parts: Iterable[Part]) -> None:
             for i, row in enumerate(rows):
                 for key, value in row.items():
                     if key != "name":
-                        mol.SetProp(key, value)
+                        mol.SetProp(_key(key), _value(value))
                 writer.write(mol, confId=i)
     finally:
         writer.close()
     os.replace(unfinished, path)
+
+
+def _key(text: str) -> str:
+    return " ".join(re.sub("[<>]", " ", text).split())
+
+
+def _value(text: str) -> str:
+    """A field ends with an empty line and a record with $$$$, so a value must hold neither."""
+    return "\n".join(line for line in text.replace("$$$$", "").splitlines() if line.strip())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,13 +10,14 @@ from pathlib import Path
 from rdkit import Chem
 
 from tiltflow.core.errors import TiltflowError
+from tiltflow.molecules.files import content
 from tiltflow.molecules.molecule import Molecule
 
 
 def read_training_smiles(path: Path) -> list[str]:
     """The column SMILES of a gzipped, tab-separated table. Raises TiltflowError if it is no such table."""
     try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
+        lines = content(path).decode("utf-8").splitlines()
         return [line["SMILES"] for line in csv.DictReader(lines, delimiter="\t")]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise TiltflowError(f"{path}: not a readable gzipped table ({error}).") from error

@@ -14,22 +14,21 @@ from tiltflow.molecules.read import Reject
 from tiltflow.molecules.sdf import write_sdf
 from tiltflow.train.store import write_text
 
-COLUMNS = ("name", "smiles", "conformer", "energy", "energy_unit", "weight", "cluster", "temperature")
+COLUMNS = (
+    "name", "smiles", "conformer", "energy", "relative_energy", "energy_unit", "weight", "cluster", "temperature",
+)  # fmt: skip
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 Clustered = tuple[Ensemble, Clusters]
 
 
 def write_conformers(folder: Path, found: Sequence[Clustered]) -> None:
     """``conformers.sdf`` and ``conformers.csv``, in the same order.
 
-    Properties of an SD record are those of :meth:`~tiltflow.molecules.ensemble.Ensemble.records` and the provenance.
+    Properties of an SD record are those of :meth:`~tiltflow.molecules.ensemble.Ensemble.properties`.
     """
-    rows = [ensemble.records(clusters) for ensemble, clusters in found]
-    parts = [
-        (e.molecule, e.positions, [{**e.provenance, **row} for row in records]) for (e, _), records in zip(found, rows)
-    ]
-    write_sdf(folder / "conformers.sdf", parts)
-    text = _csv(COLUMNS, ([row[c] for c in COLUMNS] for records in rows for row in records))
-    write_text(folder / "conformers.csv", text)
+    write_sdf(folder / "conformers.sdf", [(e.molecule, e.positions, e.properties(clusters)) for e, clusters in found])
+    rows = (row for ensemble, clusters in found for row in ensemble.records(clusters))
+    write_text(folder / "conformers.csv", _csv(COLUMNS, ([row[c] for c in COLUMNS] for row in rows)))
 
 
 def write_rejects(folder: Path, rejects: Sequence[Reject]) -> None:
@@ -41,5 +40,16 @@ def _csv(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([_inert(cell) for cell in row] for row in rows)
     return text.getvalue()
+
+
+def _inert(cell: Any) -> Any:
+    """A text that a spreadsheet would take for a formula, as ``=HYPERLINK(…)``, after an apostrophe; numbers stay."""
+    if not isinstance(cell, str) or cell[:1] not in FORMULA:
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
