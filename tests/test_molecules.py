@@ -1,6 +1,7 @@
 """Reading, auditing, weighing and writing conformers; ETKDG conformers stand in for samples. Each bad twin is caught."""
 
 import csv
+import gzip
 import math
 from dataclasses import replace
 
@@ -10,17 +11,20 @@ import torch
 pytest.importorskip("rdkit")
 
 from rdkit import Chem
-from rdkit.Chem import rdDepictor, rdDistGeom
+from rdkit.Chem import rdDepictor, rdDistGeom, rdMolTransforms
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.audit import audit
 from tiltflow.molecules.energies import open_energy
 from tiltflow.molecules.ensemble import Ensemble
-from tiltflow.molecules.generate import rescored
+from tiltflow.molecules.generate import generate, rescored
 from tiltflow.molecules.molecule import molecule, packed, unpacked, with_positions
 from tiltflow.molecules.read import Reject, read_molecules
+from tiltflow.molecules.rmsd import distinct
+from tiltflow.molecules.settings import ConformerSettings
 from tiltflow.molecules.stereo import strain
-from tiltflow.molecules.torsions import rotatable_torsions
+from tiltflow.molecules.templates import templates
+from tiltflow.molecules.torsions import dihedrals, rotatable_torsions
 from tiltflow.molecules.write import write_conformers, write_rejects
 
 STEREO = {  # name: SMILES, atoms whose exchange inverts a centre or turns a double bond
@@ -205,7 +209,9 @@ def test_sdf_gives_stereo_by_coordinates_and_keeps_the_order(tmp_path):
         ("a.smi", "# nothing\n", "is empty"),
         ("a.sdf", "", "is empty"),
         ("a.smi", None, "no file"),
-        ("a.xyz", "1\n", "no .smi and no .sdf"),
+        ("a.xyz", "1\n", "no file of molecules by its name"),
+        ("a.smi.gz", "CCO\n", "cannot be read"),
+        ("a.csv", "name,formula\na,C2H6O\n", "no column SMILES; its first line names name, formula"),
     ],
 )
 def test_files_that_are_none(name, text, message, tmp_path):
@@ -213,6 +219,87 @@ def test_files_that_are_none(name, text, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(TiltflowError, match=message):
         read_molecules(str(tmp_path / name), None, 100)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_every_kind_of_file_says_the_same(end, tmp_path):
+    """Compressed or not, in Latin-1 or with a mark, with a form feed in a name: the same lines, names, stereo and fields."""
+    table = ["Id,Canonical_SMILES,pIC50", '"café, black",C[C@H](N)C(=O)O,7.1', "b,CCO,", ",C1CC,", "d\x0cd,C/C=C/C,-3"]
+    semicolons = [line.replace(",", ";").replace("é;", "é,") for line in table]
+    smi = ["C[C@H](N)C(=O)O café, black", "CCO b", "C1CC", "C/C=C/C d\x0cd"]
+    for name, lines, encoding in (
+        ("a.csv", table, "latin-1"), ("a.csv.gz", semicolons, "utf-8-sig"),
+        ("a.smi", smi, "latin-1"), ("A.SMI.GZ", smi, "utf-16"),
+    ):  # fmt: skip
+        data = (end.join(lines) + end).encode(encoding)
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
+        read = read_molecules(str(tmp_path / name), None, 50)
+        assert [m.smiles for m in read.molecules] == ["C[C@H](N)C(=O)O", "CCO", "C/C=C/C"], name
+        assert [m.name for m in read.molecules] == ["café, black", "b", "d d"]
+        first = 2 if "csv" in name else 1
+        assert read.lines == [first, first + 1, first + 3] and [r.line for r in read.rejects] == [first + 2]
+        fields = [{"pIC50": "7.1"}, {}, {"pIC50": "-3"}] if first == 2 else [{}] * 3
+        assert [dict(m.fields) for m in read.molecules] == fields
+
+
+def test_a_bomb_is_refused_at_once(tmp_path):
+    path = tmp_path / "bomb.smi.gz"
+    path.write_bytes(gzip.compress(b"CCO ethanol\n" * (4 << 20), 9))  # 48 MiB in 140 KiB
+    with pytest.raises(TiltflowError, match=r"unpacks to more than 1\d MiB from"):
+        read_molecules(str(path), None, 50)
+
+
+def test_coordinates_are_a_start_and_fields_go_through(tmp_path):
+    """Through .sdf.gz and .mol to conformers.sdf; names of ours are kept apart, and no field ends a record."""
+    m, x = embedded("C[C@H](O)CC", 1)
+    mol = with_positions(m.mol, x)
+    writer = Chem.SDWriter(str(tmp_path / "a.sdf"))
+    for key, value in (("assay", "7.1"), ("energy", "old"), ("note", "one\ntwo")):
+        mol.SetProp(key, value)
+    writer.write(mol)
+    writer.close()
+    (tmp_path / "b.sdf.gz").write_bytes(gzip.compress((tmp_path / "a.sdf").read_bytes().replace(b"\n", b"\r\n")))
+    Chem.MolToMolFile(mol, str(tmp_path / "c.mol"))
+    for name, fields in (("a.sdf", 3), ("b.sdf.gz", 3), ("c.mol", 0)):
+        (one,) = read_molecules(str(tmp_path / name), None, 50).molecules
+        assert one.smiles == m.smiles and len(one.fields) == fields
+        torch.testing.assert_close(one.start, x[0], rtol=0, atol=1e-4)
+        heavy = Chem.RemoveHs(mol)
+        Chem.MolToMolFile(heavy, str(tmp_path / "d.mol"))
+        (two,) = read_molecules(str(tmp_path / "d.mol"), None, 50).molecules
+        assert two.start.shape == x[0].shape and audit(two, two.start[None]) == [None]
+    (one,) = read_molecules(str(tmp_path / "b.sdf.gz"), None, 50).molecules
+    assert unpacked(packed(one)).fields == one.fields
+    fields = {**one.fields, "note": "one\n\ntwo\n$$$$", "a<b>": "c"}
+    e = replace(ensemble("C[C@H](O)CC"), molecule=replace(one, fields=fields))
+    write_conformers(tmp_path, [(e, e.clusters())])
+    records = list(Chem.SDMolSupplier(str(tmp_path / "conformers.sdf")))
+    found = records[0].GetPropsAsDict()
+    assert len(records) == 4 and found["assay"] == 7.1 and found["input energy"] == "old" and found["a b"] == "c"
+    assert found["note"] == "one\ntwo" and float(found["energy"]) == float(e.energy[0])
+    assert [float(r.GetProp("relative_energy")) for r in records] == pytest.approx((e.energy - e.energy.min()).tolist())
+
+
+def test_a_start_is_a_template_of_its_own():
+    """The rarer geometry that was given, an amide's cis side, is among the templates; embeddings come to the other."""
+    m = molecule("CNC(C)=O")
+    atoms = torch.tensor([[0, 1, 2, 4]])
+    found, _ = templates(m, rotatable_torsions(m), 4, seed=0)
+    copy = Chem.Mol(m.mol)
+    rdDistGeom.EmbedMolecule(copy, randomSeed=1)
+    rdMolTransforms.SetDihedralDeg(copy.GetConformer(), 0, 1, 2, 4, 180.0)
+    start = torch.from_numpy(copy.GetConformer().GetPositions())
+    more, _ = templates(replace(m, start=start), rotatable_torsions(m), 4, seed=0)
+    assert len(dihedrals(found, atoms)) == 1 and (dihedrals(more, atoms).abs() > 2.5).any() and len(more) == 2
+
+
+def test_one_record_of_each_geometry():
+    """Water, five times asked for; cyclohexane: a chair, its labelled copies one, and two mirror images of a twist-boat."""
+    for smiles, n, geometries in (("O", 5, 1), ("c1ccccc1", 9, 1), ("C1CCCCC1", 100, 3)):
+        made = generate(molecule(smiles), ConformerSettings(n=n), 0)
+        assert len(made) == geometries and float(made.weights.sum()) == pytest.approx(1)
+    x = made.positions[[0, 0, 1]]
+    assert sorted(map(len, distinct(made.molecule, x, made.energy[[0, 0, 1]]))) == [1, 2]
 
 
 # The audit
@@ -373,6 +460,13 @@ def test_unreliable_weights_are_not_written(tmp_path):
     write_conformers(tmp_path, [(e, found)])
     assert {row["weight"] for row in csv.DictReader((tmp_path / "conformers.csv").open())} == {"cannot tell"}
     assert {r.GetProp("weight") for r in Chem.SDMolSupplier(str(tmp_path / "conformers.sdf"))} == {"cannot tell"}
+
+
+def test_no_cell_is_a_formula(tmp_path):
+    names = ('=HYPERLINK("http://a.b","c")', "+1+1", "@x", "-2.5", "plain = 3")
+    write_rejects(tmp_path, [Reject(1, name, "C", "=1") for name in names])
+    rows = list(csv.DictReader((tmp_path / "rejects.csv").open(newline="")))
+    assert [r["name"] for r in rows] == ["'" + names[0], "'+1+1", "'@x", "-2.5", "plain = 3"] and rows[0]["reason"] == "'=1"
 
 
 def test_rejects_are_written_with_awkward_text(tmp_path):

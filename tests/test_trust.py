@@ -28,7 +28,7 @@ from tiltflow.run import job as flow
 from tiltflow.run.names import sources
 from tiltflow.train import store
 from tiltflow.train.checkpoint import Checkpoint
-from tiltflow.train.store import load_state, read_tensors, save_state, unpacked, write_tensors, write_text
+from tiltflow.train.store import load_state, read_tensors, save_state, write_tensors, write_text
 
 MODELS = str(Path(__file__).with_name("models.py"))
 BASE = ["--base", f"{MODELS}:process"]
@@ -419,18 +419,6 @@ def test_a_prompt_ends_with_its_line(name, content, found, tmp_path):
         return
     with pytest.raises(TiltflowError, match=found):
         read_prompts(tmp_path / name)
-
-
-def test_a_file_is_not_unpacked_beyond_its_limit(tmp_path):
-    import gzip
-
-    (tmp_path / "a.gz").write_bytes(gzip.compress(b"0" * 1000))
-    assert unpacked(tmp_path / "a.gz", 1000) == b"0" * 1000
-    with pytest.raises(TiltflowError, match="unpacks to more than 999 bytes"):
-        unpacked(tmp_path / "a.gz", 999)
-    (tmp_path / "a.gz").write_bytes(gzip.compress(b"0" * 1000)[:-9])
-    with pytest.raises(TiltflowError, match="not a readable gzipped file"):
-        unpacked(tmp_path / "a.gz")
 
 
 def test_no_cell_is_a_formula(tmp_path):

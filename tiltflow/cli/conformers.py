@@ -37,8 +37,9 @@ def conformers_command(
 ) -> None:
     """Boltzmann-weighted conformers of molecules, from an energy alone; or, with --cover, those that cover its minima.
 
-    INPUT is a SMILES, a .smi file (SMILES [name] per line) or an .sdf file. OUT gets conformers.sdf, conformers.csv,
-    rejects.csv (what was refused, and why), metrics.json and report.html.
+    INPUT is a SMILES, or a file: .smi (SMILES [name] per line), .sdf, .mol, or a .csv or .tsv with a column SMILES; each
+    also as .gz. OUT gets conformers.sdf, conformers.csv, rejects.csv (what was refused, and why), metrics.json and
+    report.html.
     """
     sampler = TorsionalSettings(**given(values, TorsionalSettings))
     each = ConformerSettings(**given(values, ConformerSettings), sampler=sampler)
@@ -79,7 +80,7 @@ def train_conformers_command(
 ) -> None:
     """Train one torsional sampler for many molecules; leave OUT/model.safetensors for `tiltflow conformers --model`.
 
-    INPUT is a .smi or .sdf file, or a gzipped tab-separated table with a column SMILES.
+    INPUT is a .smi or .sdf file, or a .csv or .tsv with a column SMILES; each also as .gz.
     """
     result = run_job(conformer_training_job(source, **values), out, resume, overwrite, log)
     summary = table(result["rows"][:1], ["molecules", "templates", "ess", "energy", "energy_calls", "seconds"])

@@ -18,7 +18,7 @@ from tiltflow.molecules.energies import open_energy
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.generate import generate
 from tiltflow.molecules.molecule import Molecule
-from tiltflow.molecules.rmsd import rmsd_matrix
+from tiltflow.molecules.rmsd import distinct, rmsd_matrix
 from tiltflow.molecules.select import cover
 from tiltflow.molecules.settings import ConformerSettings, TorsionalSettings
 from tiltflow.molecules.templates import embed, relax
@@ -66,7 +66,8 @@ def covering(
     torsions = rotatable_torsions(molecule, conjugated=True)
     angles = dihedrals(made.positions[torch.isfinite(made.energy)], torsions.atoms)
     rigid = embed(molecule, n, seed)
-    drawn = place(rigid[torch.arange(len(angles)) % len(rigid)], torsions, angles)
+    rows = torch.arange(max(n, len(angles)))  # of a rigid molecule there are fewer draws than conformers
+    drawn = place(rigid[rows % len(rigid)], torsions, angles[rows % len(angles)])
     return chosen(molecule, drawn, n)._replace(energy_calls=int(made.provenance["energy_evaluations"]))
 
 
@@ -81,9 +82,13 @@ def chosen(molecule: Molecule, drawn: Tensor, n: int) -> Covering:
 def covering_ensemble(
     molecule: Molecule, settings: ConformerSettings, seed: int, progress: Callable[[int, int, str], None], device: str
 ) -> Ensemble:
-    """:func:`covering`, relaxed, with MMFF94 energies and without weights: they were chosen, not drawn."""
+    """:func:`covering`, relaxed, with MMFF94 energies and without weights: they were chosen, not drawn.
+
+    Each minimum is there once, so they may be fewer than were asked for.
+    """
     made = covering(molecule, settings.n, seed, settings.model, progress, device)
     energy = open_energy("mmff94", molecule)
     value = energy.energy_and_forces(made.relaxed)[0].double()
     said = {"coordinates": "all, relaxed by MMFF94", "energy_evaluations": str(made.energy_calls)}
-    return Ensemble(molecule, made.relaxed, value, energy.unit, None, HOT, HOT, said)
+    first = sorted(min(rows) for rows in distinct(molecule, made.relaxed, value))  # the most useful of each minimum
+    return Ensemble(molecule, made.relaxed[first], value[first], energy.unit, None, HOT, HOT, said)

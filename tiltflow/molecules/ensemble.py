@@ -140,9 +140,11 @@ class Ensemble:
     def records(self, clusters: Clusters) -> list[dict[str, str]]:
         """One row of texts per conformer, as conformers.csv holds them.
 
-        name, smiles, conformer (from 1), energy and energy_unit, weight at the temperature (those of a molecule sum to 1;
-        "cannot tell" if they are unreliable, "none" if there are none), cluster (from 1, the most populated first).
+        name, smiles, conformer (from 1), energy, relative_energy (above the lowest) and energy_unit, weight at the
+        temperature (those of a molecule sum to 1; "cannot tell" if they are unreliable, "none" if there are none), cluster
+        (from 1, the most populated first).
         """
+        lowest = float(self.energy.min()) if len(self) else 0.0
         numbers = zip(self.energy.double().tolist(), self._weight_texts(), clusters.labels.tolist())
         return [
             {
@@ -150,6 +152,7 @@ class Ensemble:
                 "smiles": self.molecule.smiles,
                 "conformer": str(i),
                 "energy": repr(energy),
+                "relative_energy": f"{energy - lowest:.6f}",
                 "energy_unit": self.unit,
                 "weight": weight,
                 "cluster": str(cluster + 1),
@@ -157,6 +160,14 @@ class Ensemble:
             }
             for i, (energy, weight, cluster) in enumerate(numbers, 1)
         ]
+
+    def properties(self, clusters: Clusters) -> list[dict[str, str]]:
+        """The same with where it comes from, and with the data fields of the input, as SD records hold them.
+
+        A field of the input with a name of ours is called "input NAME".
+        """
+        rows = [{**self.provenance, **row} for row in self.records(clusters)]
+        return [{(f"input {k}" if k in row else k): v for k, v in self.molecule.fields.items()} | row for row in rows]
 
     def _weight_texts(self) -> list[str]:
         if self.log_weights is None:
@@ -167,8 +178,7 @@ class Ensemble:
         """Write every conformer, with its record and where it comes from, into an SD file; returns the path."""
         from tiltflow.molecules.sdf import write_sdf
 
-        rows = [{**self.provenance, **row} for row in self.records(self.clusters())]
-        write_sdf(Path(path), [(self.molecule, self.positions, rows)])
+        write_sdf(Path(path), [(self.molecule, self.positions, self.properties(self.clusters()))])
         return Path(path)
 
     def save(self, folder: Path | str) -> Path:

@@ -2,7 +2,8 @@
 
     from tiltflow.molecules.generate import generate
     from tiltflow.molecules.molecule import molecule
-    from tiltflow.molecules.settings import ConformerSettings
+    from tiltflow.molecules.rmsd import distinct
+from tiltflow.molecules.settings import MOST, ConformerSettings
     ensemble = generate(molecule("CC(=O)Oc1ccccc1C(=O)O"), ConformerSettings(), seed=0)
     ensemble.positions, ensemble.energy, ensemble.weights      # (n, N, 3) Å, (n,) kcal/mol, (n,)
 """
@@ -24,7 +25,8 @@ from tiltflow.molecules.amortised import load_amortised
 from tiltflow.molecules.energies import MolecularEnergy, kt_per, open_energy
 from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.molecule import Molecule
-from tiltflow.molecules.settings import ConformerSettings
+from tiltflow.molecules.rmsd import distinct
+from tiltflow.molecules.settings import MOST, ConformerSettings
 from tiltflow.molecules.templates import templates
 from tiltflow.molecules.torsional import train_torsional
 from tiltflow.molecules.torsions import place, rotatable_torsions
@@ -71,9 +73,9 @@ def generate(
     model = None if settings.model is None else load_amortised(Path(settings.model), device)
     hot = settings.training_kelvin if model is None else model.settings.kelvin
     torsions = rotatable_torsions(molecule, settings.conjugated if model is None else model.settings.conjugated)
-    rigid, share = templates(molecule, torsions, min(settings.templates, settings.n), seed)
+    rigid, share = templates(molecule, torsions, min(settings.templates if len(torsions.atoms) else MOST, settings.n), seed)
     if not len(torsions.atoms):
-        return _rigid_ensemble(molecule, energy, settings, rigid.repeat(-(-settings.n // len(rigid)), 1, 1)[: settings.n])
+        return _rigid_ensemble(molecule, energy, settings, rigid)
 
     sampler, rounds = settings.sampler, settings.sampler.rounds_of(len(torsions.atoms))
 
@@ -107,8 +109,12 @@ def allot(n: int, share: Tensor) -> list[int]:
 
 
 def _rigid_ensemble(molecule: Molecule, energy: MolecularEnergy, settings: ConformerSettings, x: Tensor) -> Ensemble:
-    """Without rotatable bonds the templates are the states: weights e^{−E/kT} over them."""
+    """Without rotatable bonds the templates are the states: weights e^{−E/kT}, summed where several are one geometry."""
     value = energy.energy_and_forces(x)[0].double()
     log_w = -(value - value.min()) * kt_per(energy.unit, settings.kelvin)
     said = {"coordinates": "templates of a rigid molecule", "templates": str(len(x)), "energy_evaluations": str(len(x))}
+    alike = distinct(molecule, x, value * (kt_per(energy.unit, 300.0) / kt_per("kcal/mol", 300.0)))
+    log_w = torch.stack([log_w[rows].logsumexp(0) for rows in alike])
+    first = [rows[0] for rows in alike]
+    x, value = x[first], value[first]
     return Ensemble(molecule, x, value, energy.unit, log_w, settings.kelvin, settings.kelvin, said)

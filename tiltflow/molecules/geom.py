@@ -13,6 +13,7 @@ stereo of its SMILES could reach them.
 from __future__ import annotations
 
 import csv
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ from rdkit import Chem
 from torch import Tensor
 
 from tiltflow.core.errors import TiltflowError
+from tiltflow.molecules.files import content
 from tiltflow.molecules.molecule import Molecule, molecule, with_positions
-from tiltflow.train.store import unpacked
 
 BOND = 1.3
 _TABLE = Chem.GetPeriodicTable()
@@ -96,8 +97,8 @@ def read_xyz(path: Path) -> tuple[Tensor, Tensor]:
         TiltflowError: no such file, no gzip, no such block, another order of elements than in the first block.
     """
     try:
-        lines = unpacked(path).decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
+        lines = content(path).decode("utf-8").splitlines()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise TiltflowError(f"{path}: not a readable gzipped XYZ file ({error}).") from error
     numbers: list[int] = []
     blocks: list[list[list[float]]] = []

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import as_json, from_json, settings
 from tiltflow.energies.cluster import Cluster
+from tiltflow.molecules.files import kind, rows
 from tiltflow.molecules.judge import RELIABLE, judge_conformers
 from tiltflow.molecules.settings import (
     ConformersConfig,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 MODEL = "model.safetensors"
 RECENT = 20
 """Rounds that the figures of a training are means over."""
-FILES = (".smi", ".sdf")
 
 
 def _require_energies(molecules: list[Molecule], *energies: str | None) -> None:
@@ -71,7 +71,7 @@ class ConformersJob(ConformersConfig):
     @property
     def alone(self) -> bool:
         """Whether the input is a SMILES."""
-        return self.input is not None and Path(self.input).suffix.lower() not in FILES
+        return self.input is not None and kind(self.input) is None
 
     @property
     def anchored(self) -> ConformerSettings:
@@ -192,11 +192,10 @@ class ConformerTrainingJob(ConformerTrainingConfig):
         import numpy as np
 
         from tiltflow.molecules.read import read_molecules
-        from tiltflow.molecules.split import read_training_smiles
 
         path, order = Path(self.input), np.random.default_rng(self.seed)
-        if path.suffix == ".gz":
-            smiles = read_training_smiles(path)
+        if kind(self.input) == "table":
+            smiles = [row.smiles for row in rows(path)]
             found: list[Molecule] = []
             for i in order.permutation(len(smiles)):
                 found += read_molecules(smiles[i], None, self.max_atoms).molecules

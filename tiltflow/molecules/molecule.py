@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,16 @@ class Molecule:
         smiles: canonical isomeric SMILES without explicit hydrogens.
         mol: RDKit molecule with explicit hydrogens and no conformers; its order of atoms is that of all coordinates.
         notes: what a user should hear about how it was understood.
+        fields: data of the input, which go into the SD records of its conformers.
+        start: (N, 3), float64, Å: a geometry that was given.
     """
 
     name: str
     smiles: str
     mol: Chem.Mol
     notes: tuple[str, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
+    start: Tensor | None = None
 
     @property
     def atomic_numbers(self) -> Tensor:
@@ -53,14 +58,16 @@ def molecule(smiles: str, name: str = "molecule") -> Molecule:
 
 
 def packed(molecule: Molecule) -> dict[str, Any]:
-    """The molecule, its atoms in their order, as texts and bytes (RDKit's own format: JSON would lose what E and Z are)."""
+    """The molecule, but for its start, as texts and bytes (RDKit's own format: JSON would lose what E and Z are)."""
     mol = torch.from_numpy(np.frombuffer(molecule.mol.ToBinary(), np.uint8).copy())
-    return {"name": molecule.name, "smiles": molecule.smiles, "mol": mol, "notes": molecule.notes}
+    said = {"name": molecule.name, "smiles": molecule.smiles, "notes": molecule.notes, "fields": dict(molecule.fields)}
+    return {**said, "mol": mol}
 
 
 def unpacked(saved: dict[str, Any]) -> Molecule:
     """The inverse of :func:`packed`."""
-    return Molecule(saved["name"], saved["smiles"], Chem.Mol(saved["mol"].numpy().tobytes()), tuple(saved["notes"]))
+    mol = Chem.Mol(saved["mol"].numpy().tobytes())
+    return Molecule(saved["name"], saved["smiles"], mol, tuple(saved["notes"]), saved["fields"])
 
 
 def with_positions(mol: Chem.Mol, positions: Tensor) -> Chem.Mol:

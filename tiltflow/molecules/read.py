@@ -8,7 +8,6 @@ is several: a sampler that moves torsions would pick one of them, by chance, and
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any, NamedTuple
 from rdkit import Chem, rdBase
 
 from tiltflow.core.errors import TiltflowError
+from tiltflow.molecules import files
 from tiltflow.molecules.audit import label
-from tiltflow.molecules.molecule import Molecule
-from tiltflow.molecules.stereo import groups, isomers, notes, only_isomer, undefined_stereo, where
+from tiltflow.molecules.molecule import Molecule, positions_of
+from tiltflow.molecules.stereo import groups, inverts, isomers, notes, only_isomer, undefined_stereo, where
 
-METALS = frozenset(
-    z for a, b in ((3, 4), (11, 13), (19, 31), (37, 50), (55, 84), (87, 118)) for z in range(a, b + 1)
-) - {32}  # germanium stands with silicon
+METALS = frozenset(z for a, b in ((3, 4), (11, 13), (19, 31), (37, 50), (55, 84), (87, 118)) for z in range(a, b + 1))
 """Atomic numbers."""
 
 
@@ -53,32 +51,27 @@ class _Entry(NamedTuple):
     mol: Chem.Mol | None
     problem: str
     raw: Chem.Mol | None = None
+    fields: dict[str, str] = {}  # noqa: RUF012
 
 
 def read_molecules(source: str, elements: frozenset[int] | None, max_atoms: int, enumerate_stereo: int = 0) -> Read:
-    """The molecules of a SMILES, a .smi file (``SMILES [name]`` per line, # comments) or an .sdf file.
+    """The molecules of a SMILES, or of a file: .smi, .sdf, .mol, or a .csv or .tsv with a column SMILES; each also as .gz.
 
-    Stereochemistry of an .sdf is that of its 3-D coordinates, or of its wedges and 2-D coordinates. Its atoms keep their
-    order. Bridgeheads need no mark where only one isomer can be built, as in adamantane.
+    A line of a .smi is ``SMILES [name]``, or a # comment. Stereochemistry of an .sdf or .mol is that of its 3-D coordinates,
+    or of its wedges and 2-D coordinates; its atoms keep their order, 3-D coordinates are a start, and data fields stay with
+    the molecule, as other columns of a table do. Bridgeheads need no mark where only one isomer can be built.
 
     Args:
-        source: a SMILES, or a path that ends in .smi or .sdf.
+        source: a SMILES, or a path that ends in one of these.
         elements: atomic numbers that are supported; None: all.
         max_atoms: most atoms, with hydrogens.
         enumerate_stereo: make a molecule of each isomer where stereo is undefined, of at most so many; 0: refuse.
 
     Raises:
-        TiltflowError: the file is missing, not text, of another kind, or empty.
+        TiltflowError: the file is missing, damaged, of another kind, or empty.
     """
-    suffix = Path(source).suffix.lower()
     with rdBase.BlockLogs():
-        if suffix in (".smi", ".sdf"):
-            text = _text(source)
-            entries = list(_smi(text) if suffix == ".smi" else _sdf(text))
-        elif os.path.isfile(source):
-            raise TiltflowError(f"{source} is no .smi and no .sdf file; convert it to one of these.")
-        else:
-            entries = [_from_smiles(1, source.strip())]
+        entries = list(_entries(source))
         if not entries:
             raise TiltflowError(f"{source} is empty; write `SMILES name` in each line (.smi), or one record each (.sdf).")
         read = Read([], [], [])
@@ -105,7 +98,7 @@ def _molecules(entry: _Entry, elements: frozenset[int] | None, max_atoms: int, m
     if isinstance(found, str):
         return found
     names = [entry.name] if len(found) == 1 else [f"{entry.name} isomer {k}" for k in range(1, len(found) + 1)]
-    return [_bare(mol, name, entry.raw) for mol, name in zip(found, names)]
+    return [_bare(mol, name, entry) for mol, name in zip(found, names)]
 
 
 def one_molecule(given: Any, max_atoms: int) -> Molecule:
@@ -132,19 +125,21 @@ def one_molecule(given: Any, max_atoms: int) -> Molecule:
     return found[0]
 
 
-def _text(source: str) -> str:
-    try:
-        return Path(source).read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise TiltflowError(f"no file {source}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise TiltflowError(f"{source} cannot be read as text ({error}).") from error
-
-
-def _smi(text: str) -> Iterator[_Entry]:
-    for line, row in enumerate(text.splitlines(), 1):
-        if row.strip() and not row.lstrip().startswith("#"):
-            yield _from_smiles(line, row.strip())
+def _entries(source: str) -> Iterator[_Entry]:
+    path, kind = Path(source), files.kind(source)
+    if kind == "smiles":
+        for line, row in enumerate(files.lines(files.text(path)), 1):
+            if row.strip() and not row.lstrip().startswith("#"):
+                yield _from_smiles(line, row.strip())
+    elif kind == "table":
+        for line, smiles, name, fields in files.rows(path):
+            yield _from_smiles(line, smiles)._replace(name=_title(name) or f"molecule-{line}", fields=fields)
+    elif kind is not None:
+        yield from _sdf(files.text(path), "$$$$" if kind == "sdf" else None)
+    elif os.path.isfile(source):
+        raise TiltflowError(f"{source} is no file of molecules by its name: {', '.join(files.KINDS)}, also with .gz.")
+    else:
+        yield _from_smiles(1, source.strip())
 
 
 def _from_smiles(line: int, row: str) -> _Entry:
@@ -154,18 +149,37 @@ def _from_smiles(line: int, row: str) -> _Entry:
     mol = Chem.MolFromSmiles(row, Chem.SmilesParserParams())
     raw = Chem.MolFromSmiles(row, unchecked)
     given, _, rest = row.partition(" ") if "\t" not in row else row.partition("\t")
-    name = raw.GetProp("_Name") if raw is not None and raw.HasProp("_Name") else rest.strip()
+    name = _title(raw.GetProp("_Name") if raw is not None and raw.HasProp("_Name") else rest)
     return _Entry(line, name or f"molecule-{line}", given, mol, f"invalid SMILES: {_problems(raw)}", raw)
 
 
-def _sdf(text: str) -> Iterator[_Entry]:
-    records = re.split(r"(?m)^\$\$\$\$.*\n?", text)
-    for number, block in enumerate(records[:-1] if not records[-1].strip() else records, 1):
-        title = block.partition("\n")[0].strip()
-        mol = Chem.MolFromMolBlock(block, removeHs=False)
-        raw = Chem.MolFromMolBlock(block, sanitize=False) if mol is None else mol
+def _sdf(text: str, end: str | None) -> Iterator[_Entry]:
+    """Records up to lines that begin with ``end``; None: there is one."""
+    records: list[list[str]] = [[]]
+    for row in files.lines(text):
+        if end is not None and row.startswith(end):
+            records.append([])
+        else:
+            records[-1].append(row)
+    supplier: Any = Chem.SDMolSupplier()
+    for number, record in enumerate(records[:-1] if not "".join(records[-1]).strip() else records, 1):
+        block = "\n".join(record)
+        supplier.SetData(f"{block.rstrip()}\n\n$$$$\n", removeHs=False)
+        mol = supplier[0]
+        raw = Chem.MolFromMolBlock(block, sanitize=False) if mol is None else None
+        for atom in mol.GetAtoms() if mol is not None else ():
+            if inverts(atom):  # its pyramid in 3-D is a snapshot, and no mark
+                atom.SetChiralTag(Chem.ChiralType.CHI_UNSPECIFIED)
         given = f"record {number}" if mol is None else Chem.MolToSmiles(Chem.RemoveHs(mol))
-        yield _Entry(number, title or f"molecule-{number}", given, mol, f"invalid record: {_problems(raw)}")
+        fields = {} if mol is None else {key: mol.GetProp(key) for key in mol.GetPropNames()}
+        said = _title(record[0]) if record else ""
+        problem = f"invalid record: {_problems(raw)}"
+        yield _Entry(number, said or f"molecule-{number}", given, mol, problem, None, fields)
+
+
+def _title(text: str) -> str:
+    """A name in one line."""
+    return " ".join(text.split())
 
 
 def _problems(raw: Chem.Mol | None) -> str:
@@ -215,11 +229,13 @@ def _known(number: int, elements: frozenset[int] | None) -> bool:
     return number > 0 and (elements is None or number in elements)
 
 
-def _bare(mol: Chem.Mol, name: str, raw: Chem.Mol | None) -> Molecule:
-    """With explicit hydrogens, and without the coordinates and properties of the input."""
-    said = notes(mol, mol if raw is None else raw)
-    full = Chem.AddHs(mol)
+def _bare(mol: Chem.Mol, name: str, entry: _Entry) -> Molecule:
+    """With explicit hydrogens; coordinates, if they are 3-D, and data fields of the input stand beside it."""
+    said = notes(mol, mol if entry.raw is None else entry.raw)
+    solid = mol.GetNumConformers() > 0 and mol.GetConformer().Is3D()
+    full = Chem.AddHs(mol, addCoords=solid)
+    start = positions_of(full)[0] if solid else None
     full.RemoveAllConformers()
     for key in full.GetPropNames():
         full.ClearProp(key)
-    return Molecule(name, Chem.MolToSmiles(Chem.RemoveHs(mol)), full, said)
+    return Molecule(name, Chem.MolToSmiles(Chem.RemoveHs(mol)), full, said, entry.fields, start)

@@ -29,6 +29,8 @@ from tiltflow.molecules.molecule import Molecule
 MOST_SYMMETRIES = 10_000
 PAIRS = 1 << 15  # at a time, so that what belongs to them stays in the cache
 NEWTON = 60
+SAME_ENERGY, SAME_RMSD = 0.02, 0.1
+"""kcal/mol and Å within which two minima are one."""
 _END = "O,N;D1"
 _ENDS = Chem.MolFromSmarts(f"[{_END};$([{_END}]-[*]=[{_END}]),$([{_END}]=[*]-[{_END}])]~[*]")
 
@@ -148,3 +150,20 @@ def coverage(matrix: Tensor, thresholds: Tensor) -> Coverage:
     recall, precision = matrix.amin(1), matrix.amin(0)
     covered, correct = ((nearest[:, None] <= thresholds).double().mean(0) for nearest in (recall, precision))
     return Coverage(covered, correct, float(recall.mean()), float(precision.mean()))
+
+
+def distinct(molecule: Molecule, x: Tensor, energy: Tensor) -> list[list[int]]:
+    """Rows of minima x (n, N, 3) in groups of the same geometry, by their energies (n,) in kcal/mol and heavy-atom RMSD."""
+    groups: list[list[int]] = []
+    some = bool((molecule.atomic_numbers != 1).any())
+    for i in energy.argsort().tolist():
+        for group in reversed(groups):
+            first = group[0]
+            if float(energy[i] - energy[first]) > SAME_ENERGY:
+                continue
+            if not some or float(rmsd_matrix(molecule, x[[first]], x[[i]])) < SAME_RMSD:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups

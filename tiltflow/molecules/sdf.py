@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -30,5 +31,14 @@ def write_sdf(path: Path, parts: Iterable[Part]) -> None:
             for i, row in enumerate(rows):
                 for key, value in row.items():
                     if key != "name":
-                        mol.SetProp(key, value)
+                        mol.SetProp(_key(key), _value(value))
                 writer.write(mol, confId=i)
+
+
+def _key(text: str) -> str:
+    return " ".join(re.sub("[<>]", " ", text).split())
+
+
+def _value(text: str) -> str:
+    """A field ends with an empty line and a record with $$$$, so a value must hold neither."""
+    return "\n".join(line for line in text.replace("$$$$", "").splitlines() if line.strip())

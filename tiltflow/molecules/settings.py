@@ -257,7 +257,7 @@ class ConformersConfig:
     """Everything a run of conformers depends on; the run folder's config.json.
 
     Args:
-        input: A SMILES, a .smi file or an .sdf file.
+        input: A SMILES, or a file of molecules: .smi, .sdf, .mol, .csv, .tsv, each also as .gz.
         cover: Conformers that cover the minima instead, without weights.
         max_atoms: Most atoms of a molecule, with hydrogens.
         enumerate_stereo: Where stereo is undefined, make every isomer, of at most so many; 0: refuse.
@@ -293,7 +293,7 @@ class ConformerTrainingConfig:
     """Everything a training for many molecules depends on; the run folder's config.json.
 
     Args:
-        input: A .smi or .sdf file, or a gzipped tab-separated table with a column SMILES.
+        input: A file of molecules: .smi, .sdf, .csv, .tsv, each also as .gz.
         molecules: How many of them are drawn at random.
         max_atoms: Most atoms of a molecule, with hydrogens.
         seed: Seed of every random number.

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import csv
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from rdkit import Chem
 
 from tiltflow.core.errors import TiltflowError
+from tiltflow.molecules.files import content
 from tiltflow.molecules.molecule import Molecule
-from tiltflow.train.store import unpacked
 
 
 def read_training_smiles(path: Path) -> list[str]:
     """The column SMILES of a gzipped, tab-separated table. Raises TiltflowError if it is no such table."""
     try:
-        lines = unpacked(path).decode("utf-8").split("\n")
+        lines = content(path).decode("utf-8").split("\n")
         return [line["SMILES"] for line in csv.DictReader(lines, delimiter="\t")]
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise TiltflowError(f"{path}: not a readable gzipped table ({error}).") from error
     except KeyError as error:
         raise TiltflowError(f"{path}: has no column SMILES.") from error

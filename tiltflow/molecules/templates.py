@@ -61,8 +61,11 @@ class Templates(NamedTuple):
 
 
 def templates(molecule: Molecule, torsions: Torsions, most: int, seed: int, embeddings: int = 24) -> Templates:
-    """The commonest kinds of rigid geometry (rings, amides, ring nitrogens) among relaxed embeddings, at most ``most``."""
-    x = embed(molecule, embeddings, seed, relaxed=True)
+    """The commonest kinds of rigid geometry (rings, amides, ring nitrogens) among relaxed embeddings, at most ``most``.
+
+    A geometry that came with the molecule is one of them; it is all there is if none can be embedded.
+    """
+    x = _geometries(molecule, embeddings, seed)
     angles = dihedrals(x, _rigid(molecule, torsions))
     kinds: list[list[int]] = []
     for i in range(len(x)):
@@ -76,6 +79,17 @@ def templates(molecule: Molecule, torsions: Torsions, most: int, seed: int, embe
     kinds = sorted(kinds, key=len, reverse=True)[:most]
     share = torch.tensor([float(len(kind)) for kind in kinds], dtype=torch.float64)
     return Templates(x[[kind[0] for kind in kinds]], share / share.sum())
+
+
+def _geometries(molecule: Molecule, n: int, seed: int) -> Tensor:
+    if molecule.start is None:
+        return embed(molecule, n, seed, relaxed=True)
+    known = rdForceFieldHelpers.MMFFHasAllMoleculeParams(molecule.mol)
+    start = relax(molecule, molecule.start[None]) if known else molecule.start[None].double()
+    try:
+        return torch.cat([start, embed(molecule, n, seed, relaxed=True)])
+    except TiltflowError:
+        return start
 
 
 def _rigid(molecule: Molecule, torsions: Torsions) -> Tensor:

@@ -14,22 +14,21 @@ from tiltflow.molecules.read import Reject
 from tiltflow.molecules.sdf import write_sdf
 from tiltflow.train.store import write_text
 
-COLUMNS = ("name", "smiles", "conformer", "energy", "energy_unit", "weight", "cluster", "temperature")
+COLUMNS = (
+    "name", "smiles", "conformer", "energy", "relative_energy", "energy_unit", "weight", "cluster", "temperature",
+)  # fmt: skip
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 Clustered = tuple[Ensemble, Clusters]
 
 
 def write_conformers(folder: Path, found: Sequence[Clustered]) -> None:
     """``conformers.sdf`` and ``conformers.csv``, in the same order.
 
-    Properties of an SD record are those of :meth:`~tiltflow.molecules.ensemble.Ensemble.records` and the provenance.
+    Properties of an SD record are those of :meth:`~tiltflow.molecules.ensemble.Ensemble.properties`.
     """
-    rows = [ensemble.records(clusters) for ensemble, clusters in found]
-    parts = [
-        (e.molecule, e.positions, [{**e.provenance, **row} for row in records]) for (e, _), records in zip(found, rows)
-    ]
-    write_sdf(folder / "conformers.sdf", parts)
-    text = _csv(COLUMNS, ([row[c] for c in COLUMNS] for records in rows for row in records))
-    write_text(folder / "conformers.csv", text)
+    write_sdf(folder / "conformers.sdf", [(e.molecule, e.positions, e.properties(clusters)) for e, clusters in found])
+    rows = (row for ensemble, clusters in found for row in ensemble.records(clusters))
+    write_text(folder / "conformers.csv", _csv(COLUMNS, ([row[c] for c in COLUMNS] for row in rows)))
 
 
 def write_rejects(folder: Path, rejects: Sequence[Reject]) -> None:
@@ -47,7 +46,7 @@ def _csv(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 def _inert(cell: Any) -> Any:
     """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe in front."""
-    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+    if not isinstance(cell, str) or not cell.startswith(FORMULA):
         return cell
     try:
         float(cell)

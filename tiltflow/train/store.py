@@ -6,12 +6,10 @@ the structure around them as a tensor of JSON text. Every safetensors file carri
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,8 +25,6 @@ from tiltflow.core.errors import TiltflowError
 
 UNFINISHED = ".tiltflow-unfinished-"
 """How the name of a folder begins that a file is in while it is written; what a killed process leaves of one is rubbish."""
-UNPACKED = 2**28
-"""Bytes that a gzipped file may unpack to."""
 CHECKSUM, STATE = "sha256", "tiltflow_state"
 """Entries of headers: the checksum; the tensor that holds the structure of a state."""
 
@@ -78,22 +74,6 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``, as :func:`replacing` does."""
     with replacing(path) as part:
         part.write_bytes(data)
-
-
-def unpacked(path: Path, most: int = UNPACKED) -> bytes:
-    """What a gzipped file holds.
-
-    Raises:
-        TiltflowError: it is none, is damaged, or holds more than ``most`` bytes; it is not unpacked any further then.
-    """
-    try:
-        with gzip.open(path) as file:
-            found = file.read(most + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise TiltflowError(f"{path}: not a readable gzipped file ({error}).") from error
-    if len(found) > most:
-        raise TiltflowError(f"{path} unpacks to more than {most} bytes: unpack it yourself, or give less of it.")
-    return found
 
 
 def write_text(path: Path, text: str) -> None:
