@@ -7,6 +7,7 @@ weights are trained, in a second network beside the frozen one.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.pipelines.families import family_of, network_of
+from tiltflow.pipelines.networks import names_of, parts_of
 from tiltflow.pipelines.settings import TARGETS
 from tiltflow.train.store import write_tensors, write_text
 
@@ -42,7 +44,8 @@ def add_adapter(pipe: Any, rank: int, generator: torch.Generator, targets: tuple
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
     try:
         with torch.random.fork_rng([] if generator.device.type == "cpu" else [generator.device]):  # peft draws from these
-            inject_adapter_in_model(config, network, NAME)
+            for part in parts_of(network):
+                inject_adapter_in_model(config, part, NAME)
     except ValueError as error:
         raise TiltflowError(f"{type(network).__name__} has no layer named {', '.join(targets)}.") from error
     for name, p in network.named_parameters():
@@ -63,6 +66,8 @@ def train_all(pipe: Any) -> nn.Module:
     """
     name = family_of(pipe).network
     base = getattr(pipe, name)
+    if len(names_of(pipe, name)) > 1:
+        raise TiltflowError(f"{type(pipe).__name__} has two networks, which are trained by adapters only: give a rank.")
     freeze(pipe)
     network = copy.deepcopy(network_of(pipe)).float().requires_grad_(True)
     object.__setattr__(network, BASE, base)  # no submodule: neither trained nor saved with it
@@ -100,45 +105,61 @@ def _layers(network: nn.Module) -> list[Any]:
     return [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
 
 
+def _is_stock(pipe: Any) -> bool:
+    """Whether diffusers saves and loads adapters of such a pipeline's network."""
+    save = getattr(type(pipe), "save_lora_weights", None)
+    return save is not None and f"{family_of(pipe).network}_lora_layers" in inspect.signature(save).parameters
+
+
 def save_adapter(pipe: Any, folder: Path) -> Path:
     """The adapter of the network in ``folder``, for ``pipe.load_lora_weights(folder)`` of stock diffusers.
 
-    Pipelines that have no such method (Stable Audio, AudioLDM 2) get peft's files, for :func:`load_adapter`. The file is
+    Pipelines that have no such method (the audio ones, PRX) get peft's files, for :func:`load_adapter`. The file is
     returned. Raises TiltflowError without an adapter.
     """
-    from peft import get_peft_model_state_dict
-
     family = family_of(pipe)
     network = network_of(pipe)
     layers = _layers(network)
     if not layers:
         raise TiltflowError("the pipeline has no adapter to save.")
-    found = get_peft_model_state_dict(network, adapter_name=NAME)
-    state = {k.replace("_orig_mod.", ""): v.detach().cpu().contiguous() for k, v in found.items()}  # of compiled blocks
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(pipe, "load_lora_weights"):
+    if _is_stock(pipe):
         from diffusers.utils import convert_state_dict_to_diffusers
 
-        if family.network == "unet":  # of a transformer converted, stock diffusers would leave out half the layers
-            state = convert_state_dict_to_diffusers(state)
-        type(pipe).save_lora_weights(folder, **{f"{family.network}_lora_layers": state})
+        for name, part in zip(names_of(pipe, family.network), parts_of(network), strict=True):
+            state = _state(part)
+            if name == "unet":  # of a transformer converted, stock diffusers would leave out half the layers
+                state = convert_state_dict_to_diffusers(state)
+            place = folder if name == family.network else folder / name
+            type(pipe).save_lora_weights(place, **{f"{family.network}_lora_layers": state})
         return folder / STOCK
     config = network.peft_config[NAME].to_dict()
     kept = {key: config[key] for key in ("r", "lora_alpha")} | {"target_modules": sorted(config["target_modules"])}
     write_text(folder / CONFIG, json.dumps({"peft_type": "LORA"} | kept, indent=1) + "\n")
-    write_tensors(folder / WEIGHTS, state)
+    write_tensors(folder / WEIGHTS, _state(network))
     return folder / WEIGHTS
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    """The adapter of one component, under the names of its plain modules."""
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(network, adapter_name=NAME)
+    return {k.replace("_orig_mod.", ""): v.detach().cpu().contiguous() for k, v in found.items()}  # of compiled blocks
 
 
 def load_adapter(pipe: Any, folder: Path) -> None:
     """What :func:`save_adapter` wrote, on a pipeline of the same base. Raises TiltflowError if it does not fit."""
     if _layers(network_of(pipe)):
         raise TiltflowError("the pipeline has an adapter already: load its folder anew, or unload_lora_weights().")
-    if hasattr(pipe, "load_lora_weights"):
+    if _is_stock(pipe):
         if not (folder / STOCK).is_file():
             raise TiltflowError(f"{folder} holds no adapter: there is no {STOCK}.")
+        others = names_of(pipe, family_of(pipe).network)[1:]
         try:
             pipe.load_lora_weights(folder, weight_name=STOCK)
+            for name in others:
+                pipe.load_lora_weights(folder / name, weight_name=STOCK, **{f"load_into_{name}": True})
         except (RuntimeError, ValueError, SafetensorError) as error:
             raise TiltflowError(f"{folder} does not fit {type(pipe).__name__}: {str(error).splitlines()[0]}") from error
         return
@@ -197,5 +218,6 @@ def _unwrap(network: nn.Module) -> None:
         if isinstance(layer, BaseTunerLayer):
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, layer.get_base_layer())
-    if hasattr(network, "peft_config"):
-        del network.peft_config
+    for part in parts_of(network):
+        if hasattr(part, "peft_config"):
+            del part.peft_config

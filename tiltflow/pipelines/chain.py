@@ -29,6 +29,7 @@ from tiltflow.pipelines.conditions import Sent, texts_of
 from tiltflow.pipelines.embeddings import Rows
 from tiltflow.pipelines.encode import on_host
 from tiltflow.pipelines.families import Family, device_of, family_of, require_resident
+from tiltflow.pipelines.networks import whole
 from tiltflow.pipelines.schedules import Nodes, nodes_of
 
 NEGATIVE = torch.tensor([-1])
@@ -66,9 +67,9 @@ class PipelineChain:
         return noisy_steps(self.std)
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> Any:
         """The unet or transformer."""
-        return getattr(self.pipe, self.family.network)
+        return whole(self.pipe, self.family.network)
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,7 @@ from torch import nn
 from tiltflow.core.errors import TiltflowError
 from tiltflow.pipelines.embeddings import Rows, fingerprint, joined, on_disk
 from tiltflow.pipelines.families import DECODERS, Family, device_of, family_of
+from tiltflow.pipelines.networks import names_of
 
 HOST = torch.device("cpu")
 AT_ONCE = 8
@@ -66,7 +67,7 @@ def on_host(rows: Rows) -> Rows:
 @contextmanager
 def encoders_on(pipe: Any, device: torch.device) -> Iterator[None]:
     """While this lasts, what only prompts need, all but network and decoder, is on ``device``; then where it was."""
-    needed = (family_of(pipe).network, *DECODERS)
+    needed = (*names_of(pipe, family_of(pipe).network), *DECODERS)
     parts: list[Any] = [part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name not in needed]
     moved = [(part, part.device) for part in parts if not any(hasattr(part, mark) for mark in FIXED)]
     try:

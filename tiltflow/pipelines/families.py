@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.pipelines.embeddings import Rows
-from tiltflow.pipelines.recorded import NETWORKS, Recorded
+from tiltflow.pipelines.networks import NETWORKS, names_of, whole
+from tiltflow.pipelines.recorded import Recorded
 from tiltflow.pipelines.schedules import FLOWS
 
 DECODERS = ("vae", "vocoder")
@@ -356,13 +357,12 @@ def family_of(pipe: Any, call: Mapping[str, Any] | None = None) -> Family:
 
 def network_of(pipe: Any) -> Any:
     """The network that is trained, out of what ``torch.compile`` has made of it."""
-    network = getattr(pipe, family_of(pipe).network)
-    return getattr(network, "_orig_mod", network)
+    return whole(pipe, family_of(pipe).network, plain=True)
 
 
 def require_resident(pipe: Any) -> None:
     """Raise TiltflowError if network or decoder are moved to a device and away again at every call."""
-    needed = (family_of(pipe).network, *DECODERS)
+    needed = (*names_of(pipe, family_of(pipe).network), *DECODERS)
     for name, part in ((name, part) for name, part in pipe.components.items() if name in needed and part is not None):
         hooks = [getattr(part, "_hf_hook", None), *getattr(getattr(part, "_hf_hook", None), "hooks", ())]
         inside = part.modules() if isinstance(part, nn.Module) else ()

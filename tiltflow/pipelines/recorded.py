@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.pipelines.embeddings import Rows, joined
+from tiltflow.pipelines.networks import names_of, parts_of, whole
 
-NETWORKS = ("transformer", "unet", "dit")
 SAID = "encode_prompt"
 """Begins the names of rows that it returned; the others are arguments of the call."""
+PREPARE = "prepare_latents"
 SOME_STEPS = 4
 """Steps that the call is asked for; the scheduler in its place knows of one."""
 
@@ -41,37 +42,50 @@ class Recorded:
     Args:
         network: The component that is trained.
         call: Arguments of the call that are the same for all rows: height, width, num_frames, guidance_scale, …
+        prepared: Whether latents take the place of what ``prepare_latents`` returns, and not of the call's argument, whose
+            shape is another one.
         example: One row, which stands for all where nothing depends on it.
         shape: Of latents as the scheduler sees them.
     """
 
     network: str
     call: Mapping[str, Any]
+    prepared: bool = False
     example: Rows = field(default_factory=dict)
     shape: tuple[int, ...] = ()
 
     def bound(self, pipe: Any, rows: Rows) -> Recorded:
         """The family of these rows. Raises TiltflowError for a call that does not do as it is told."""
-        one = replace(self, example={name: v[:1] for name, v in rows.items()})
+        one = replace(self, prepared=False, example={name: v[:1] for name, v in rows.items()})
         calls: list[int] = []
-        network = getattr(pipe, self.network)
-        handle = network.register_forward_pre_hook(lambda *_: calls.append(1))
+        network = whole(pipe, self.network)
+        handles = [part.register_forward_pre_hook(lambda *_: calls.append(1)) for part in parts_of(network)]
         try:
             drawn = one._latents(pipe, None)
+            one = replace(one, prepared=hasattr(pipe, PREPARE) and not one._takes(pipe, drawn))
+            calls.clear()
             again = one._latents(pipe, drawn + 1)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         name = type(pipe).__name__
-        if len(calls) != 2:
-            times = len(calls) / 2
-            raise TiltflowError(f"{name} asks its {self.network} {times:g} times a step: turn its own guidance off in call.")
-        if again.shape != drawn.shape or not torch.allclose(again.float(), drawn.float() + 1, atol=1e-3):
+        if len(calls) != 1:
+            times = f"{len(calls)} times a step"
+            raise TiltflowError(f"{name} asks its {self.network} {times}: turn its own guidance off in call.")
+        if not _same(again, drawn + 1):
             raise TiltflowError(f"{name} changes the latents that it is given before the first step.")
         return replace(one, shape=tuple(drawn.shape[1:]))
 
+    def _takes(self, pipe: Any, drawn: Tensor) -> bool:
+        """Whether the call takes latents as its scheduler is given them."""
+        try:
+            return _same(self._latents(pipe, drawn + 1), drawn + 1)
+        except (ValueError, RuntimeError):
+            return False
+
     def _latents(self, pipe: Any, x: Tensor | None) -> Tensor:
         """What the scheduler is given in the first step."""
-        network = getattr(pipe, self.network)
+        network = whole(pipe, self.network)
         rows = _beside(self.example, network)
         with torch.no_grad():
             _, latents = self._step(pipe, network, x, torch.tensor(500.0), rows)
@@ -83,7 +97,7 @@ class Recorded:
 
     def timing(self, pipe: Any, steps: int) -> dict[str, Any]:
         """What the call passes to ``set_timesteps``."""
-        network = getattr(pipe, self.network)
+        network = whole(pipe, self.network)
         scheduler = _scheduler(pipe, Done)
         asked = self._run(pipe, network, scheduler, _beside(self.example, network), {"num_inference_steps": steps})
         return {name: v for name, v in asked.items() if v is not None and name not in ("num_inference_steps", "device")}
@@ -103,7 +117,7 @@ class Recorded:
         return joined(pairs)
 
     def _said(self, pipe: Any, texts: list[str], more: dict[str, Any]) -> list[Any]:
-        old, network = pipe.encode_prompt, getattr(pipe, self.network)
+        old, network = pipe.encode_prompt, whole(pipe, self.network)
 
         def listen(*args: Any, **given: Any) -> None:
             raise Done(old(*args, **given))
@@ -131,6 +145,8 @@ class Recorded:
 
     def _step(self, pipe: Any, network: Any, x: Tensor | None, t: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         def stop(output: Tensor, _: Any, latents: Tensor, *more: Any, **options: Any) -> None:
+            if options.get("per_token_timesteps") is not None:
+                raise TiltflowError(f"{type(pipe).__name__} takes steps of each token's own, which no chain here has.")
             raise Done((output, latents))
 
         given = {} if x is None else {"latents": x}
@@ -138,7 +154,7 @@ class Recorded:
 
     def decode(self, pipe: Any, x: Tensor) -> Tensor:
         """What the call makes of latents after its last step: images (B, 3, H, W), videos (B, frames, 3, H, W), audio."""
-        network = getattr(pipe, self.network)
+        network = whole(pipe, self.network)
         rows = {name: v.expand(len(x), *v.shape[1:]) for name, v in _beside(self.example, network).items()}
         given = {"latents": x.to(network.dtype), "output_type": "pt", "return_dict": False}
 
@@ -161,14 +177,21 @@ class Recorded:
         taken = inspect.signature(call).parameters
         arguments = {"num_inference_steps": SOME_STEPS} | _unguided(taken, network) | dict(self.call)
         arguments |= {name: v for name, v in rows.items() if not name.startswith(SAID)} | given
+        instead: dict[str, Any] = {}
+        if self.prepared and "latents" in arguments:
+            instead[PREPARE] = stands_for(getattr(pipe, PREPARE), arguments.pop("latents"))
         if "generator" in taken:
             arguments["generator"] = torch.Generator(network.device).manual_seed(0)
         said = {name: v for name, v in rows.items() if name.startswith(SAID)}
         if said:
             arguments["prompt"] = [""] * len(next(iter(said.values())))
         devices = [] if network.device.type == "cpu" else [network.device]
-        encode = _replay(said) if said else None
-        with _in_place(pipe, self.network, network, scheduler, encode), torch.random.fork_rng(devices):
+        if said:
+            instead[SAID] = _replay(said)
+        if scheduler is not None:
+            instead["scheduler"] = scheduler
+        instead |= zip(names_of(pipe, self.network), parts_of(network), strict=True)
+        with _in_place(pipe, instead), torch.random.fork_rng(devices):
             torch.manual_seed(0)  # of encoders that draw what they make of an image
             try:
                 return call(pipe, **arguments)
@@ -184,20 +207,33 @@ def _unguided(taken: Mapping[str, Any], network: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _in_place(pipe: Any, name: str, network: Any, scheduler: Any, encode: Callable[..., Any] | None) -> Iterator[None]:
-    """The pipeline with another network, scheduler and encoder, as attributes that hide its own."""
-    old = {key: pipe.__dict__[key] for key in (name, "scheduler")}
-    pipe.__dict__[name] = network
-    if scheduler is not None:
-        pipe.__dict__["scheduler"] = scheduler
-    if encode is not None:
-        pipe.__dict__[SAID] = encode
+def _in_place(pipe: Any, parts: dict[str, Any]) -> Iterator[None]:
+    """The pipeline with other parts, as attributes that hide its own."""
+    old = {name: pipe.__dict__[name] for name in parts if name in pipe.__dict__}
+    pipe.__dict__.update(parts)
     try:
         yield
     finally:
+        for name in parts:
+            del pipe.__dict__[name]
         pipe.__dict__.update(old)
-        if encode is not None:
-            del pipe.__dict__[SAID]
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and torch.allclose(x.float(), y.float(), atol=1e-3)
+
+
+def stands_for(prepare: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """``prepare_latents`` whose latents, the first of what it returns, are these."""
+
+    def prepare_latents(*args: Any, **given: Any) -> Any:
+        found = prepare(*args, **given)
+        own = found[0] if isinstance(found, tuple) else found
+        if own.shape != x.shape:
+            raise TiltflowError(f"the pipeline makes latents {tuple(own.shape)} and its scheduler sees {tuple(x.shape)}.")
+        return (x, *found[1:]) if isinstance(found, tuple) else x
+
+    return prepare_latents
 
 
 def _scheduler(pipe: Any, stop: Any, timesteps: Tensor | None = None, step: Any = None) -> Any:
