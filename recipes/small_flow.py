@@ -17,6 +17,7 @@ from tiltflow._version import __version__
 from tiltflow.core.interpolant import Linear
 from tiltflow.core.process import Process
 from tiltflow.nn.features import time_features
+from tiltflow.train.checkpoint import Checkpoint
 from tiltflow.train.flow_matching import Draw, FlowMatching, pretrain
 from tiltflow.train.settings import Training
 from tiltflow.train.store import load_weights, save_weights, write_text
@@ -104,12 +105,12 @@ def train_base(net: PatchFlow, draw: Draw, steps: int, file: Path, data: str) ->
         load_weights(file, net)
         return process
     file.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint, started = file.with_suffix(".checkpoint.safetensors"), time.process_time()
+    checkpoint, started = Checkpoint(file.with_suffix(".checkpoint.safetensors")), time.process_time()
     settings = Training(rounds=steps, learning_rate=1e-3, betas=(0.9, 0.99), warmup=100, ema=0.99, checkpoint_every=500)
     with tqdm(total=steps, desc="base", mininterval=5) as bar:
         pretrain(
             FlowMatching(process, draw, 128, floor=0.15), settings, torch.Generator().manual_seed(0),
-            checkpoint=checkpoint, resume=checkpoint.is_file(),
+            checkpoint=checkpoint.path, resume=checkpoint.exists(),
             callback=lambda row: bar.update(row["iteration"] + 1 - bar.n) and None,
         )  # fmt: skip
     save_weights(file, net)
@@ -119,7 +120,7 @@ def train_base(net: PatchFlow, draw: Draw, steps: int, file: Path, data: str) ->
         f"# {file.stem}\n\nA flow by tiltflow {__version__}: {size:,} weights, {steps:,} steps of 128; {minutes:.0f} "
         f"processor minutes since its start or last resume.\n\nData: {data}\n",
     )
-    checkpoint.unlink(missing_ok=True)
+    checkpoint.remove()
     return process
 
 

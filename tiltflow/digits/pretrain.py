@@ -79,6 +79,5 @@ def pretrain_digits(
         batch=batch,
         seed=seed,
     )
-    for kept in (checkpoint, Checkpoint(checkpoint).older):
-        kept.unlink(missing_ok=True)
+    Checkpoint(checkpoint).remove()
     return process

@@ -50,6 +50,11 @@ class Checkpoint:
         """Whether there is one of the two."""
         return self.path.is_file() or self.older.is_file()
 
+    def remove(self) -> None:
+        """Both are needed no more."""
+        for path in (self.path, self.older):
+            path.unlink(missing_ok=True)
+
     def starting_from(self, weights: list[Tensor]) -> Checkpoint:
         """With the hash of these weights in the identity, if there is one."""
         return replace(self, identity={**self.identity, START: str(fingerprint(*weights))}) if self.identity else self
