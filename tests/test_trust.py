@@ -328,7 +328,7 @@ def test_an_interrupted_command_says_what_is_saved_and_how_to_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("body", "code", "message"),
     [
-        ("sys.exit(0)", 2, "r() in "), ("os._exit(0)", 2, "ended the process with exit code 0 (in round "),
+        ("sys.exit(0)", 2, "r() in "), ("os._exit(7)", 2, "ended the process with exit code 7 (in round "),
         ("1 / 0", 2, "raised ZeroDivisionError: division by zero (in round "),
         ("raise KeyError('a')", 2, "line 7, raised KeyError"),
         ("raise OSError('no')", 2, "raised OSError"), ("raise MemoryError", 2, "raised MemoryError"),
