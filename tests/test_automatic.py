@@ -12,12 +12,12 @@ from scipy.stats import multivariate_normal, multivariate_t
 import tiltflow
 from tiltflow import EnergyProblem, Evaluator, TiltflowError
 from tiltflow.core.geometry import Centred
-from tiltflow.core.weights import evidence
+from tiltflow.core.weights import evidence, pareto_k
 from tiltflow.energies import ENERGY_PROBLEMS, population
 from tiltflow.energies import anchor as mixtures
 from tiltflow.energies.anchor import HEAVY, Full, Isotropic, Product, fitted
 from tiltflow.energies.annealing import anneal
-from tiltflow.energies.population import weigh
+from tiltflow.energies.population import adapt, weigh
 from tiltflow.sampling.automatic import ANNEALED, MIXTURE, sample
 from tiltflow.sampling.settings import AutomaticSettings
 
@@ -138,6 +138,19 @@ def test_named_problems_pass(name, seed):
     verdict = found.verdict(compared=1_000)
     assert verdict.status in ("pass", "warn"), verdict  # 4,000 samples in the plane do not tell T = 1 from 1.05
     assert found.stage == MIXTURE and found.log_z.ess > 0.9
+
+
+def test_a_twin_goes_where_a_mixture_of_gaussians_would_not():
+    """From N(0, 1) to a product of t with two degrees of freedom, whose tails are heavier than those of any mixture here."""
+    start = Isotropic(double([1.0]), double([[0.0, 0.0]]), double([1.0]))
+
+    def energy(x):
+        return (1.5 * torch.log1p(x**2 / 2)).sum(1)
+
+    found = adapt(energy, [start], 4_000, 4, generator())
+    assert {q.dof for q in found} >= {HEAVY}
+    alone, both = (weigh(q, energy, 20_000, generator(1)).log_weights for q in ([start], found))
+    assert pareto_k(alone) < 0.7 < pareto_k(both)  # weights of a Gaussian's draws hide a tail that none of them reaches
 
 
 def test_weights_without_the_proposal_fail(monkeypatch):

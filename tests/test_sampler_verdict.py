@@ -11,7 +11,7 @@ from arviz_stats.base import array_stats
 
 from tiltflow import EnergyProblem, Evaluator
 from tiltflow.core.geometry import Centred, Euclidean, Torus
-from tiltflow.core.weights import pareto_k
+from tiltflow.core.weights import pareto_k, truncated
 from tiltflow.energies import ENERGY_PROBLEMS, temperature
 from tiltflow.energies.annealing import anneal
 from tiltflow.energies.exchange import exchange
@@ -48,6 +48,15 @@ def test_weights_whose_mean_is_infinite_cannot_tell():
     assert judge_sampler(row).status == "pass"
     found = judge_sampler(row | {"pareto_k": pareto_k(log_w)})
     assert {line.status for line in found.lines if line.name.startswith(("log Z", "weights"))} == {"cannot tell"}
+
+
+def test_truncated_weights():
+    """One weight that carries the rest is cut to √N times the mean; weights that no one carries are left."""
+    even = 0.5 * normal(10_000)
+    assert torch.equal(truncated(even), even)
+    one = even.index_put((torch.tensor(3),), torch.tensor(20.0, dtype=torch.float64))
+    cut = truncated(one)
+    assert float(cut[3].exp() / one.exp().mean()) == pytest.approx(100) and torch.equal(cut[4:], one[4:])
 
 
 def lost(x, share):

@@ -71,6 +71,11 @@ def evidence(log_w: Tensor) -> Evidence:
     return Evidence(log_mean_exp(log_w), error, fraction, float(double(log_w).mean()))
 
 
+def truncated(log_w: Tensor) -> Tensor:
+    """Weights of at most √N times their mean: all of them, unless a few carry the rest (Ionides 2008, JCGS 17(2))."""
+    return double(log_w).clamp_max(log_mean_exp(log_w) + 0.5 * math.log(len(log_w)))
+
+
 def pareto_k(log_w: Tensor) -> float:
     r"""Shape k̂ of the generalised Pareto law that the largest weights follow: their means of order 1/k̂ are finite.
 

@@ -227,7 +227,12 @@ def fitted(train: Tensor, held: Tensor, generator: torch.Generator, most: int = 
             failed = 0 if value > last + GAIN else failed + 1
             last, components = max(last, value), 2 * components
     best = max(found, key=score)
-    return max(best, replace(best, dof=HEAVY).refitted(train, w), key=score)  # type: ignore[type-var]
+    return max(best, with_tails(best).refitted(train, w), key=score)
+
+
+def with_tails(anchor: Anchor) -> Anchor:
+    """The same with ν = 4."""
+    return replace(anchor, dof=HEAVY)  # type: ignore[type-var]
 
 
 def _log_kernel(squared: Tensor, d: int, dof: int | None) -> Tensor:

@@ -4,9 +4,10 @@ Draws x_i of q_1, …, q_R count as draws of their mixture,
 
     w_i = e^{−E(x_i)} / (1/R) Σ_r q_r(x_i),      Ẑ = mean w
 
-(the balance heuristic), so a proposal that missed something is mended by one that did not. Draws that a mixture was fitted
-to would be weighed too low by it, so the answer comes from fresh ones. Cappé et al. 2008, Statistics and Computing 18(4);
-Cornuet et al. 2012, arXiv:0907.1254 (AMIS).
+(the balance heuristic), so a proposal that missed something is mended by one that did not. Every mixture of Gaussians has a
+twin with heavy tails beside it (a defensive mixture, Hesterberg 1995), which is left out where it is worth too little. Draws
+that a mixture was fitted to would be weighed too low by it, so the answer comes from fresh ones. Cappé et al. 2008,
+Statistics and Computing 18(4); Cornuet et al. 2012, arXiv:0907.1254 (AMIS).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.weights import Evidence, evidence, systematic, tempered
-from tiltflow.energies.anchor import Anchor, fitted
+from tiltflow.energies.anchor import Anchor, fitted, with_tails
 
 GOOD, ENOUGH, TEMPERED = 0.5, 0.95, 0.3
 """ESS of a family that is kept; at which nothing is left to adapt; that weights are tempered to for a fit."""
@@ -42,7 +43,7 @@ class Weighted:
 
 def adapt(
     energy: Energies,
-    start: Anchor,
+    starts: Sequence[Anchor],
     size: int,
     rounds: int,
     generator: torch.Generator,
@@ -52,25 +53,30 @@ def adapt(
 
     Args:
         energy: E of draws.
-        start: The first mixture.
+        starts: The first mixtures; the next is fitted to the draws of all of them, by what their exact weights say.
         size: Draws of each round.
         rounds: At most; fewer if the ESS says that nothing is left to adapt.
         generator: Of every draw.
         tell: Told how many rounds are done, and what the last one's draws say.
     """
-    now: Anchor = start
     rows: list[tuple[Anchor, Weighted, float]] = []
+    fresh = list(starts)
     for r in range(rounds):
-        drawn = weigh([now], energy, size, generator)
-        found = evidence(drawn.log_weights)
-        rows.append((now, drawn, found.ess))
+        said = []
+        for now in fresh:
+            drawn = weigh([now], energy, -(-size // len(fresh)), generator)
+            said.append(evidence(drawn.log_weights))
+            rows.append((now, drawn, said[-1].ess))
+        found = max(said, key=lambda each: each.ess)
         tell(r + 1, found)
         if r + 1 == rounds or (found.ess >= ENOUGH and r > 0):
             break
-        late = rows[len(rows) // 2 :]
+        late = rows[len(rows) // 2 if r else 0 :]
         x, value = torch.cat([row[1].x for row in late]), torch.cat([row[1].energy for row in late])
         log_w = -value - log_mixture([row[0] for row in late], x)
-        now = _next(now, x, tempered(log_w, TEMPERED), r % AGAIN == 0 and found.ess < GOOD, generator)
+        w, last = tempered(log_w, TEMPERED), rows[-len(fresh) + said.index(found)][0]
+        now = _next(last, x, w, r % AGAIN == 0 and found.ess < GOOD, generator)
+        fresh = [now, *([] if now.dof else [with_tails(now).refitted(x, w, FEW)])]
     late = rows[len(rows) // 2 :]
     best = max(row[2] for row in late)
     return [row[0] for row in late if row[2] >= best / 2]

@@ -26,7 +26,7 @@ from tiltflow.core.device import companion, double
 from tiltflow.core.geometry import Euclidean
 from tiltflow.core.progress import Tell, silent
 from tiltflow.core.settings import Seed, check_value
-from tiltflow.core.weights import Evidence, evidence, pareto_k, systematic
+from tiltflow.core.weights import Evidence, ess, evidence, pareto_k, systematic, truncated
 from tiltflow.energies import EnergyProblem, Evaluator
 from tiltflow.energies.anchor import Anchor, fitted
 from tiltflow.energies.annealing import Annealed, anneal, jittered, quenched
@@ -169,7 +169,7 @@ def sample(
         proposals = work.mixtures(start, history)
         weighted = weigh(proposals, work.energies, max(s.draws, samples), work.host)
         found = LogZ.of(weighted.log_weights)
-        if found.ess is not None and found.ess >= s.least_ess:
+        if ess(truncated(weighted.log_weights)) >= s.least_ess:
             stage, log_z = MIXTURE, found
     x, groups = work.resampled(proposals, weighted, samples) if stage == MIXTURE else work.spread(start, samples)
     x = work.moved(x, start.step)
@@ -212,32 +212,34 @@ class _Work:
         self.tell("quenching", 0, 1, "")
         fallen = quenched(problem, energy, n, QUENCHED, self.generator)
         self.tell("quenching", 1, 1, "")
-        parts, x = [[fallen[0::2]], [fallen[1::2]]], start.x
+        parts, x = list[list[Tensor]]([[], []]), start.x
         for _ in range(SNAPSHOTS):
             x = jittered(energy, x, start.step, s.moves, self.generator, problem).x
             for part, rows in zip(parts, (x[:half], x[half:]), strict=True):
                 part.append(self.some(rows, max(1, n // 2)))
-        train, held = (double(torch.cat(part).flatten(1)) for part in parts)
+        begun = [[fallen[0::2]], [fallen[1::2]]]
+        halves = [[double(torch.cat(part).flatten(1)) for part in pair] for pair in (begun, parts)]
         self.tell("mixture", 0, s.rounds, "")
-        begun = time.perf_counter()
+        clock = time.perf_counter()
 
         def advance(done: int, found: Evidence) -> None:
-            nonlocal begun
-            now, begun = begun, time.perf_counter()
+            nonlocal clock
+            now, clock = clock, time.perf_counter()
             said = {"ess": found.ess, "log_z": found.log_z, "elbo": found.elbo}
-            history.append({"iteration": done - 1, **said, "seconds": begun - now})
+            history.append({"iteration": done - 1, **said, "seconds": clock - now})
             self.tell("mixture", done, s.rounds, f"ESS {found.ess:.2g}")
 
-        return adapt(self.energies, fitted(train, held, self.host), s.draws, s.rounds, self.host, advance)
+        starts = [fitted(train, held, self.host) for train, held in halves]
+        return adapt(self.energies, starts, s.draws, s.rounds, self.host, advance)
 
     def resampled(self, proposals: Sequence[Anchor], first: Weighted, n: int) -> tuple[Tensor, Tensor]:
         """n rows of weighted draws, of as many that they are worth n, or :data:`MOST` n; and which draw each is."""
         parts, log_w = [first.x], first.log_weights
-        missing = min(n / evidence(log_w).ess, MOST * n) - len(log_w)
+        missing = min(n / ess(truncated(log_w)), MOST * n) - len(log_w)
         if missing > 0:
             more = weigh(proposals, self.energies, math.ceil(missing), self.host)
             parts, log_w = [*parts, more.x], torch.cat([log_w, more.log_weights])
-        chosen = systematic(log_w, self.host, n)[torch.randperm(n, generator=self.host)]
+        chosen = systematic(truncated(log_w), self.host, n)[torch.randperm(n, generator=self.host)]
         return self.events(torch.cat(parts)[chosen]), chosen
 
     def spread(self, start: Annealed, n: int) -> tuple[Tensor, Tensor]:
