@@ -2,8 +2,8 @@
 
     python benchmarks/pipeline_classes.py > benchmarks/results/pipeline_classes.md
 
-Four numbers for those that do: the largest difference from stock latents over four steps, and from what stock shows; the lean
-adjoint from autograd, relative; an adapter on a fresh pipeline from the one that was trained. A reason for those that do not.
+Four numbers for those that do: the largest difference from stock latents over four steps, and from what stock shows; of the
+lean adjoint from autograd, relative; of an adapter on a fresh pipeline from the trained one. A reason for those that do not.
 """
 
 from __future__ import annotations
@@ -19,20 +19,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 warnings.simplefilter("ignore")
 
-import diffusers.pipelines
-import flow_checks as checks
-import tiny_flows as flows
+import diffusers.pipelines  # noqa: E402
+import flow_checks as checks  # noqa: E402
+import tiny_flows as flows  # noqa: E402
 
 FLOW = "FlowMatchEulerDiscreteScheduler"
-INPAINT = "blends an image into its latents at every step, after the scheduler"
 TOKENS = "steps some of its tokens or frames only"
-PIL = "its call takes PIL images only, and rows are tensors"
 REASONS = {
-    "LTXCondition": TOKENS, "LTXImageToVideo": TOKENS, "LTXI2VLong": TOKENS, "Inpaint": INPAINT, "ChromaInpaint": INPAINT,
-    "QwenImageEdit": PIL, "QwenImageLayered": PIL, "Kandinsky5": "its prompt_cu_seqlens run over the batch, so no row is one's",
-    "Cosmos": "needs torchvision, or scales latents by sigma_max", "WanVACE": "one video at a time",
-    "LTX2": "steps video and audio latents side by side", "Kandinsky6": "steps video and audio latents side by side",
-}
+    "LTXCondition": TOKENS, "LTXImageToVideo": TOKENS, "FluxInpaintPipeline": "mixes an image into the latents it is given",
+    "QwenImageEdit": "its call takes PIL images only, and rows are tensors", "WanVACE": "one video at a time",
+    "Kandinsky5": "its prompt_cu_seqlens run over the batch", "Cosmos2TextToImage": "needs torchvision",
+    "LongCatImagePipeline": "its call wants texts beside their embeddings",
+}  # fmt: skip
 """Of classes whose name holds the key; the last that fits."""
 
 

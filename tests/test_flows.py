@@ -12,6 +12,7 @@ import tiny_flows as flows
 import tiltflow as tf
 from tiltflow.pipelines.adapters import remove_adapter
 from tiltflow.pipelines.families import family_of
+from tiltflow.pipelines.outcome import strips
 from tiltflow.pipelines.recorded import Recorded
 from tiltflow.pipelines.settings import PipelineSettings
 
@@ -92,6 +93,12 @@ def test_calls_that_are_refused(call, message):
     given |= {"negative_pooled_prompt_embeds": rows(1)["pooled_prompt_embeds"]}
     with pytest.raises(tf.TiltflowError, match=message):
         family_of(pipe, flows.SMALL | call).bound(pipe, given)
+
+
+def test_a_video_is_shown_by_frames_side_by_side():
+    x = torch.arange(2 * 5).reshape(2, 5, 1, 1, 1).expand(2, 5, 3, 2, 4).float()
+    shown = strips(x)
+    assert shown.shape == (2, 3, 2, 16) and shown[1, 0, 0, ::4].tolist() == [5, 6, 7, 9]
 
 
 def test_steps_of_each_tokens_own_are_refused():

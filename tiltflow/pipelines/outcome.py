@@ -20,8 +20,8 @@ from tiltflow.train.store import write_bytes
 from tiltflow.verdict.line import Score, Verdict
 from tiltflow.verdict.paired import Judged
 
-GRID, HEARD = 32, 4
-"""Samples that are shown; those of audio that are written as files."""
+GRID, HEARD, FRAMES = 32, 4, 4
+"""Samples that are shown; those of audio that are written as files; frames of a video that are shown."""
 
 
 class Tilted(Protocol):
@@ -63,7 +63,7 @@ def notes_on(model: Tilted) -> list[str]:
     notes = ["Samples before and after have the same prompts" + (" and noise, row by row." if model.row.trained else ".")]
     if model.row.bias:
         notes.append(f"The method {model.row.name!r} does not reach p_base·exp(λr): it {model.row.bias}.")
-    if len(model.chain.event_shape) == 2 or hasattr(model.pipe, "vocoder"):
+    if sounds_of(model.pipe) is not None:
         notes.append(f"Audio is shown as spectrograms, low frequencies below, {DECIBELS} decibels deep.")
     return notes
 
@@ -78,6 +78,8 @@ def blocks(
     if made["after"].ndim == 3:
         sounds = {name.capitalize(): write_sounds(folder, name, x, model.pipe) for name, x in made.items()}
         made = {name: spectrograms(x) for name, x in made.items()}
+    if made["after"].ndim == 5:
+        made = {name: strips(x) for name, x in made.items()}
     shown = gallery(
         {name.capitalize(): x for name, x in made.items()},
         value_range=(0.0, 1.0),
@@ -89,10 +91,21 @@ def blocks(
     return [shown, scores_table(table)], training_blocks(model.history, TILTING, levels, model.chain.t.tolist())
 
 
+def strips(x: Tensor) -> Tensor:
+    """Some frames of videos (B, frames, 3, H, W) side by side, (B, 3, H, frames W)."""
+    some = torch.linspace(0, x.shape[1] - 1, min(FRAMES, x.shape[1])).long()
+    return x[:, some].permute(0, 2, 3, 1, 4).flatten(3)
+
+
+def sounds_of(pipe: Any) -> Any:
+    """The part that makes sounds, None if there is none."""
+    parts = (getattr(pipe, name, None) for name in ("vocoder", "vae"))
+    return next((part for part in parts if hasattr(getattr(part, "config", None), "sampling_rate")), None)
+
+
 def write_sounds(folder: Path, name: str, made: Tensor, pipe: Any) -> list[bytes]:
     """The first of what the pipeline made, as WAV files, here and in the folder."""
-    part = pipe.vocoder if hasattr(pipe, "vocoder") else pipe.vae
-    files = [wav(sound, int(part.config.sampling_rate)) for sound in made[:HEARD]]
+    files = [wav(sound, int(sounds_of(pipe).config.sampling_rate)) for sound in made[:HEARD]]
     for i, file in enumerate(files):
         write_bytes(folder / f"{name}-{i}.wav", file)
     return files
