@@ -14,7 +14,7 @@ from tiltflow.molecules.read import Reject
 from tiltflow.molecules.sdf import write_sdf
 from tiltflow.train.store import write_text
 
-COLUMNS = ("name", "smiles", "conformer", "energy", "energy_unit", "weight", "cluster", "temperature")
+COLUMNS = ("name", "smiles", "conformer", "energy", "energy_unit", "weight", "cluster", "population", "temperature")
 Clustered = tuple[Ensemble, Clusters]
 
 
