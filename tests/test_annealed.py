@@ -39,7 +39,7 @@ def populations(ensemble, atoms):
 )  # fmt: skip
 def test_populations_are_those_of_a_long_chain_in_all_coordinates(name, walkers):
     row = next(r for r in json.loads(REFERENCE.read_text())["rows"] if r["molecule"] == name)
-    made = tf.conformers(row["smiles"], n=walkers, temperature=row["kelvin"], seed=1)
+    made = tf.conformers(row["smiles"], n=walkers, temperature=row["kelvin"], seed=2)
     assert made.reliable and made.provenance["coordinates"] == "all" and len(made) > 0.99 * walkers
     found = populations(made, DIHEDRALS.get(name, [[0, 1, 2, 3]]))
     for (p, error), (exact, its) in zip(found, row["populations"].values()):
