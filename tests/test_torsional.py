@@ -195,12 +195,12 @@ def test_generate_weights_at_another_temperature():
 
 def test_a_rigid_molecule_and_ring_templates():
     """Benzene has one state; methylcyclohexane's chairs are templates with the weights of their energies."""
-    benzene = generate(molecule("c1ccccc1"), ConformerSettings(n=3), seed=0)
+    benzene = generate(molecule("c1ccccc1"), ConformerSettings(n=3, coordinates="torsions"), seed=0)
     assert len(benzene) == 1 and benzene.ess == pytest.approx(1)
     ring = molecule("CC1CCCCC1")
     chairs = templates(ring, rotatable_torsions(ring), 4, 0)
     assert len(chairs.positions) >= 2 and float(chairs.share.sum()) == pytest.approx(1)
-    made = generate(molecule("CC1CCCCC1"), ConformerSettings(n=4), seed=0)
+    made = generate(molecule("CC1CCCCC1"), ConformerSettings(n=4, coordinates="torsions"), seed=0)
     low = made.energy < made.energy.min() + 0.1
     assert float(made.weights[low].sum()) > 0.8
 
@@ -278,5 +278,5 @@ def test_amides_turn_when_asked():
     exact = torch.softmax(-e * kt_per("kcal/mol", kelvin), 0)
     near = [float((w * (x.abs() < math.pi / 2)).sum()) for w, x in ((made.weights, angles), (exact, line[:, 0]))]
     assert near[0] == pytest.approx(near[1], abs=0.05) and 0.1 < near[1] < 0.9
-    still = generate(mol, ConformerSettings(temperature=kelvin, n=4), seed=0)
+    still = generate(mol, ConformerSettings(temperature=kelvin, n=4, coordinates="torsions"), seed=0)
     assert (dihedrals(still.positions, torsions.atoms).abs() < math.pi / 2).all()

@@ -13,6 +13,7 @@ from tiltflow.cli.options import given, options, run_options
 from tiltflow.molecules.settings import (
     AMORTISED,
     AmortisedSettings,
+    AnnealedSettings,
     ConformersConfig,
     ConformerSettings,
     ConformerTrainingConfig,
@@ -23,14 +24,16 @@ from tiltflow.molecules.settings import (
 if TYPE_CHECKING:
     from tiltflow.molecules.job import ConformerTrainingJob
 
-COLUMNS = ["name", "conformers", "rejected", "ess", "reliable", "clusters", "energy_min", "energy_max", "energy_unit"]
-NESTED = ("input", "settings", "sampler")
+COLUMNS = [
+    "name", "conformers", "rejected", "ess", "reliable", "unsampled", "clusters", "energy_min", "energy_max", "energy_unit",
+]  # fmt: skip
+NESTED = ("input", "settings", "sampler", "annealed")
 """Fields that are no options: the argument, and settings with options of their own."""
 
 
 @click.command("conformers")
 @click.argument("source", metavar="INPUT")
-@options(ConformersConfig, ConformerSettings, TorsionalSettings, leave=NESTED)
+@options(ConformersConfig, ConformerSettings, AnnealedSettings, TorsionalSettings, leave=NESTED)
 @run_options
 def conformers_command(
     source: str, out: Path, resume: bool, overwrite: bool, log: str | None, as_json: bool, **values: Any
@@ -42,7 +45,8 @@ def conformers_command(
     report.html.
     """
     sampler = TorsionalSettings(**given(values, TorsionalSettings))
-    each = ConformerSettings(**given(values, ConformerSettings), sampler=sampler)
+    annealed = AnnealedSettings(**given(values, AnnealedSettings))
+    each = ConformerSettings(**given(values, ConformerSettings), sampler=sampler, annealed=annealed)
     fields = {"input": source, **given(values, ConformersConfig), "settings": each}
     ConformersConfig(**fields)
     require_rdkit()

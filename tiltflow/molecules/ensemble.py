@@ -6,9 +6,10 @@ its normalised path weight, w_i / Σ w. It is never multiplied by e^{−E/kT}: t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from tiltflow.verdict.line import Verdict
 
 if TYPE_CHECKING:  # RDKit is imported where it is used
     from tiltflow.molecules.clusters import Clusters
+    from tiltflow.molecules.energies.interface import Unit
     from tiltflow.molecules.molecule import Molecule
 
 UNKNOWN, NO_WEIGHT = "cannot tell", "none"
@@ -42,6 +44,8 @@ class Ensemble:
         temperature: in K, of the target. sampling_temperature: in K, at which the sampler was trained.
         provenance: what made it: energy, seed, versions; written beside every conformer.
         discarded: samples with a fault that were left out; they count as samples without weight in the ESS.
+        group: (n,), of independent groups of walkers, whose spread is a population's error; None: samples are independent.
+        unsampled: names of labels (bonds, rings, nitrogens) whose states the sampler did not cross between.
 
     Raises:
         TiltflowError: shapes that do not fit, temperatures that are not positive, log weights that are NaN, +∞ or all −∞.
@@ -56,6 +60,8 @@ class Ensemble:
     sampling_temperature: float
     provenance: dict[str, str]
     discarded: int = 0
+    group: Tensor | None = None
+    unsampled: str = ""
 
     def __post_init__(self) -> None:
         n, atoms = len(self.positions), self.molecule.mol.GetNumAtoms()
@@ -94,8 +100,8 @@ class Ensemble:
 
     @property
     def reliable(self) -> bool:
-        """The weights mean something: ESS ≥ 0.05. Below that, "cannot tell" stands in place of every weight."""
-        return self.ess >= RELIABLE
+        """The weights mean something: ESS ≥ 0.05, no label unsampled. Else "cannot tell" stands in place of every weight."""
+        return self.ess >= RELIABLE and not self.unsampled
 
     def keep(self, rows: Tensor) -> Self:
         """The samples of a mask (n,); their weights sum to 1 again. Raises TiltflowError if none of them has a weight."""
@@ -105,6 +111,7 @@ class Ensemble:
             energy=self.energy[rows],
             log_weights=None if self.log_weights is None else self.log_weights[rows],
             discarded=self.discarded + int((~rows).sum()),
+            group=None if self.group is None else self.group[rows],
         )
 
     def verdict(self) -> Verdict:
@@ -124,6 +131,8 @@ class Ensemble:
             "rejected": self.discarded,
             "ess": self.ess if weighted else None,
             "reliable": self.reliable if weighted else None,
+            "coordinates": self.provenance.get("coordinates"),
+            "unsampled": self.unsampled,
             "energy_min": float(self.energy.min()) if some else None,
             "energy_max": float(self.energy.max()) if some else None,
             "energy_unit": self.unit,
@@ -135,16 +144,26 @@ class Ensemble:
         from tiltflow.molecules.clusters import clusters
 
         weights = self.weights if self.reliable else None
-        return clusters(self.molecule, self.positions, self.energy, weights, threshold)
+        return clusters(self.molecule, self.positions, self.energy, weights, threshold, self.group)
+
+    def free_energies(self, clusters: Clusters) -> list[tuple[float, float]] | None:
+        """−kT ln p of each cluster above the first, in ``unit``, and its standard error; None if they cannot be told."""
+        if clusters.populations is None or clusters.errors is None:
+            return None
+        from tiltflow.molecules.energies import kt_per
+
+        kt = 1 / kt_per(cast("Unit", self.unit), self.temperature)
+        shares = zip(clusters.populations, clusters.errors)
+        return [(kt * math.log(clusters.populations[0] / p), kt * e / p) if p else (math.inf, math.inf) for p, e in shares]
 
     def records(self, clusters: Clusters) -> list[dict[str, str]]:
         """One row of texts per conformer, as conformers.csv holds them.
 
         name, smiles, conformer (from 1), energy, relative_energy (above the lowest) and energy_unit, weight at the
         temperature (those of a molecule sum to 1; "cannot tell" if they are unreliable, "none" if there are none), cluster
-        (from 1, the most populated first).
+        (from 1, the most populated first) and its population, with the standard error.
         """
-        lowest = float(self.energy.min()) if len(self) else 0.0
+        shares, lowest = self.population_texts(clusters), float(self.energy.min()) if len(self) else 0.0
         numbers = zip(self.energy.double().tolist(), self._weight_texts(), clusters.labels.tolist())
         return [
             {
@@ -156,6 +175,7 @@ class Ensemble:
                 "energy_unit": self.unit,
                 "weight": weight,
                 "cluster": str(cluster + 1),
+                "population": shares[cluster],
                 "temperature": NO_WEIGHT if self.log_weights is None else f"{self.temperature:g} K",
             }
             for i, (energy, weight, cluster) in enumerate(numbers, 1)
@@ -168,6 +188,12 @@ class Ensemble:
         """
         rows = [{**self.provenance, **row} for row in self.records(clusters)]
         return [{(f"input {k}" if k in row else k): v for k, v in self.molecule.fields.items()} | row for row in rows]
+
+    def population_texts(self, clusters: Clusters) -> list[str]:
+        """Of each cluster its population ± its standard error."""
+        if clusters.populations is None or clusters.errors is None:
+            return [NO_WEIGHT if self.log_weights is None else UNKNOWN] * len(clusters.sizes)
+        return [f"{p:.4f} ± {e:.4f}" for p, e in zip(clusters.populations, clusters.errors)]
 
     def _weight_texts(self) -> list[str]:
         if self.log_weights is None:

@@ -1,9 +1,8 @@
-"""Conformers of one molecule: templates from RDKit, torsions from a sampler trained on the energy, exact path weights.
+"""Conformers of one molecule with weights: annealed in all coordinates; or templates from RDKit, torsions from a sampler.
 
     from tiltflow.molecules.generate import generate
     from tiltflow.molecules.molecule import molecule
-    from tiltflow.molecules.rmsd import distinct
-from tiltflow.molecules.settings import MOST, ConformerSettings
+    from tiltflow.molecules.settings import ConformerSettings
     ensemble = generate(molecule("CC(=O)Oc1ccccc1C(=O)O"), ConformerSettings(), seed=0)
     ensemble.positions, ensemble.energy, ensemble.weights      # (n, N, 3) Å, (n,) kcal/mol, (n,)
 """
@@ -22,15 +21,19 @@ from torch import Tensor
 from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
 from tiltflow.molecules.amortised import load_amortised
+from tiltflow.molecules.annealed import anneal
 from tiltflow.molecules.energies import MolecularEnergy, kt_per, open_energy
 from tiltflow.molecules.ensemble import Ensemble
+from tiltflow.molecules.labels import puckers, unsampled
 from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.rmsd import distinct
 from tiltflow.molecules.settings import MOST, ConformerSettings
-from tiltflow.molecules.templates import templates
+from tiltflow.molecules.templates import embed, templates
 from tiltflow.molecules.torsional import train_torsional
 from tiltflow.molecules.torsions import place, rotatable_torsions
 
+ALL, EMBEDDED = "all", 64
+"""Most embeddings that walkers start from."""
 COORDINATES = "torsions about rotatable bonds at fixed bond lengths, angles and rings"
 
 
@@ -61,7 +64,7 @@ def generate(
     progress: Callable[[int, int, str], None] = lambda done, total, said: None,
     device: str = "cpu",
 ) -> Ensemble:
-    """n conformers with their log path weights at the settings' temperature, of each template as its share among embeddings.
+    """n conformers with their log weights at the settings' temperature; of torsions, of each template as its share.
 
     Raises:
         UnsupportedMolecule: the energy does not take it. TiltflowError: no geometry, missing package, divergence.
@@ -70,6 +73,8 @@ def generate(
     if settings.rescore is not None:
         judge = open_energy(settings.rescore, molecule)
         return rescored(generate(molecule, replace(settings, rescore=None), seed, progress, device), energy, judge)
+    if settings.all_coordinates:
+        return annealed_ensemble(molecule, energy, settings, seed, progress, device)
     model = None if settings.model is None else load_amortised(Path(settings.model), device)
     hot = settings.training_kelvin if model is None else model.settings.kelvin
     torsions = rotatable_torsions(molecule, settings.conjugated if model is None else model.settings.conjugated)
@@ -97,6 +102,31 @@ def generate(
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     said = {"coordinates": COORDINATES, "templates": str(len(rigid)), "energy_evaluations": str(trained.energy_calls)}
     return Ensemble(molecule, x[rows], value[rows], energy.unit, log_w[rows], settings.kelvin, hot, said)
+
+
+def annealed_ensemble(
+    molecule: Molecule, energy: MolecularEnergy, settings: ConformerSettings, seed: int,
+    progress: Callable[[int, int, str], None], device: str,
+) -> Ensemble:  # fmt: skip
+    """n walkers of :func:`~tiltflow.molecules.annealed.anneal`, as many of each group as of the others, or nearly."""
+    s, torsions = settings.annealed, rotatable_torsions(molecule, conjugated=True)
+    size = -(-max(settings.n, s.walkers) // s.groups)
+    embedded = embed(molecule, min(size, EMBEDDED), seed)
+    starts = embedded[torch.arange(size) % len(embedded)].repeat(s.groups, 1, 1)
+
+    def report(kelvin: float) -> None:
+        progress(0, 1, f"{kelvin:.0f} K")
+
+    generator, rings = torch.Generator(device).manual_seed(seed), bool(puckers(molecule.mol))
+    made = anneal(energy, torsions, rings, starts, settings.kelvin, s, generator, report)
+    order = torch.rand(size, s.groups, generator=torch.Generator().manual_seed(seed)).argsort(0).T
+    rows = (order + size * torch.arange(s.groups)[:, None]).T.flatten()[: settings.n]
+    x, value, log_w, group = (t.cpu()[rows] for t in made[:4])
+    said = {"coordinates": ALL, "temperatures": str(made.temperatures), "energy_evaluations": str(made.energy_calls)}
+    names = "; ".join(unsampled(molecule, torsions, made.hot.cpu()))
+    return Ensemble(
+        molecule, x, value, energy.unit, log_w, settings.kelvin, settings.kelvin, said, group=group, unsampled=names
+    )
 
 
 def allot(n: int, share: Tensor) -> list[int]:

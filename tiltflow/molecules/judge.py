@@ -2,6 +2,7 @@
 
     path weights ESS    of all samples drawn, the worst molecule's: ≥ .3 good, < .05 cannot tell
     left out            share of conformers with a fault, the worst molecule's: ≤ .01 good
+    labels              bonds, rings and nitrogens whose states were not crossed between: none, or cannot tell
 
 What is left out has no weight, and counts in the ESS. A good ESS is necessary, not sufficient: path weights come from the
 sampler's own paths, and do not miss shapes that it never visits.
@@ -25,12 +26,12 @@ def judge_conformers(rows: Sequence[Mapping[str, Any]]) -> Verdict | None:
     """The verdict on molecules, one row each; None where no conformer has a weight, as of those chosen to cover.
 
     Args:
-        rows: "name", "conformers" (kept), "rejected" (left out), "ess" (None: no weights).
+        rows: "name", "conformers" (kept), "rejected" (left out), "ess" (None: no weights), "unsampled" labels.
     """
     weighted = [row for row in rows if row["ess"] is not None]
     if not weighted:
         return None
-    lines = [_ess(weighted), _left_out(weighted)]
+    lines = [_ess(weighted), _left_out(weighted), *_labels(weighted)]
     return Verdict(overall(lines), lines)
 
 
@@ -45,6 +46,16 @@ def _ess(rows: Sequence[Mapping[str, Any]]) -> Line:
         text = f"the least of {len(rows)} molecules, that of {worst['name']}: {text}"
         text += f". Weights cannot be told of {len(below)}: {named}" if below else ""
     return Line("path weights ESS", value, None, None, f"≥ {GOOD_ESS:g} good, < {RELIABLE:g} unusable", status, text)
+
+
+def _labels(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """A line only where something was not sampled."""
+    stuck = [row for row in rows if row.get("unsampled")]
+    if not stuck:
+        return []
+    text = "; ".join(f"{row['name']}: {row['unsampled']}" for row in stuck[:NAMED])
+    text = f"populations depend on states that the walkers did not cross between, of {text}"
+    return [Line("molecules with labels not sampled", len(stuck), None, None, "none", "cannot tell", text)]
 
 
 def _left_out(rows: Sequence[Mapping[str, Any]]) -> Line:

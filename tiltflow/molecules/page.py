@@ -88,11 +88,12 @@ def _viewer(shapes: Sequence[Mapping[str, str]]) -> list[Block]:
 def _section(e: Ensemble, c: Clusters, alone: bool) -> list[Block]:
     """Plots of one molecule, and its clusters."""
     lowest = float(e.energy.min())
-    populations = ["cannot tell"] * len(c.sizes) if c.populations is None else c.populations
+    populations, free = e.population_texts(c), e.free_energies(c)
     rows = [
-        (k, c.sizes[k - 1], populations[k - 1], c.lowest[k - 1] + 1, float(e.energy[c.lowest[k - 1]]) - lowest)
+        (k, c.sizes[k - 1], populations[k - 1], None if free is None else f"{free[k - 1][0]:.2f} ± {free[k - 1][1]:.2f}",
+         c.lowest[k - 1] + 1, float(e.energy[c.lowest[k - 1]]) - lowest)
         for k in range(1, len(c.sizes) + 1)
-    ]
+    ]  # fmt: skip
     weights = e.weights.numpy() if e.reliable else None
     untold = "there are none" if e.log_weights is None else "they cannot be told"
     counted = "Counted by path weight." if e.reliable else f"Counted without weights: {untold}."
@@ -104,8 +105,14 @@ def _section(e: Ensemble, c: Clusters, alone: bool) -> list[Block]:
         figures.append(Figure("Torsions", shown + counted, _torsions(e, bonds[:TORSIONS], weights)))
     figures += weight_figures(None if e.log_weights is None else e.weights, "conformers")
     weighted = "no weights" if e.log_weights is None else f"weights: {_weights(e)}"
-    said = " · ".join([e.molecule.smiles, f"{e.temperature:g} K", weighted, *filter(None, [e.provenance.get("notes")])])
-    columns = ("cluster", "conformers", "population", "lowest conformer", f"its energy above the lowest ({e.unit})")
+    sampled = f"coordinates: {e.provenance.get('coordinates', 'not stated')}"
+    stuck = f" · not sampled: {e.unsampled}" if e.unsampled else ""
+    notes = filter(None, [e.provenance.get("notes")])
+    said = " · ".join([e.molecule.smiles, f"{e.temperature:g} K", weighted, sampled + stuck, *notes])
+    columns = (
+        "cluster", "conformers", "population", f"free energy above the first ({e.unit})",
+        "lowest conformer", f"its energy above the lowest ({e.unit})",
+    )  # fmt: skip
     return [Figures(e.molecule.name, figures, said), Table("Clusters", columns, rows, folded=not alone)]
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import re
 from dataclasses import replace
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from tiltflow.core.errors import TiltflowError
 from tiltflow.core.settings import Count, Positive, Range, Steps, Whole, settings
@@ -161,12 +161,46 @@ class CartesianSettings(MoleculeTraining):
 
 
 @settings
+class AnnealedSettings:
+    """How to sample all coordinates.
+
+    Args:
+        walkers: At least so many, in groups that are independent.
+        groups: Their number; the spread of what they say is the error.
+        hot: Temperature at which walkers begin, in kelvin; none: 1,200 K, and 2,500 K if there are rings that pucker.
+        hot_moves: Moves at the hot temperature; none: 15, and 60 if there are such rings.
+        kept: Share of effective walkers at each lower temperature.
+        moves: Moves at each lower temperature.
+        last_moves: Moves at the last.
+        leaps: Steps of a Hamiltonian trajectory; each move has one.
+        turns: Turns about bonds in each move.
+    """
+
+    walkers: Count = 256
+    groups: Annotated[int, Range(2, 2**53)] = 8
+    hot: Positive | None = None
+    hot_moves: Count | None = None
+    kept: Annotated[float, Range(0, 1 - 1e-9, above=True)] = 0.5
+    moves: Count = 2
+    last_moves: Count = 5
+    leaps: Count = 12
+    turns: Whole = 3
+
+    def of(self, rings: bool) -> tuple[float, int]:
+        """The hot temperature and the moves at it, of a molecule with rings that pucker, or without."""
+        kelvin, moves = (2_500.0, 60) if rings else (1_200.0, 15)
+        return kelvin if self.hot is None else self.hot, moves if self.hot_moves is None else self.hot_moves
+
+
+@settings
 class ConformerSettings:
     """How to make an ensemble.
 
     Args:
         energy: Energy by name (tiltflow list energies), or module:function.
         temperature: Of the ensemble, in kelvin, e.g. 300K.
+        coordinates: all, sampled by annealing walkers; or torsions, at fixed bond lengths, angles and rings, by a trained
+            sampler. None: all of mmff94, unless a setting of the torsions is given; torsions of energies that cost more.
         sampling_temperature: Of training, in kelvin; none: that of the ensemble. A hotter one finds more conformers.
         conjugated: Turn amides, esters and acids too, which hardly turn at room temperature.
         n: Conformers per molecule.
@@ -174,10 +208,12 @@ class ConformerSettings:
         rescore: Another energy to weight the samples for, e.g. gfn2; its energies are reported.
         model: Draw from this model of train-conformers; train nothing.
         sampler: Of the torsions; with a model only its draw_steps count.
+        annealed: Of all coordinates.
     """
 
     energy: str = "mmff94"
     temperature: Kelvin = 300.0
+    coordinates: Literal["all", "torsions"] | None = None
     sampling_temperature: Kelvin | None = None
     conjugated: bool = False
     n: Count = 100
@@ -185,6 +221,7 @@ class ConformerSettings:
     rescore: str | None = None
     model: str | None = None
     sampler: TorsionalSettings = TorsionalSettings()
+    annealed: AnnealedSettings = AnnealedSettings()
 
     def validate(self) -> None:
         """Known energies, temperatures in K, and nothing that a model brings."""
@@ -194,6 +231,22 @@ class ConformerSettings:
             _require_energy(self.rescore)
         if self.model is not None and (self.sampling_temperature is not None or self.conjugated):
             raise TiltflowError("a model brings its own: leave out sampling_temperature and conjugated.")
+        if self.coordinates == "all" and self._of_torsions():
+            raise TiltflowError(f"all coordinates are not sampled by torsions: leave out {', '.join(self._of_torsions())}.")
+        if not self.all_coordinates and self.annealed != AnnealedSettings():
+            raise TiltflowError("walkers are annealed in all coordinates only: set coordinates to all, or leave them out.")
+
+    def _of_torsions(self) -> list[str]:
+        """Settings that were given and that only torsions have."""
+        names = ("sampling_temperature", "conjugated", "templates", "model", "sampler")
+        return [name for name in names if getattr(self, name) != self.__dataclass_fields__[name].default]
+
+    @property
+    def all_coordinates(self) -> bool:
+        """Not only the torsions are sampled."""
+        if self.coordinates is None:
+            return self.energy == "mmff94" and self.rescore is None and not self._of_torsions()
+        return self.coordinates == "all"
 
     @property
     def kelvin(self) -> float:

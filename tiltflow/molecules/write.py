@@ -15,7 +15,8 @@ from tiltflow.molecules.sdf import write_sdf
 from tiltflow.train.store import write_text
 
 COLUMNS = (
-    "name", "smiles", "conformer", "energy", "relative_energy", "energy_unit", "weight", "cluster", "temperature",
+    "name", "smiles", "conformer", "energy", "relative_energy", "energy_unit", "weight", "cluster", "population",
+    "temperature",
 )  # fmt: skip
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 Clustered = tuple[Ensemble, Clusters]
