@@ -46,9 +46,9 @@ def open_run(folder: Path | str, trust: bool = False) -> Any:
 
 
 def _lacking(config: dict[str, Any], whole: dict[str, Any], where: str = "") -> Iterator[str]:
-    """Fields of a whole config that a config has not; who did the work is in none."""
+    """Fields of a whole config that a config has not; who did the work, and how long it might take, is in none."""
     for key, value in whole.items():
-        if key not in config and key != "ray":
+        if key not in config and key not in ("ray", "time_limit"):
             yield f"{where}{key}"
         elif isinstance(value, dict) and isinstance(config[key], dict):
             yield from _lacking(config[key], value, f"{where}{key}.")
