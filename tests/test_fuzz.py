@@ -21,7 +21,7 @@ from tiltflow.train.store import load_state, save_state
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
 
-COUNT = int(os.environ.get("TILTFLOW_FUZZ", "25"))
+COUNT = int(os.environ.get("TILTFLOW_FUZZ", "10"))
 SETTINGS = hypothesis.settings(
     max_examples=COUNT, derandomize=True, deadline=10_000, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
