@@ -85,6 +85,13 @@ def test_a_ring_that_was_not_sampled_is_named():
     assert {row["population"] for row in made.records(made.clusters())} == {"cannot tell"}
 
 
+def test_groups_that_differ_are_no_error():
+    """One move at each temperature is too little for aspirin's 300 K."""
+    poor = AnnealedSettings(hot_moves=2, kept=0.1, moves=1, last_moves=1, walkers=16, leaps=3)
+    made = tf.conformers("CC(=O)Oc1ccccc1C(=O)O", n=16, annealed=poor)
+    assert "of 8 groups" in made.unsampled and not made.reliable
+
+
 @pytest.mark.parametrize(
     ("smiles", "said"), [("CCCC", "bond C2–C3"), ("CCN(C)C(C)C", "nitrogen N3"), ("CCC(=O)N(C)CC", "bond N5–C3")]
 )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tiltflow.core.device import double
 from tiltflow.core.errors import TiltflowError
+from tiltflow.core.weights import ess
 from tiltflow.molecules.amortised import load_amortised
 from tiltflow.molecules.annealed import anneal
 from tiltflow.molecules.energies import MolecularEnergy, kt_per, open_energy
@@ -123,10 +124,13 @@ def annealed_ensemble(
     rows = (order + size * torch.arange(s.groups)[:, None]).T.flatten()[: settings.n]
     x, value, log_w, group = (t.cpu()[rows] for t in made[:4])
     said = {"coordinates": ALL, "temperatures": str(made.temperatures), "energy_evaluations": str(made.energy_calls)}
-    names = "; ".join(unsampled(molecule, torsions, made.hot.cpu()))
+    names, effective = unsampled(molecule, torsions, made.hot.cpu()), s.groups * ess(made.log_weights)
+    if effective < s.groups / 2:
+        names.append(f"Z, whose weight lies on {effective:.1f} of {s.groups} groups")
     return Ensemble(
-        molecule, x, value, energy.unit, log_w, settings.kelvin, settings.kelvin, said, group=group, unsampled=names
-    )
+        molecule, x, value, energy.unit, log_w, settings.kelvin, settings.kelvin, said,
+        group=group, unsampled="; ".join(names),
+    )  # fmt: skip
 
 
 def allot(n: int, share: Tensor) -> list[int]:

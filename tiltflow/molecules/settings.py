@@ -167,8 +167,8 @@ class AnnealedSettings:
     Args:
         walkers: At least so many, in groups that are independent.
         groups: Their number; the spread of what they say is the error.
-        hot: Temperature at which walkers begin, in kelvin; none: 1,200 K, and 2,500 K if there are rings that pucker.
-        hot_moves: Moves at the hot temperature; none: 15, and 60 if there are such rings.
+        hot: Temperature at which walkers begin, in kelvin; none: 1,500 K, and 2,500 K if there are rings that pucker.
+        hot_moves: Moves at the hot temperature; none: 20, and 60 if there are such rings.
         kept: Share of effective walkers at each lower temperature.
         moves: Moves at each lower temperature.
         last_moves: Moves at the last.
@@ -180,15 +180,15 @@ class AnnealedSettings:
     groups: Annotated[int, Range(2, 2**53)] = 8
     hot: Positive | None = None
     hot_moves: Count | None = None
-    kept: Annotated[float, Range(0, 1 - 1e-9, above=True)] = 0.5
-    moves: Count = 2
-    last_moves: Count = 5
+    kept: Annotated[float, Range(0, 1 - 1e-9, above=True)] = 0.7
+    moves: Count = 3
+    last_moves: Count = 8
     leaps: Count = 12
     turns: Whole = 3
 
     def of(self, rings: bool) -> tuple[float, int]:
         """The hot temperature and the moves at it, of a molecule with rings that pucker, or without."""
-        kelvin, moves = (2_500.0, 60) if rings else (1_200.0, 15)
+        kelvin, moves = (2_500.0, 60) if rings else (1_500.0, 20)
         return kelvin if self.hot is None else self.hot, moves if self.hot_moves is None else self.hot_moves
 
 
