@@ -41,6 +41,7 @@ class Ensemble:
         temperature: in K, of the target. sampling_temperature: in K, at which the sampler was trained.
         provenance: what made it: energy, seed, versions; written beside every conformer.
         discarded: samples with a fault that were left out; they count as samples without weight in the ESS.
+        unsampled: names of labels (bonds, rings, nitrogens) whose states the sampler did not cross between.
 
     Raises:
         TiltflowError: shapes that do not fit, temperatures that are not positive, log weights that are NaN, +∞ or all −∞.
@@ -55,6 +56,7 @@ class Ensemble:
     sampling_temperature: float
     provenance: dict[str, str]
     discarded: int = 0
+    unsampled: str = ""
 
     def __post_init__(self) -> None:
         n, atoms = len(self.positions), self.molecule.mol.GetNumAtoms()
@@ -93,8 +95,8 @@ class Ensemble:
 
     @property
     def reliable(self) -> bool:
-        """The weights mean something: ESS ≥ 0.05. Below that, "cannot tell" stands in place of every weight."""
-        return self.ess >= RELIABLE
+        """The weights mean something: ESS ≥ 0.05, no label unsampled. Else "cannot tell" stands in place of every weight."""
+        return self.ess >= RELIABLE and not self.unsampled
 
     def keep(self, rows: Tensor) -> Self:
         """The samples of a mask (n,); their weights sum to 1 again. Raises TiltflowError if none of them has a weight."""
@@ -126,6 +128,7 @@ class Ensemble:
             "energy_min": float(self.energy.min()) if some else None,
             "energy_max": float(self.energy.max()) if some else None,
             "energy_unit": self.unit,
+            "unsampled": self.unsampled,
             "notes": self.provenance.get("notes"),
         }
 
@@ -165,7 +168,8 @@ class Ensemble:
 
         A field of the input with a name of ours is called "input NAME".
         """
-        rows = [{**self.provenance, **row} for row in self.records(clusters)]
+        stuck = {"unsampled": self.unsampled} if self.unsampled else {}
+        rows = [{**self.provenance, **stuck, **row} for row in self.records(clusters)]
         return [{(f"input {k}" if k in row else k): v for k, v in self.molecule.fields.items()} | row for row in rows]
 
     def _weight_texts(self) -> list[str]:

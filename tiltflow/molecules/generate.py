@@ -27,10 +27,12 @@ from tiltflow.molecules.ensemble import Ensemble
 from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.rmsd import distinct
 from tiltflow.molecules.settings import MOST, ConformerSettings
-from tiltflow.molecules.templates import templates
+from tiltflow.molecules.templates import low_templates, templates
 from tiltflow.molecules.torsional import train_torsional
 from tiltflow.molecules.torsions import place, rotatable_torsions
 
+HOT = 2_000.0
+"""K, above which no state is enumerated: what is drawn so hot is a start, not a population."""
 COORDINATES = "torsions about rotatable bonds at fixed bond lengths, angles and rings"
 
 
@@ -73,9 +75,13 @@ def generate(
     model = None if settings.model is None else load_amortised(Path(settings.model), device)
     hot = settings.training_kelvin if model is None else model.settings.kelvin
     torsions = rotatable_torsions(molecule, settings.conjugated if model is None else model.settings.conjugated)
-    rigid, share = templates(molecule, torsions, min(settings.templates if len(torsions.atoms) else MOST, settings.n), seed)
+    most = min(settings.templates if len(torsions.atoms) else MOST, settings.n)
+    if settings.kelvin < HOT:
+        rigid, share, unsampled = low_templates(molecule, torsions, most, seed, settings.kelvin)
+    else:
+        rigid, share, unsampled = templates(molecule, torsions, most, seed)
     if not len(torsions.atoms):
-        return _rigid_ensemble(molecule, energy, settings, rigid)
+        return replace(_rigid_ensemble(molecule, energy, settings, rigid), unsampled="; ".join(unsampled))
 
     sampler, rounds = settings.sampler, settings.sampler.rounds_of(len(torsions.atoms))
 
@@ -96,7 +102,10 @@ def generate(
     value = reduced / kt_per(energy.unit, hot) + trained.zero
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     said = {"coordinates": COORDINATES, "templates": str(len(rigid)), "energy_evaluations": str(trained.energy_calls)}
-    return Ensemble(molecule, x[rows], value[rows], energy.unit, log_w[rows], settings.kelvin, hot, said)
+    names = "; ".join(unsampled)
+    return Ensemble(
+        molecule, x[rows], value[rows], energy.unit, log_w[rows], settings.kelvin, hot, said, unsampled=names
+    )
 
 
 def allot(n: int, share: Tensor) -> list[int]:

@@ -1,6 +1,7 @@
 """The verdict on conformers: can the weights be told? Rows of numbers in, lines out.
 
     path weights ESS    of all samples drawn, the worst molecule's: ≥ .3 good, < .05 cannot tell
+    labels              bonds, rings and nitrogens whose states were not crossed between: none, or cannot tell
     left out            share of conformers with a fault, the worst molecule's: ≤ .01 good
 
 What is left out has no weight, and counts in the ESS. A good ESS is necessary, not sufficient: path weights come from the
@@ -25,12 +26,12 @@ def judge_conformers(rows: Sequence[Mapping[str, Any]]) -> Verdict | None:
     """The verdict on molecules, one row each; None where no conformer has a weight, as of those chosen to cover.
 
     Args:
-        rows: "name", "conformers" (kept), "rejected" (left out), "ess" (None: no weights).
+        rows: "name", "conformers" (kept), "rejected" (left out), "ess" (None: no weights), "unsampled" labels.
     """
     weighted = [row for row in rows if row["ess"] is not None]
     if not weighted:
         return None
-    lines = [_ess(weighted), _left_out(weighted)]
+    lines = [_ess(weighted), _left_out(weighted), *_labels(weighted)]
     return Verdict(overall(lines), lines)
 
 
@@ -55,6 +56,16 @@ def _left_out(rows: Sequence[Mapping[str, Any]]) -> Line:
     return Line(
         "conformers left out", value, None, None, f"≤ {GOOD_SHARE:g} good", "pass" if value <= GOOD_SHARE else "warn", text
     )
+
+
+def _labels(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """A line only where something was not sampled."""
+    stuck = [row for row in rows if row.get("unsampled")]
+    if not stuck:
+        return []
+    text = "; ".join(f"{row['name']}: {row['unsampled']}" for row in stuck[:NAMED])
+    text = f"populations depend on states that were neither sampled nor enumerated, of {text}"
+    return [Line("molecules with labels not sampled", len(stuck), None, None, "none", "cannot tell", text)]
 
 
 def _share(row: Mapping[str, Any]) -> float:
