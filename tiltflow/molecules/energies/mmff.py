@@ -42,4 +42,5 @@ class MMFF94:
 
     def _one(self, positions: np.ndarray) -> tuple[float, np.ndarray]:
         flat = positions.ravel().tolist()
+        # the energy first: CalcGrad uses the distances that the last CalcEnergy left, whatever its own argument
         return self._field.CalcEnergy(flat), -np.reshape(self._field.CalcGrad(flat), (-1, 3))
