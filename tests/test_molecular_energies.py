@@ -369,3 +369,14 @@ def test_environments_are_pinned_and_made_by_the_makefile():
     for name in names:
         lines = (root / "requirements" / f"energy-{name}.txt").read_text(encoding="utf-8").splitlines()
         assert all(re.match(r"#|[\w-]+==[\w.]+ +# \S", line) for line in lines), "a pin, and its licence"
+
+
+def test_forces_are_those_of_their_own_row():
+    """RDKit's CalcGrad(x) uses the distances of the last CalcEnergy(x): rows in another order have the same forces."""
+    mol = molecule("CC(=O)NCCO")
+    x = torch.randn(3, len(mol.atomic_numbers), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    energy = open_energy("mmff94", mol)
+    together = energy.energy_and_forces(x)[1]
+    for i in (2, 0, 1):
+        torch.testing.assert_close(energy.energy_and_forces(x[[i]])[1][0], together[i])
+        torch.testing.assert_close(open_energy("mmff94", mol).energy_and_forces(x[[i]])[1][0], together[i])

@@ -23,8 +23,8 @@ from tiltflow.molecules.read import Reject, read_molecules
 from tiltflow.molecules.rmsd import distinct
 from tiltflow.molecules.settings import ConformerSettings
 from tiltflow.molecules.stereo import strain
-from tiltflow.molecules.templates import templates
-from tiltflow.molecules.torsions import dihedrals, rotatable_torsions
+from tiltflow.molecules.templates import low_templates, templates
+from tiltflow.molecules.torsions import dihedrals, place, rotatable_torsions
 from tiltflow.molecules.write import write_conformers, write_rejects
 
 STEREO = {  # name: SMILES, atoms whose exchange inverts a centre or turns a double bond
@@ -284,19 +284,96 @@ def test_a_start_is_a_template_of_its_own():
     """The rarer geometry that was given, an amide's cis side, is among the templates; embeddings come to the other."""
     m = molecule("CNC(C)=O")
     atoms = torch.tensor([[0, 1, 2, 4]])
-    found, _ = templates(m, rotatable_torsions(m), 4, seed=0)
+    found, *_ = templates(m, rotatable_torsions(m), 4, seed=0)
     copy = Chem.Mol(m.mol)
     rdDistGeom.EmbedMolecule(copy, randomSeed=1)
     rdMolTransforms.SetDihedralDeg(copy.GetConformer(), 0, 1, 2, 4, 180.0)
     start = torch.from_numpy(copy.GetConformer().GetPositions())
-    more, _ = templates(replace(m, start=start), rotatable_torsions(m), 4, seed=0)
+    more, *_ = templates(replace(m, start=start), rotatable_torsions(m), 4, seed=0)
     assert len(dihedrals(found, atoms)) == 1 and (dihedrals(more, atoms).abs() > 2.5).any() and len(more) == 2
 
 
+def low(smiles, most=12):
+    m = molecule(smiles)
+    torsions = rotatable_torsions(m)
+    return m, torsions, low_templates(m, torsions, most, 0, 300.0)
+
+
+@pytest.mark.parametrize(
+    ("smiles", "turns", "states"),
+    [
+        ("CC1CCCCC1", 0, 4),  # both chairs, each with its labelled copy
+        ("C[C@H](O)CN(C)CC", 4, 2),  # a nitrogen that inverts
+        ("C[C@H](O)CN(C)C", 3, 1),  # two of whose arms are alike: turning is inverting
+        ("CNC=O", 0, 2),  # cis and trans
+        ("NCCN", 3, 1),
+        ("NO", 1, 1),
+        ("OO", 1, 1),
+        ("CCC#CCC", 1, 1),
+        ("OCC#CC#CCO", 3, 1),
+        ("C(#Cc1ccccc1)c1ccccc1", 1, 1),
+        ("CC#CC", 0, 1),
+        ("CCC#N", 0, 1),
+        ("CC#CO", 0, 1),
+        ("COP(=O)(O)OCC", 4, 2),  # which oxygen bears the proton
+    ],
+)
+def test_every_label_turns_or_is_enumerated(smiles, turns, states):
+    _, torsions, found = low(smiles)
+    assert (len(torsions.atoms), len(found.positions), found.unsampled) == (turns, states, ())
+
+
+def test_an_alkyne_turns_about_its_line():
+    """The far end moves, the near end and the line stay, and the dihedral is what was asked for."""
+    m, torsions, found = low("CCC#CCC")
+    x = place(found.positions[0], torsions, torch.tensor([[0.0], [2.0]], dtype=torch.float64))
+    torch.testing.assert_close(dihedrals(x, torsions.atoms)[:, 0], torch.tensor([0.0, 2.0], dtype=torch.float64))
+    assert audit(m, x) == [None, None] and 2 < int((x[0] - x[1]).norm(dim=1).gt(1e-3).sum()) < m.mol.GetNumAtoms() - 5
+
+
+NOTHING = Chem.MolFromSmarts("[#118]")
+
+
+@pytest.mark.parametrize(
+    ("smiles", "off", "named"),
+    [
+        ("CCO", {"torsions.HYDROXYL": NOTHING}, None),
+        ("NCCO", {"torsions.AMINO": NOTHING}, "bond N1-C2"),
+        ("CCC#CCC", {"torsions.alkynes": lambda mol: []}, "bond C2-C5"),
+        ("CCCC", {"torsions.RotatableBondSmarts": NOTHING}, None),
+        ("CC1CCCCC1", {"templates.ROUNDS": 1, "templates.COUNT": 1}, "ring bond"),
+        ("CC1CCCCC1", {"most": 2}, "ring bond"),
+        ("C[C@H](O)CN(C)CC", {"most": 1}, "nitrogen N5"),
+        ("CNC=O", {"most": 1}, "bond N2-C3"),
+        ("COP(=O)(O)OCC", {"most": 1}, "centre P3"),
+    ],
+)
+def test_a_label_that_is_switched_off_cannot_be_told(smiles, off, named, monkeypatch):
+    most = off.get("most", 12)
+    for name in off.keys() - {"most"}:
+        monkeypatch.setattr(f"tiltflow.molecules.{name}", off[name])
+    *_, found = low(smiles, most)
+    if named is None:  # a bond that does not turn is a label, and its states are enumerated
+        assert len(found.positions) == 3 and not found.unsampled
+    else:
+        assert any(name.startswith(named) for name in found.unsampled), found.unsampled
+
+
+def test_what_is_not_sampled_is_said(tmp_path):
+    made = generate(molecule("CC1CCCCC1"), ConformerSettings(n=2, coordinates="torsions"), 0)
+    assert not made.reliable and "ring bond" in made.unsampled and "ring bond" in made.row()["unsampled"]
+    verdict = made.verdict()
+    assert verdict.status == "cannot tell" and any("ring bond" in line.explanation for line in verdict.lines)
+    record = next(iter(Chem.SDMolSupplier(str(made.to_sdf(tmp_path / "a.sdf")))))
+    assert record.GetProp("weight") == "cannot tell" and record.GetProp("unsampled") == made.unsampled
+    whole = generate(molecule("CC1CCCCC1"), ConformerSettings(n=9, coordinates="torsions"), 0)
+    assert whole.reliable and 1.2 < float(whole.energy.max() - whole.energy.min()) < 1.6  # the axial chair
+
+
 def test_one_record_of_each_geometry():
-    """Water, five times asked for; cyclohexane: a chair, its labelled copies one, and two mirror images of a twist-boat."""
-    for smiles, n, geometries in (("O", 5, 1), ("c1ccccc1", 9, 1), ("C1CCCCC1", 100, 3)):
-        made = generate(molecule(smiles), ConformerSettings(n=n), 0)
+    """Water, five times asked for; methylcyclohexane: two chairs, the labelled copies of each one record."""
+    for smiles, n, geometries in (("O", 5, 1), ("c1ccccc1", 9, 1), ("CC1CCCCC1", 100, 2)):
+        made = generate(molecule(smiles), ConformerSettings(n=n, coordinates="torsions"), 0)
         assert len(made) == geometries and float(made.weights.sum()) == pytest.approx(1)
     x = made.positions[[0, 0, 1]]
     assert sorted(map(len, distinct(made.molecule, x, made.energy[[0, 0, 1]]))) == [1, 2]

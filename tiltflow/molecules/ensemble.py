@@ -45,7 +45,7 @@ class Ensemble:
         provenance: what made it: energy, seed, versions; written beside every conformer.
         discarded: samples with a fault that were left out; they count as samples without weight in the ESS.
         group: (n,), of independent groups of walkers, whose spread is a population's error; None: samples are independent.
-        unsampled: names of labels (bonds, rings, nitrogens) whose states the sampler did not cross between.
+        unsampled: names of labels (bonds, rings, nitrogens) whose states are neither sampled nor enumerated.
 
     Raises:
         TiltflowError: shapes that do not fit, temperatures that are not positive, log weights that are NaN, +∞ or all −∞.
@@ -186,7 +186,8 @@ class Ensemble:
 
         A field of the input with a name of ours is called "input NAME".
         """
-        rows = [{**self.provenance, **row} for row in self.records(clusters)]
+        stuck = {"unsampled": self.unsampled} if self.unsampled else {}
+        rows = [{**self.provenance, **stuck, **row} for row in self.records(clusters)]
         return [{(f"input {k}" if k in row else k): v for k, v in self.molecule.fields.items()} | row for row in rows]
 
     def population_texts(self, clusters: Clusters) -> list[str]:

@@ -25,16 +25,18 @@ from tiltflow.molecules.amortised import load_amortised
 from tiltflow.molecules.annealed import anneal
 from tiltflow.molecules.energies import MolecularEnergy, kt_per, open_energy
 from tiltflow.molecules.ensemble import Ensemble
-from tiltflow.molecules.labels import puckers, unsampled
+from tiltflow.molecules.labels import has_states, puckers, unsampled
 from tiltflow.molecules.molecule import Molecule
 from tiltflow.molecules.rmsd import distinct
 from tiltflow.molecules.settings import MOST, ConformerSettings
-from tiltflow.molecules.templates import embed, templates
+from tiltflow.molecules.templates import embed, low_templates, templates
 from tiltflow.molecules.torsional import train_torsional
 from tiltflow.molecules.torsions import place, rotatable_torsions
 
 ALL, EMBEDDED = "all", 64
 """Most embeddings that walkers start from."""
+HOT = 2_000.0
+"""K, above which no state is enumerated: what is drawn so hot is a start, not a population."""
 COORDINATES = "torsions about rotatable bonds at fixed bond lengths, angles and rings"
 
 
@@ -67,6 +69,8 @@ def generate(
 ) -> Ensemble:
     """n conformers with their log weights at the settings' temperature; of torsions, of each template as its share.
 
+    A molecule with one state, such as water or benzene, has one, unless all coordinates are asked for by name.
+
     Raises:
         UnsupportedMolecule: the energy does not take it. TiltflowError: no geometry, missing package, divergence.
     """
@@ -74,14 +78,19 @@ def generate(
     if settings.rescore is not None:
         judge = open_energy(settings.rescore, molecule)
         return rescored(generate(molecule, replace(settings, rescore=None), seed, progress, device), energy, judge)
-    if settings.all_coordinates:
+    several = has_states(molecule, rotatable_torsions(molecule, conjugated=True))
+    if settings.all_coordinates and (several or settings.coordinates == ALL):
         return annealed_ensemble(molecule, energy, settings, seed, progress, device)
     model = None if settings.model is None else load_amortised(Path(settings.model), device)
     hot = settings.training_kelvin if model is None else model.settings.kelvin
     torsions = rotatable_torsions(molecule, settings.conjugated if model is None else model.settings.conjugated)
-    rigid, share = templates(molecule, torsions, min(settings.templates if len(torsions.atoms) else MOST, settings.n), seed)
+    most = min(settings.templates if len(torsions.atoms) else MOST, settings.n)
+    if settings.kelvin < HOT:
+        rigid, share, stuck = low_templates(molecule, torsions, most, seed, settings.kelvin)
+    else:
+        rigid, share, stuck = templates(molecule, torsions, most, seed)
     if not len(torsions.atoms):
-        return _rigid_ensemble(molecule, energy, settings, rigid)
+        return replace(_rigid_ensemble(molecule, energy, settings, rigid), unsampled="; ".join(stuck))
 
     sampler, rounds = settings.sampler, settings.sampler.rounds_of(len(torsions.atoms))
 
@@ -102,7 +111,9 @@ def generate(
     value = reduced / kt_per(energy.unit, hot) + trained.zero
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     said = {"coordinates": COORDINATES, "templates": str(len(rigid)), "energy_evaluations": str(trained.energy_calls)}
-    return Ensemble(molecule, x[rows], value[rows], energy.unit, log_w[rows], settings.kelvin, hot, said)
+    return Ensemble(
+        molecule, x[rows], value[rows], energy.unit, log_w[rows], settings.kelvin, hot, said, unsampled="; ".join(stuck)
+    )
 
 
 def annealed_ensemble(

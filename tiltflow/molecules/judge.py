@@ -2,7 +2,7 @@
 
     path weights ESS    of all samples drawn, the worst molecule's: ≥ .3 good, < .05 cannot tell
     left out            share of conformers with a fault, the worst molecule's: ≤ .01 good
-    labels              bonds, rings and nitrogens whose states were not crossed between: none, or cannot tell
+    labels              bonds, rings and nitrogens whose states are neither sampled nor enumerated: none, or cannot tell
 
 What is left out has no weight, and counts in the ESS. A good ESS is necessary, not sufficient: path weights come from the
 sampler's own paths, and do not miss shapes that it never visits.
@@ -48,16 +48,6 @@ def _ess(rows: Sequence[Mapping[str, Any]]) -> Line:
     return Line("path weights ESS", value, None, None, f"≥ {GOOD_ESS:g} good, < {RELIABLE:g} unusable", status, text)
 
 
-def _labels(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """A line only where something was not sampled."""
-    stuck = [row for row in rows if row.get("unsampled")]
-    if not stuck:
-        return []
-    text = "; ".join(f"{row['name']}: {row['unsampled']}" for row in stuck[:NAMED])
-    text = f"populations depend on states that the walkers did not cross between, of {text}"
-    return [Line("molecules with labels not sampled", len(stuck), None, None, "none", "cannot tell", text)]
-
-
 def _left_out(rows: Sequence[Mapping[str, Any]]) -> Line:
     worst = max(rows, key=_share)
     value = _share(worst)
@@ -66,6 +56,16 @@ def _left_out(rows: Sequence[Mapping[str, Any]]) -> Line:
     return Line(
         "conformers left out", value, None, None, f"≤ {GOOD_SHARE:g} good", "pass" if value <= GOOD_SHARE else "warn", text
     )
+
+
+def _labels(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """A line only where something was not sampled."""
+    stuck = [row for row in rows if row.get("unsampled")]
+    if not stuck:
+        return []
+    text = "; ".join(f"{row['name']}: {row['unsampled']}" for row in stuck[:NAMED])
+    text = f"populations depend on states that were neither sampled nor enumerated, of {text}"
+    return [Line("molecules with labels not sampled", len(stuck), None, None, "none", "cannot tell", text)]
 
 
 def _share(row: Mapping[str, Any]) -> float:

@@ -46,12 +46,24 @@ def _labels(mol: Chem.Mol, torsions: Torsions, hot: Tensor) -> Iterator[tuple[st
     for atoms in puckers(mol):
         states = tuple(_bend(dihedrals(x, torch.tensor([atoms]))[:, 0]) for x in pair)
         yield "ring bond " + _bond(mol, *atoms[1:3]), states  # type: ignore[misc]
-    for atom in mol.GetAtoms():
+    for atom in pyramids(mol):
         near = [n.GetIdx() for n in atom.GetNeighbors()]
-        single = all(b.GetBondTypeAsDouble() == 1 and not b.GetIsConjugated() for b in atom.GetBonds())
-        if atom.GetAtomicNum() == 7 and len(near) == 3 and single:
-            arms = [x[:, near] - x[:, [atom.GetIdx()]] for x in pair]
-            yield "nitrogen " + label(atom), (torch.linalg.det(arms[0]) > 0, torch.linalg.det(arms[1]) > 0)
+        arms = [x[:, near] - x[:, [atom.GetIdx()]] for x in pair]
+        yield "nitrogen " + label(atom), (torch.linalg.det(arms[0]) > 0, torch.linalg.det(arms[1]) > 0)
+
+
+def has_states(molecule: Molecule, torsions: Torsions) -> bool:
+    """Whether there is more than one conformer to look for: a torsion, a ring that puckers, or a nitrogen that inverts."""
+    return bool(len(torsions.atoms) or puckers(molecule.mol) or pyramids(molecule.mol))
+
+
+def pyramids(mol: Chem.Mol) -> list[Chem.Atom]:
+    """Nitrogens with three single bonds, none of them conjugated."""
+
+    def single(atom: Chem.Atom) -> bool:
+        return all(b.GetBondTypeAsDouble() == 1 and not b.GetIsConjugated() for b in atom.GetBonds())
+
+    return [a for a in mol.GetAtoms() if a.GetAtomicNum() == 7 and a.GetDegree() == 3 and single(a)]
 
 
 def puckers(mol: Chem.Mol) -> list[tuple[int, int, int, int]]:

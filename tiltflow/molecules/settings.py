@@ -204,7 +204,8 @@ class ConformerSettings:
         sampling_temperature: Of training, in kelvin; none: that of the ensemble. A hotter one finds more conformers.
         conjugated: Turn amides, esters and acids too, which hardly turn at room temperature.
         n: Conformers per molecule.
-        templates: Most kinds of rigid geometry (rings, amides) to sample.
+        templates: Most kinds of rigid geometry (rings, amides, nitrogens) to sample; if more are within 6 kT of the lowest,
+            the weights cannot be told.
         rescore: Another energy to weight the samples for, e.g. gfn2; its energies are reported.
         model: Draw from this model of train-conformers; train nothing.
         sampler: Of the torsions; with a model only its draw_steps count.
@@ -217,7 +218,7 @@ class ConformerSettings:
     sampling_temperature: Kelvin | None = None
     conjugated: bool = False
     n: Count = 100
-    templates: Count = 4
+    templates: Count = 12
     rescore: str | None = None
     model: str | None = None
     sampler: TorsionalSettings = TorsionalSettings()
