@@ -5,6 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010804000000b51c0c020000000b4944415478da6364f80f00010501012718e3660000000049454e44ae426082"
+)
+"""A PNG."""
+
 
 @pytest.fixture(autouse=True)
 def _double() -> Iterator[None]:
@@ -12,6 +17,12 @@ def _double() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def painting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plots of a page are drawn but not painted, which takes most of the time of a short run; test_report paints."""
+    monkeypatch.setattr("tiltflow.report.plots.png", lambda fig: PIXEL)
 
 
 @pytest.fixture

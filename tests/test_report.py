@@ -53,6 +53,11 @@ HISTORY = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def painting():
+    """Here plots are painted."""
+
+
 def images(*names, shape=(5, 1, 6, 6)):
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator) for name in names or ("Before", "After")}
