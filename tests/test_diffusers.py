@@ -1,5 +1,7 @@
 """Pipelines of diffusers as chains, against the schedulers' own steps and the stock pipelines; tiny models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -287,7 +289,7 @@ def test_the_lean_adjoint_is_autograd_through_the_frozen_steps(name):
     (expected,) = torch.autograd.grad(-0.7 * cost.reward(end, prompt=PROMPT).sum(), x)
     scale = float(expected.abs().max())
     assert scale > 0 and torch.allclose(found.a[1], expected, atol=1e-3 * scale)
-    small = chain.__class__(**{**vars(chain), "micro_batch": 1})
+    small = replace(chain, micro_batch=1)
     again = lean_adjoint(small, path, RewardCost(DecodedReward(small, reward, ["a", "bcd", ""]), 0.7), prompt=PROMPT)
     assert torch.allclose(again.a, found.a, atol=1e-4 * float(found.a.abs().max()))
 
